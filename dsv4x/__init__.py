@@ -1,0 +1,60 @@
+"""DeepSeek-V4 sparse MLA attention for multi-vendor LLM servers.
+
+A server keeps K entries in paged caches and hands over index lists; dsv4x returns attention output by the fastest
+kernel the machine can run, and says which one that was. Importing picks the backend (``dsv4x.platform``) and creates no
+device context.
+
+The step, once a step and once a layer::
+
+    meta = dsv4x.AttentionMetadata.build(query_start_loc, seq_lens, swa_block_table, ..., compress_ratio=4)
+    out, lse = dsv4x.sparse_mla_attention(q, swa_cache, extra_cache, meta, topk_indices, attn_sink)
+
+Under it, the ops: ``quantize_and_insert_k_cache``, ``dequantize_k_cache_paged``, ``combine_topk_swa_indices``,
+``sparse_mla_decode``, ``sparse_mla_prefill``. ``explain(problem)`` tells which kernel runs and why the others do not.
+The same ops with flat arguments, for torch.compile, are ``torch.ops.dsv4x.*``.
+"""
+
+__version__ = "0.1.0"
+
+from .common import layouts, ops, reference
+from .common.attention import AttentionMetadata, sparse_mla_attention
+from .common.cache import dequantize_k_cache_paged, quantize_and_insert_k_cache
+from .common.errors import BackendUnavailable, KernelNotSupported
+from .common.indices import combine_topk_swa_indices, combined_topk_width
+from .common.layouts import CacheLayout, PagedCache
+from .common.platform import platform
+from .common.portable import register_portable
+from .common.registry import CacheSpec, Problem, explain
+from .common.sparse_mla import sparse_mla_decode, sparse_mla_prefill
+
+register_portable()
+if platform.backend == "cuda":
+    from .cuda import register_kernels
+
+    register_kernels()
+elif platform.backend == "rocm":
+    from .rocm import register_kernels
+
+    register_kernels()
+
+__all__ = [
+    "AttentionMetadata",
+    "BackendUnavailable",
+    "CacheLayout",
+    "CacheSpec",
+    "KernelNotSupported",
+    "PagedCache",
+    "Problem",
+    "combine_topk_swa_indices",
+    "combined_topk_width",
+    "dequantize_k_cache_paged",
+    "explain",
+    "layouts",
+    "ops",
+    "platform",
+    "quantize_and_insert_k_cache",
+    "reference",
+    "sparse_mla_attention",
+    "sparse_mla_decode",
+    "sparse_mla_prefill",
+]

@@ -1,0 +1,88 @@
+"""Argument checks shared by the public ops. Every message names the argument, the value seen and the value needed.
+
+Shapes, dtypes, strides and devices are checked always, before any launch. Values on the device are only looked at
+under ``DSV4X_CHECK=1``, which synchronizes.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from .layouts import PagedCache
+
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def check_values_enabled() -> bool:
+    """Whether ``DSV4X_CHECK=1`` asks for value checks. Never while a graph is being captured."""
+    if os.environ.get("DSV4X_CHECK") != "1":
+        return False
+    return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+def tensor(
+    name: str,
+    value: object,
+    shape: tuple[int | None, ...],
+    dtypes: torch.dtype | tuple[torch.dtype, ...],
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """Check one tensor: ``None`` in ``shape`` matches any size; the last dimension must be contiguous."""
+    dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
+    needed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, need a {needed} tensor")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: dtype is {str(value.dtype).removeprefix('torch.')}, need {needed}")
+    if value.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, value.shape)):
+        wanted = ", ".join("any" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name}: shape is {tuple(value.shape)}, need ({wanted})")
+    if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(f"{name}: stride({value.dim() - 1}) is {value.stride(-1)}, need 1")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: on {value.device}, need {device}")
+    return value
+
+
+def cache(name: str, value: object, device: torch.device) -> PagedCache:
+    if not isinstance(value, PagedCache):
+        raise TypeError(f"{name}: got {type(value).__name__}, need a dsv4x.PagedCache")
+    if value.device != device:
+        raise ValueError(f"{name}: on {value.device}, need {device}")
+    return value
+
+
+def integer(name: str, value: object, low: int, high: int | None = None) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: got {type(value).__name__}, need an int")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name}: got {value}, need {f'{low} to {high}' if high is not None else f'>= {low}'}")
+    return value
+
+
+def index_values(name: str, indices: torch.Tensor, lens: torch.Tensor | None, capacity: int, space: str) -> None:
+    """Report the first row with a length past its width or an index that is neither -1 nor in ``[0, capacity)``."""
+    if indices.numel() == 0 and lens is None:
+        return
+    rows = indices.reshape(indices.shape[0], -1)
+    bad = (rows < -1) | (rows >= capacity)
+    if lens is not None:
+        past = (lens < 0) | (lens > rows.shape[1])
+        if past.any():
+            row = int(past.nonzero()[0])
+            raise ValueError(f"{name}: length {int(lens[row])} in row {row}, need 0 to {rows.shape[1]}")
+        bad &= torch.arange(rows.shape[1], device=rows.device) < lens[:, None]
+    if bad.any():
+        row, column = (int(x) for x in bad.nonzero()[0])
+        raise ValueError(
+            f"{name}: {space} {int(rows[row, column])} in row {row}, column {column}, need -1 or 0 to {capacity - 1}"
+        )
+
+
+def finite_rows(name: str, values: torch.Tensor) -> None:
+    """Report the first row of ``values`` that holds a NaN."""
+    bad = values.flatten(1).isnan().any(1) if values.dim() > 1 else values.isnan()
+    if bad.any():
+        raise ValueError(f"{name}: NaN in row {int(bad.nonzero()[0])}")

@@ -1,0 +1,42 @@
+"""Launch shapes of the attention kernels, a row an arch family: data, so that what runs is what was compiled in tests.
+
+Shared memory bounds them: 64 KiB of LDS on gfx942, 160 KiB on gfx950, 99 KiB a block on sm_120, 227 KiB on sm_90
+and sm_100. The gfx rows were chosen by compiling (no spills); none was timed on an AMD GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Heads and entries one program step covers, and how Triton launches it."""
+
+    block_h: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    matrix_instr_nonkdim: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Launch options; ``matrix_instr_nonkdim`` exists on HIP only."""
+        hip = {"matrix_instr_nonkdim": self.matrix_instr_nonkdim} if self.matrix_instr_nonkdim else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **hip}
+
+
+_FEW_HEADS = 16
+"""Up to this many heads one 16-row matrix tile holds them all."""
+
+_GFX = (AttentionConfig(16, 32, 4, 1, 16), AttentionConfig(16, 32, 4, 1, 16))
+_HOPPER = (AttentionConfig(16, 32, 4, 2), AttentionConfig(64, 32, 8, 2))
+_SMALL_SMEM = (AttentionConfig(16, 32, 4, 1), AttentionConfig(16, 32, 4, 1))
+
+_CONFIGS = {"gfx": _GFX, "sm_9": _HOPPER, "sm_10": _HOPPER}
+
+
+def attention_config(arch: str, heads: int) -> AttentionConfig:
+    """The launch shape for ``heads`` query heads on ``arch``; unknown archs get the smallest."""
+    few, many = next((c for prefix, c in _CONFIGS.items() if arch.startswith(prefix)), _SMALL_SMEM)
+    return few if heads <= _FEW_HEADS else many

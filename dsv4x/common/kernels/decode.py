@@ -1,0 +1,188 @@
+"""Decode attention over paged fp8 caches, read in place, split over K and reduced.
+
+One program takes one token, one block of heads and one split. A row's blocks are those of its window span followed by
+those of its extra span; splits divide that list evenly, so long and short rows both balance.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..layouts import PagedCache
+from ..platform import platform
+from .config import attention_config
+from .entries import layout_constexprs, load_entries
+from .portability import to_bf16
+from .softmax import LN2, LOG2E, apply_sink, attend_block, finish
+
+
+@triton.jit
+def _attend_scope(
+    q, m, l, acc, scale, cache_ptr, indices_ptr, span, first, last, capacity, page_size, page_stride,
+    BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr, NOPE_DIM: tl.constexpr, ROPE_DIM: tl.constexpr,
+    SCALE_TILE: tl.constexpr, SCALE_BYTES: tl.constexpr, SOA: tl.constexpr, UE8M0: tl.constexpr,
+):  # fmt: skip
+    """Fold blocks ``first`` to ``last`` of one scope into the running softmax."""
+    for block in range(first, last):
+        offset = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        slots = tl.load(indices_ptr + offset, mask=offset < span, other=-1).to(tl.int64)
+        valid = (slots >= 0) & (slots < capacity)
+        k = load_entries(
+            cache_ptr, slots, valid, page_size, page_stride,
+            HEAD_DIM, NOPE_DIM, ROPE_DIM, SCALE_TILE, SCALE_BYTES, SOA, UE8M0,
+        )  # fmt: skip
+        m, l, acc = attend_block(q, k, valid, scale, m, l, acc)
+    return m, l, acc
+
+
+@triton.jit
+def decode_kernel(
+    q_ptr, swa_ptr, swa_indices_ptr, swa_lens_ptr, extra_ptr, extra_indices_ptr, extra_lens_ptr, sink_ptr,
+    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
+    heads, splits, scale,
+    q_stride_t, q_stride_h, out_stride_t, out_stride_h,
+    swa_width, swa_indices_stride, swa_capacity, swa_page_size, swa_page_stride,
+    extra_width, extra_indices_stride, extra_capacity, extra_page_size, extra_page_stride,
+    HAS_SWA_LENS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_EXTRA_LENS: tl.constexpr, HAS_SINK: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr,
+    NOPE_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, SCALE_TILE: tl.constexpr, SCALE_BYTES: tl.constexpr,
+    SOA: tl.constexpr, UE8M0: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(2)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    head_mask = head < heads
+    column = tl.arange(0, HEAD_DIM)
+    q = tl.load(
+        q_ptr + token * q_stride_t + head[:, None] * q_stride_h + column[None, :], mask=head_mask[:, None], other=0.0
+    )
+
+    swa_span = swa_width
+    if HAS_SWA_LENS:
+        swa_span = tl.minimum(tl.maximum(tl.load(swa_lens_ptr + token).to(tl.int32), 0), swa_width)
+    swa_blocks = tl.cdiv(swa_span, BLOCK_K)
+    blocks = swa_blocks
+    extra_span = extra_width
+    if HAS_EXTRA:
+        if HAS_EXTRA_LENS:
+            extra_span = tl.minimum(tl.maximum(tl.load(extra_lens_ptr + token).to(tl.int32), 0), extra_width)
+        blocks += tl.cdiv(extra_span, BLOCK_K)
+    share = tl.cdiv(blocks, splits)
+    first = split * share
+    last = tl.minimum(first + share, blocks)
+
+    m = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+    l = tl.zeros((BLOCK_H,), tl.float32)
+    acc = tl.zeros((BLOCK_H, HEAD_DIM), tl.float32)
+    m, l, acc = _attend_scope(
+        q, m, l, acc, scale * LOG2E, swa_ptr, swa_indices_ptr + token * swa_indices_stride, swa_span,
+        first, tl.minimum(last, swa_blocks), swa_capacity, swa_page_size, swa_page_stride,
+        BLOCK_K, HEAD_DIM, NOPE_DIM, ROPE_DIM, SCALE_TILE, SCALE_BYTES, SOA, UE8M0,
+    )  # fmt: skip
+    if HAS_EXTRA:
+        m, l, acc = _attend_scope(
+            q, m, l, acc, scale * LOG2E, extra_ptr, extra_indices_ptr + token * extra_indices_stride, extra_span,
+            tl.maximum(first - swa_blocks, 0), last - swa_blocks, extra_capacity, extra_page_size, extra_page_stride,
+            BLOCK_K, HEAD_DIM, NOPE_DIM, ROPE_DIM, SCALE_TILE, SCALE_BYTES, SOA, UE8M0,
+        )  # fmt: skip
+
+    out, lse = finish(m, l, acc)
+    if SPLIT:
+        row = (token * heads + head) * splits + split
+        tl.store(partial_ptr + row[:, None] * HEAD_DIM + column[None, :], out, mask=head_mask[:, None])
+        tl.store(partial_lse_ptr + row, lse, mask=head_mask)
+    else:
+        if HAS_SINK:
+            out = apply_sink(out, lse, tl.load(sink_ptr + head, mask=head_mask, other=0.0))
+        out_row = out_ptr + token * out_stride_t + head[:, None] * out_stride_h
+        tl.store(out_row + column[None, :], to_bf16(out), mask=head_mask[:, None])
+        tl.store(lse_ptr + token * heads + head, lse, mask=head_mask)
+
+
+@triton.jit
+def reduce_kernel(
+    partial_ptr, partial_lse_ptr, sink_ptr, out_ptr, lse_ptr, heads, splits, out_stride_t, out_stride_h,
+    HAS_SINK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    row = (token * heads + head) * splits
+    column = tl.arange(0, HEAD_DIM)
+    m = tl.full((1,), float("-inf"), tl.float32)
+    l = tl.zeros((1,), tl.float32)
+    acc = tl.zeros((1, HEAD_DIM), tl.float32)
+    for split in range(0, splits):
+        lse = tl.load(partial_lse_ptr + row + split + tl.arange(0, 1)) / LN2
+        # A split without entries says +inf, which stands for a weight of zero.
+        lse = tl.where(lse == float("inf"), float("-inf"), lse)
+        m_new = tl.maximum(m, lse)
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(m - m_safe)
+        weight = tl.exp2(lse - m_safe)
+        part = tl.load(partial_ptr + (row + split) * HEAD_DIM + column)
+        acc = acc * alpha[:, None] + weight[:, None] * part[None, :]
+        l = l * alpha + weight
+        m = m_new
+    out, lse = finish(m, l, acc)
+    if HAS_SINK:
+        out = apply_sink(out, lse, tl.load(sink_ptr + head + tl.arange(0, 1)))
+    tl.store(out_ptr + token * out_stride_t + head * out_stride_h + column[None, :], to_bf16(out))
+    tl.store(lse_ptr + token * heads + head + tl.arange(0, 1), lse)
+
+
+def num_splits(programs: int, blocks: int, multiprocessors: int) -> int:
+    """Splits that fill the device about twice, none shorter than two blocks of entries."""
+    return max(1, min(2 * multiprocessors // max(1, programs), blocks // 2))
+
+
+def sparse_mla_decode(
+    q: torch.Tensor,
+    swa_cache: PagedCache,
+    swa_indices: torch.Tensor,
+    swa_lens: torch.Tensor | None,
+    extra_cache: PagedCache | None,
+    extra_indices: torch.Tensor | None,
+    extra_lens: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    softmax_scale: float,
+    out: torch.Tensor,
+    *,
+    splits: int | None = None,
+) -> torch.Tensor:
+    """Launch over ``q [T, H, D]``; writes ``out`` and returns lse float32 ``[T, H]``."""
+    tokens, heads, head_dim = q.shape
+    limits = platform.limits(q.device)
+    config = attention_config(limits.arch, heads)
+    extra = extra_cache if extra_cache is not None and extra_indices is not None else None
+    width = swa_indices.shape[1] + (extra_indices.shape[1] if extra is not None and extra_indices is not None else 0)
+    head_blocks = triton.cdiv(heads, config.block_h)
+    if splits is None:
+        splits = num_splits(tokens * head_blocks, triton.cdiv(width, config.block_k), limits.multiprocessors)
+    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    if splits > 1:
+        partial = torch.empty(tokens, heads, splits, head_dim, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
+    else:
+        partial = partial_lse = lse
+    e_cache, e_indices = (swa_cache, swa_indices) if extra is None else (extra, extra_indices)
+    assert e_indices is not None
+    decode_kernel[(tokens, head_blocks, splits)](
+        q, swa_cache.data, swa_indices, swa_lens if swa_lens is not None else lse,
+        e_cache.data, e_indices, extra_lens if extra_lens is not None else lse,
+        attn_sink if attn_sink is not None else lse,
+        out, lse, partial, partial_lse,
+        heads, splits, softmax_scale,
+        q.stride(0), q.stride(1), out.stride(0), out.stride(1),
+        swa_indices.shape[1], swa_indices.stride(0), swa_cache.capacity, swa_cache.page_size, swa_cache.page_stride,
+        e_indices.shape[1], e_indices.stride(0), e_cache.capacity, e_cache.page_size, e_cache.page_stride,
+        HAS_SWA_LENS=swa_lens is not None, HAS_EXTRA=extra is not None, HAS_EXTRA_LENS=extra_lens is not None,
+        HAS_SINK=attn_sink is not None, SPLIT=splits > 1, BLOCK_H=config.block_h, BLOCK_K=config.block_k,
+        HEAD_DIM=head_dim, **layout_constexprs(swa_cache.layout), **config.options,
+    )  # fmt: skip
+    if splits > 1:
+        reduce_kernel[(tokens, heads)](
+            partial, partial_lse, attn_sink if attn_sink is not None else lse, out, lse,
+            heads, splits, out.stride(0), out.stride(1),
+            HAS_SINK=attn_sink is not None, HEAD_DIM=head_dim, num_warps=4,
+        )  # fmt: skip
+    return lse

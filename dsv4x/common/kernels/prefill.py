@@ -1,0 +1,67 @@
+"""Prefill attention over gathered bf16 workspace rows: one program a token and a block of heads."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..platform import platform
+from .config import attention_config
+from .portability import to_bf16
+from .softmax import LOG2E, apply_sink, attend_block, finish
+
+
+@triton.jit
+def prefill_kernel(
+    q_ptr, kv_ptr, indices_ptr, lens_ptr, sink_ptr, out_ptr, lse_ptr,
+    heads, rows, width, scale, q_stride_t, q_stride_h, kv_stride, indices_stride, out_stride_t, out_stride_h,
+    HAS_LENS: tl.constexpr, HAS_SINK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    head_mask = head < heads
+    column = tl.arange(0, HEAD_DIM)
+    q = tl.load(
+        q_ptr + token * q_stride_t + head[:, None] * q_stride_h + column[None, :], mask=head_mask[:, None], other=0.0
+    )
+    span = width
+    if HAS_LENS:
+        span = tl.minimum(tl.maximum(tl.load(lens_ptr + token).to(tl.int32), 0), width)
+    m = tl.full((BLOCK_H,), float("-inf"), tl.float32)
+    l = tl.zeros((BLOCK_H,), tl.float32)
+    acc = tl.zeros((BLOCK_H, HEAD_DIM), tl.float32)
+    for start in range(0, span, BLOCK_K):
+        offset = start + tl.arange(0, BLOCK_K)
+        row = tl.load(indices_ptr + token * indices_stride + offset, mask=offset < span, other=-1).to(tl.int64)
+        valid = (row >= 0) & (row < rows)
+        k = tl.load(kv_ptr + row[:, None] * kv_stride + column[None, :], mask=valid[:, None], other=0.0)
+        m, l, acc = attend_block(q, k, valid, scale * LOG2E, m, l, acc)
+    out, lse = finish(m, l, acc)
+    if HAS_SINK:
+        out = apply_sink(out, lse, tl.load(sink_ptr + head, mask=head_mask, other=0.0))
+    out_row = out_ptr + token * out_stride_t + head[:, None] * out_stride_h
+    tl.store(out_row + column[None, :], to_bf16(out), mask=head_mask[:, None])
+    tl.store(lse_ptr + token * heads + head, lse, mask=head_mask)
+
+
+def sparse_mla_prefill(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    lens: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    softmax_scale: float,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Launch over ``q [T, H, D]``; writes ``out`` and returns lse float32 ``[T, H]``."""
+    tokens, heads, head_dim = q.shape
+    config = attention_config(platform.limits(q.device).arch, heads)
+    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    prefill_kernel[(tokens, triton.cdiv(heads, config.block_h))](
+        q, kv, indices, lens if lens is not None else lse, attn_sink if attn_sink is not None else lse, out, lse,
+        heads, kv.shape[0], indices.shape[1], softmax_scale,
+        q.stride(0), q.stride(1), kv.stride(0), indices.stride(0), out.stride(0), out.stride(1),
+        HAS_LENS=lens is not None, HAS_SINK=attn_sink is not None, BLOCK_H=config.block_h, BLOCK_K=config.block_k,
+        HEAD_DIM=head_dim, **config.options,
+    )  # fmt: skip
+    return lse

@@ -1,0 +1,251 @@
+"""KV cache layouts as data, and :class:`PagedCache`: bytes, a layout and a page size.
+
+A page is a run of ``page_size`` entries. ``soa`` pages hold all data rows, then all scale rows;
+``aos`` pages hold each entry's data and scales together. An entry is addressed by its *slot*,
+``page * page_size + offset``; only the page stride, the page size and the layout locate its bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+E4M3FN_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """One way of storing K entries. A new format is a new record; kernels take what it derives.
+
+    Attributes:
+        name: the field's name.
+        nope_dim: leading values, stored as ``value_encoding`` with one scale per ``scale_tile`` values.
+        rope_dim: trailing values, stored as bf16 without a scale.
+        arrangement: ``"soa"`` or ``"aos"``, see the module docstring.
+        value_encoding: ``"e4m3fn"`` (OCP, max 448).
+        scale_encoding: ``"ue8m0"`` (byte b means 2**(b-127); 255 is NaN) or ``"float32"`` (a power of two).
+        scale_tile: values sharing one scale.
+        scale_pad: unused bytes after an entry's scales, written as zero.
+        rope_after_scales: in ``aos`` entries, whether the RoPE values stand behind the scales.
+        amax_floor: a tile's amax is raised to this before its scale is taken (the model's own floor).
+        scale_floor: the scale is raised to this before it is rounded up (FlashMLA's test helper floors here).
+        page_alignment: a page's stride is a multiple of this many bytes.
+    """
+
+    name: str
+    nope_dim: int
+    rope_dim: int
+    arrangement: Literal["soa", "aos"]
+    value_encoding: Literal["e4m3fn"]
+    scale_encoding: Literal["ue8m0", "float32"]
+    scale_tile: int
+    scale_pad: int = 0
+    rope_after_scales: bool = False
+    amax_floor: float = 1e-4
+    scale_floor: float = 0.0
+    page_alignment: int = 1
+
+    @property
+    def head_dim(self) -> int:
+        """Values an entry holds."""
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def num_scales(self) -> int:
+        return self.nope_dim // self.scale_tile
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of an entry's scales, padding included."""
+        return self.num_scales * (1 if self.scale_encoding == "ue8m0" else 4) + self.scale_pad
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of an entry's values."""
+        return self.nope_dim + 2 * self.rope_dim
+
+    @property
+    def entry_bytes(self) -> int:
+        return self.data_bytes + self.scale_bytes
+
+    def page_stride(self, page_size: int) -> int:
+        """Bytes from one page to the next when pages stand back to back."""
+        return -(-page_size * self.entry_bytes // self.page_alignment) * self.page_alignment
+
+    @property
+    def data_pitch(self) -> int:
+        """Bytes from one entry's values to the next entry's, inside a page."""
+        return self.data_bytes if self.arrangement == "soa" else self.entry_bytes
+
+    @property
+    def scale_pitch(self) -> int:
+        """Bytes from one entry's scales to the next entry's, inside a page."""
+        return self.scale_bytes if self.arrangement == "soa" else self.entry_bytes
+
+    def scale_base(self, page_size: int) -> int:
+        """Offset of entry 0's scales inside its page."""
+        return page_size * self.data_bytes if self.arrangement == "soa" else self._first_bytes
+
+    @property
+    def rope_base(self) -> int:
+        """Offset of the RoPE values from the entry's own start."""
+        return self.nope_dim + (self.scale_bytes if self.rope_after_scales else 0)
+
+    @property
+    def _first_bytes(self) -> int:
+        return self.nope_dim if self.rope_after_scales else self.data_bytes
+
+    @property
+    def min_scale_byte(self) -> int:
+        """The smallest scale a writer emits, as a biased exponent.
+
+        A tile's scale grows with its amax, so both floors are one lower bound on the result.
+        """
+        return max(ceil_scale_byte(self.amax_floor), _ceil_log2(self.scale_floor) + 127 if self.scale_floor else 0)
+
+
+def ceil_scale_byte(amax: float) -> int:
+    """ceil(log2(amax / 448)) + 127, exact: read from the bits of float32(amax), never from a rounded log2.
+
+    448 is 1.75 * 2**8, so the ceiling only asks whether amax's significand is above 1.75.
+    """
+    bits = struct.unpack("<I", struct.pack("<f", amax))[0]
+    return max(((bits + 0x1FFFFF) >> 23) - 8, 0)
+
+
+def _ceil_log2(value: float) -> int:
+    bits = struct.unpack("<I", struct.pack("<f", value))[0]
+    return ((bits + 0x7FFFFF) >> 23) - 127
+
+
+DSV4 = CacheLayout(
+    name="DSv4",
+    nope_dim=448,
+    rope_dim=64,
+    arrangement="soa",
+    value_encoding="e4m3fn",
+    scale_encoding="ue8m0",
+    scale_tile=64,
+    scale_pad=1,
+    page_alignment=576,
+)
+"""DeepSeek-V4 ``fp8_ds_mla`` (FlashMLA "MODEL1"): 448 e4m3 + 64 bf16 = 576 B, 7 ue8m0 + 1 pad = 8 B."""
+
+DSV32 = CacheLayout(
+    name="DSv3.2",
+    nope_dim=512,
+    rope_dim=64,
+    arrangement="aos",
+    value_encoding="e4m3fn",
+    scale_encoding="float32",
+    scale_tile=128,
+    rope_after_scales=True,
+)
+"""DeepSeek-V3.2 ``fp8_ds_mla``: 512 e4m3 + 4 float32 scales + 64 bf16 = 656 B. Cache ops only."""
+
+# Vector loads of 16 bytes need every entry of every page to start on one.
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True, eq=False)
+class PagedCache:
+    """A paged cache as the server holds it: bytes, how entries are laid out, and entries per page.
+
+    Args:
+        data: uint8, ``[pages, >= layout.page_stride(page_size)]``, or the servers' view
+            ``[pages, page_size, 1, entry_bytes]`` (also without the 1) whose rows are *not* entries.
+            ``stride(0)`` may exceed the page stride (layers packed into one block) and is honoured.
+            Base address and ``stride(0)`` are multiples of 16.
+        layout: a :class:`CacheLayout`.
+        page_size: entries per page, > 0.
+
+    Raises:
+        TypeError: ``data`` is not a uint8 tensor, ``layout`` not a CacheLayout, ``page_size`` not an int.
+        ValueError: shape, strides or alignment do not hold the layout's pages.
+    """
+
+    data: torch.Tensor
+    layout: CacheLayout
+    page_size: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layout, CacheLayout):
+            raise TypeError(f"layout: got {type(self.layout).__name__}, need a CacheLayout such as dsv4x.layouts.DSV4")
+        if not isinstance(self.page_size, int) or isinstance(self.page_size, bool):
+            raise TypeError(f"page_size: got {type(self.page_size).__name__}, need an int")
+        if self.page_size <= 0:
+            raise ValueError(f"page_size: got {self.page_size}, need > 0")
+        data = self.data
+        if not isinstance(data, torch.Tensor) or data.dtype != torch.uint8:
+            seen = data.dtype if isinstance(data, torch.Tensor) else type(data).__name__
+            raise TypeError(f"data: got {seen}, need a torch.uint8 tensor (view other 1-byte dtypes as uint8)")
+        entry = self.layout.entry_bytes
+        page_shapes = ((self.page_size, 1, entry), (self.page_size, entry))
+        page_bytes = self.layout.page_stride(self.page_size)
+        if data.dim() == 2:
+            if data.shape[1] < page_bytes:
+                raise ValueError(
+                    f"data: rows of {data.shape[1]} bytes, need >= {page_bytes} "
+                    f"({self.layout.name}, page_size {self.page_size})"
+                )
+            if data.stride(1) != 1:
+                raise ValueError(f"data: stride(1) is {data.stride(1)}, need 1")
+        elif tuple(data.shape[1:]) in page_shapes:
+            if data.stride(1) != entry and self.page_size > 1 or data.stride(-1) != 1:
+                raise ValueError(
+                    f"data: strides {tuple(data.stride())}, need (stride(0), {entry}, .., 1): a page is one run of bytes"
+                )
+            # torch normalizes the stride of a single page, so only several pages can be read wrongly.
+            if data.shape[0] > 1 and data.stride(0) < page_bytes:
+                raise ValueError(
+                    f"data: stride(0) is {data.stride(0)} bytes, need >= {page_bytes} "
+                    f"({self.layout.name}, page_size {self.page_size})"
+                )
+        else:
+            raise ValueError(
+                f"data: shape {tuple(data.shape)}, need [pages, >= {page_bytes}] "
+                f"or [pages, {self.page_size}, 1, {entry}]"
+            )
+        if data.shape[0] > 1 and data.stride(0) % ALIGNMENT:
+            raise ValueError(f"data: stride(0) is {data.stride(0)}, need a multiple of {ALIGNMENT}")
+        # Fake and meta tensors (torch.compile) have no address to check.
+        if type(data) is torch.Tensor and data.device.type != "meta" and data.data_ptr() % ALIGNMENT:
+            raise ValueError(f"data: address {data.data_ptr():#x}, need a multiple of {ALIGNMENT}")
+
+    @classmethod
+    def zeros(
+        cls, pages: int, layout: CacheLayout, page_size: int, device: torch.device | str | None = None
+    ) -> PagedCache:
+        """A cache of ``pages`` zeroed pages, back to back."""
+        stride = -(-layout.page_stride(page_size) // ALIGNMENT) * ALIGNMENT
+        return cls(torch.zeros(pages, stride, dtype=torch.uint8, device=device), layout, page_size)
+
+    @property
+    def pages(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Slots: every valid slot is in ``[0, capacity)``."""
+        return self.pages * self.page_size
+
+    @property
+    def page_stride(self) -> int:
+        """Bytes from one page to the next."""
+        return self.data.stride(0) if self.pages > 1 else self.layout.page_stride(self.page_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @property
+    def page_bytes(self) -> torch.Tensor:
+        """uint8 ``[pages, page_size * entry_bytes]``: the bytes entries live in, as a view."""
+        return self.data.as_strided(
+            (self.pages, self.page_size * self.layout.entry_bytes),
+            (self.page_stride, 1),
+            self.data.storage_offset(),
+        )

@@ -1,0 +1,83 @@
+"""``torch.ops.dsv4x``: the ops with flat arguments, for torch.compile and exported graphs.
+
+A paged cache is three arguments here: its bytes, its layout's name and its page size. Results go to buffers the caller
+gives, so that no op returns an alias. Eager callers use the functions in ``dsv4x`` itself.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import cache, layouts, sparse_mla
+from .layouts import PagedCache
+
+_LAYOUTS = {layout.name: layout for layout in (layouts.DSV4, layouts.DSV32)}
+
+_library = torch.library.Library("dsv4x", "DEF")
+
+
+def _paged(data: torch.Tensor, layout: str, page_size: int) -> PagedCache:
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout: got {layout!r}, need one of {', '.join(_LAYOUTS)}")
+    return PagedCache(data, _LAYOUTS[layout], page_size)
+
+
+def _define(schema: str, run, fake) -> None:  # type: ignore[no-untyped-def]
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dsv4x::{name}", fake, lib=_library)
+
+
+def _quantize_and_insert(k, data, layout, page_size, slots):  # type: ignore[no-untyped-def]
+    cache.quantize_and_insert_k_cache(k, _paged(data, layout, page_size), slots)
+
+
+def _dequantize(data, layout, page_size, slots):  # type: ignore[no-untyped-def]
+    return cache.dequantize_k_cache_paged(_paged(data, layout, page_size), slots)
+
+
+def _dequantize_fake(data, layout, page_size, slots):  # type: ignore[no-untyped-def]
+    return data.new_empty(slots.shape[0], _LAYOUTS[layout].head_dim, dtype=torch.bfloat16)
+
+
+def _decode(q, swa, swa_page_size, swa_indices, swa_lens, extra, extra_page_size, extra_indices, extra_lens,
+            attn_sink, softmax_scale, layout, out):  # type: ignore[no-untyped-def]  # fmt: skip
+    swa_cache = _paged(swa, layout, swa_page_size)
+    extra_cache = None if extra is None else _paged(extra, layout, extra_page_size)
+    return sparse_mla.sparse_mla_decode(
+        q, swa_cache, swa_indices, swa_lens, extra_cache, extra_indices, extra_lens, attn_sink, softmax_scale, out
+    )[1]
+
+
+def _prefill(q, kv, indices, lens, attn_sink, softmax_scale, out):  # type: ignore[no-untyped-def]
+    return sparse_mla.sparse_mla_prefill(q, kv, indices, lens, attn_sink, softmax_scale, out)[1]
+
+
+def _lse_fake(q, *rest):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape[0], q.shape[1], dtype=torch.float32)
+
+
+_define(
+    "quantize_and_insert_k_cache(Tensor k, Tensor(a!) cache, str layout, int page_size, Tensor slots) -> ()",
+    _quantize_and_insert,
+    lambda *args: None,
+)
+_define(
+    "dequantize_k_cache_paged(Tensor cache, str layout, int page_size, Tensor slots) -> Tensor",
+    _dequantize,
+    _dequantize_fake,
+)
+_define(
+    "sparse_mla_decode(Tensor q, Tensor swa_cache, int swa_page_size, Tensor swa_indices, Tensor? swa_lens, "
+    "Tensor? extra_cache, int extra_page_size, Tensor? extra_indices, Tensor? extra_lens, Tensor? attn_sink, "
+    "float? softmax_scale, str layout, Tensor(a!) out) -> Tensor",
+    _decode,
+    _lse_fake,
+)
+_define(
+    "sparse_mla_prefill(Tensor q, Tensor kv, Tensor indices, Tensor? lens, Tensor? attn_sink, float? softmax_scale, "
+    "Tensor(a!) out) -> Tensor",
+    _prefill,
+    _lse_fake,
+)

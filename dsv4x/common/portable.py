@@ -1,0 +1,104 @@
+"""The kernels every backend has: Triton's, imported on first use, and the torch reference."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import layouts, reference
+from .platform import platform
+from .registry import Kernel, Problem, register
+from .vendor import TRITON
+
+# Rough rates, microseconds and FLOP/s: enough to rank kernels that lie a factor apart.
+_LAUNCH_US = {"triton": 30.0, "reference": 200.0}
+_FLOPS_PER_US = {"triton": 80e6, "reference": 1e6}
+_INTERPRETER_US = 1e6
+
+
+def _lazy(module: str, name: str) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(f".kernels.{module}", __package__), name)(*args, **kwargs)
+
+    return run
+
+
+def _predicted(kernel: str) -> Callable[[Problem], float]:
+    def predicted_us(problem: Problem) -> float:
+        interpreted = _INTERPRETER_US if kernel == "triton" and problem.interpreter else 0.0
+        return interpreted + _LAUNCH_US[kernel] + problem.attention_flops / _FLOPS_PER_US[kernel]
+
+    return predicted_us
+
+
+def _triton_reasons(problem: Problem) -> list[str]:
+    if problem.device == "cpu" and not problem.interpreter:
+        return ["device is cpu, need cuda or TRITON_INTERPRET=1 in the environment"]
+    return []
+
+
+def _attention(run: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Give a launcher, which writes into ``out`` and returns lse, the op's whole argument list."""
+
+    def call(q: torch.Tensor, *args: Any, **ignored: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        *inputs, out = args
+        if out is None:
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        return out, run(q, *inputs, out)
+
+    return call
+
+
+def _reference_attention(name: str) -> Callable[..., torch.Tensor]:
+    def run(*args: Any) -> torch.Tensor:
+        *inputs, out = args
+        values, lse = getattr(reference, name)(*inputs)
+        out.copy_(values)
+        return lse
+
+    return run
+
+
+def _pair(op: str, module: str, *, attention: bool = False, needs_layouts: tuple[str, ...] = ()) -> None:
+    triton_run, reference_run = _lazy(module, op), getattr(reference, op)
+    if attention:
+        triton_run, reference_run = _attention(triton_run), _attention(_reference_attention(op))
+    if not (platform.forced and platform.backend == "reference"):
+        register(
+            Kernel(
+                op,
+                "triton",
+                triton_run,
+                _predicted("triton"),
+                library=TRITON,
+                devices=("cuda", "cpu"),
+                layouts=needs_layouts,
+                further_reasons=_triton_reasons,
+            )
+        )
+    register(
+        Kernel(
+            op,
+            "reference",
+            reference_run,
+            _predicted("reference"),
+            devices=("cuda", "cpu"),
+            layouts=needs_layouts,
+            capture_safe=False,
+        )
+    )
+
+
+def register_portable() -> None:
+    """Register the Triton and reference kernels of every op; Triton's are left out under DSV4X_BACKEND=reference."""
+    both = (layouts.DSV4.name, layouts.DSV32.name)
+    _pair("quantize_and_insert_k_cache", "cache", needs_layouts=both)
+    _pair("dequantize_k_cache_paged", "cache", needs_layouts=both)
+    _pair("combine_topk_swa_indices", "indices")
+    _pair("window_slots", "indices")
+    _pair("local_to_slots", "indices")
+    _pair("sparse_mla_decode", "decode", attention=True, needs_layouts=(layouts.DSV4.name,))
+    _pair("sparse_mla_prefill", "prefill", attention=True)

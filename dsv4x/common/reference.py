@@ -1,0 +1,277 @@
+"""The oracle: every op in plain torch, slow and obvious.
+
+Attention runs in float32 by default and in float64 on request, on the same dequantized values every kernel sees.
+Any index that is negative or past the end is no entry, wherever it stands.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import encodings
+from .layouts import PagedCache
+
+# Gathered entries held at once, in elements: bounds the oracle's memory, not its results.
+_CHUNK_ELEMENTS = 1 << 28
+
+
+def _entry_bytes(cache: PagedCache, slots: torch.Tensor, offset: torch.Tensor, count: int) -> torch.Tensor:
+    """uint8 ``[N, count]``: the bytes at ``offset`` (int64 ``[N]``) inside each slot's page."""
+    return cache.page_bytes[
+        (slots // cache.page_size)[:, None], offset[:, None] + torch.arange(count, device=slots.device)
+    ]
+
+
+def dequantize_slots(cache: PagedCache, slots: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """slots ``[N]``, all in ``[0, cache.capacity)`` -> ``[N, head_dim]``.
+
+    Values pass through bf16, the type every kernel multiplies in, whatever ``dtype`` is returned.
+    """
+    layout, slots = cache.layout, slots.long()
+    entry = slots % cache.page_size
+    data = entry * layout.data_pitch
+    codes = _entry_bytes(cache, slots, data, layout.nope_dim)
+    rope = _entry_bytes(cache, slots, data + layout.rope_base, 2 * layout.rope_dim).contiguous().view(torch.bfloat16)
+    scale_offset = layout.scale_base(cache.page_size) + entry * layout.scale_pitch
+    if layout.scale_encoding == "ue8m0":
+        scales = encodings.decode_ue8m0(_entry_bytes(cache, slots, scale_offset, layout.num_scales))
+    else:
+        scales = _entry_bytes(cache, slots, scale_offset, 4 * layout.num_scales).contiguous().view(torch.float32)
+    nope = encodings.decode_e4m3fn(codes.contiguous()) * scales.repeat_interleave(layout.scale_tile, dim=1)
+    return torch.cat([nope.to(torch.bfloat16), rope], dim=1).to(dtype)
+
+
+def dequantize_k_cache_paged(cache: PagedCache, slots: torch.Tensor, out: torch.Tensor) -> None:
+    """Rows of ``out`` whose slot is invalid are left alone."""
+    valid = (slots >= 0) & (slots < cache.capacity)
+    out[valid] = dequantize_slots(cache, slots[valid])
+
+
+def quantize_and_insert_k_cache(k: torch.Tensor, cache: PagedCache, slots: torch.Tensor) -> None:
+    """Rows of ``k`` whose slot is invalid are skipped."""
+    layout = cache.layout
+    valid = (slots >= 0) & (slots < cache.capacity)
+    k, slots = k[valid], slots[valid].long()
+    tiles = k[:, : layout.nope_dim].float().unflatten(1, (layout.num_scales, layout.scale_tile))
+    amax = tiles.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=2)
+    scale_bytes = encodings.tile_scale_byte(amax, layout.min_scale_byte)
+    scales = encodings.decode_ue8m0(scale_bytes.to(torch.uint8))
+    codes = encodings.encode_e4m3fn(tiles / scales[..., None]).flatten(1)
+    if layout.scale_encoding == "ue8m0":
+        scale_codes = torch.zeros(len(k), layout.scale_bytes, dtype=torch.uint8, device=k.device)
+        scale_codes[:, : layout.num_scales] = scale_bytes.to(torch.uint8)
+    else:
+        scale_codes = scales.view(torch.uint8)
+    rope = k[:, layout.nope_dim :].contiguous().view(torch.uint8)
+
+    entry = slots % cache.page_size
+    data = entry * layout.data_pitch
+    pages = cache.page_bytes
+    for offset, values in (
+        (data, codes),
+        (data + layout.rope_base, rope),
+        (layout.scale_base(cache.page_size) + entry * layout.scale_pitch, scale_codes),
+    ):
+        columns = offset[:, None] + torch.arange(values.shape[1], device=k.device)
+        pages[(slots // cache.page_size)[:, None], columns] = values
+
+
+def attend(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    valid: torch.Tensor,
+    attn_sink: torch.Tensor | None,
+    softmax_scale: float,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of each token over its own entries; the value is the whole of K.
+
+    Args:
+        q: ``[T, H, D]``.
+        kv: ``[T, N, D]``; entries that are not valid may hold anything, NaN included.
+        valid: bool ``[T, N]``.
+        attn_sink: ``[H]`` or None: out is scaled by 1 / (1 + exp(sink - lse)); lse is without it.
+        softmax_scale: multiplies the logits.
+        dtype: float32 or float64.
+
+    Returns:
+        ``out [T, H, D]`` and ``lse [T, H]`` (natural log) in ``dtype``. Without valid entries out is 0, lse +inf.
+    """
+    kv = torch.where(valid[..., None], kv, 0).to(dtype)
+    logits = torch.einsum("thd,tnd->thn", q.to(dtype), kv) * softmax_scale
+    logits = logits.masked_fill(~valid[:, None, :], -torch.inf)
+    lse = torch.logsumexp(logits, dim=-1)
+    empty = ~valid.any(dim=1)
+    weights = torch.exp(logits - torch.where(empty[:, None], 0.0, lse)[..., None])
+    out = torch.einsum("thn,tnd->thd", weights, kv)
+    if attn_sink is not None:
+        out = out / (1 + torch.exp(attn_sink.to(dtype) - lse))[..., None]
+    out = out.masked_fill(empty[:, None, None], 0.0)
+    return out, lse.masked_fill(empty[:, None], torch.inf)
+
+
+def _valid_span(indices: torch.Tensor, lens: torch.Tensor | None, capacity: int) -> torch.Tensor:
+    valid = (indices >= 0) & (indices < capacity)
+    if lens is not None:
+        valid &= torch.arange(indices.shape[1], device=indices.device) < lens[:, None]
+    return valid
+
+
+def _attend_chunks(q, gather, width, attn_sink, softmax_scale, dtype):  # type: ignore[no-untyped-def]
+    tokens, heads, head_dim = q.shape
+    out = torch.empty(tokens, heads, head_dim, dtype=dtype, device=q.device)
+    lse = torch.empty(tokens, heads, dtype=dtype, device=q.device)
+    step = max(1, _CHUNK_ELEMENTS // max(1, width * head_dim))
+    for start in range(0, tokens, step):
+        rows = slice(start, start + step)
+        out[rows], lse[rows] = attend(q[rows], *gather(rows), attn_sink, softmax_scale, dtype)
+    return out, lse
+
+
+def sparse_mla_decode(
+    q: torch.Tensor,
+    swa_cache: PagedCache,
+    swa_indices: torch.Tensor,
+    swa_lens: torch.Tensor | None,
+    extra_cache: PagedCache | None = None,
+    extra_indices: torch.Tensor | None = None,
+    extra_lens: torch.Tensor | None = None,
+    attn_sink: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`dsv4x.sparse_mla_decode` in ``dtype``, neither rounded to bf16 nor written to a given buffer."""
+    scopes = [(swa_cache, swa_indices, swa_lens)]
+    if extra_cache is not None and extra_indices is not None:
+        scopes.append((extra_cache, extra_indices, extra_lens))
+
+    def gather(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        kv, masks = [], []
+        for cache, indices, lens in scopes:
+            part = indices[rows]
+            valid = _valid_span(part, None if lens is None else lens[rows], cache.capacity)
+            entries = torch.zeros(*part.shape, cache.layout.head_dim, dtype=torch.bfloat16, device=q.device)
+            entries[valid] = dequantize_slots(cache, part[valid])
+            kv.append(entries)
+            masks.append(valid)
+        return torch.cat(kv, dim=1), torch.cat(masks, dim=1)
+
+    width = sum(indices.shape[1] for _, indices, _ in scopes)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return _attend_chunks(q, gather, width, attn_sink, scale, dtype)
+
+
+def sparse_mla_prefill(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    lens: torch.Tensor | None,
+    attn_sink: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`dsv4x.sparse_mla_prefill` in ``dtype``, neither rounded to bf16 nor written to a given buffer."""
+
+    def gather(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        part = indices[rows]
+        valid = _valid_span(part, None if lens is None else lens[rows], kv.shape[0])
+        entries = torch.zeros(*part.shape, kv.shape[1], dtype=kv.dtype, device=kv.device)
+        entries[valid] = kv[part[valid].long()]
+        return entries, valid
+
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    return _attend_chunks(q, gather, indices.shape[1], attn_sink, scale, dtype)
+
+
+def token_positions(
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Request and position of each of ``tokens`` query tokens, int64 ``[T]``; (-1, -1) past the last request's.
+
+    Token 0 is the one at ``query_start_loc[0]``.
+    """
+    starts = query_start_loc.long() - query_start_loc[0].long()
+    token = torch.arange(tokens, device=starts.device)
+    request = torch.searchsorted(starts[1:].contiguous(), token, right=True)
+    live = request < seq_lens.numel()
+    at = request.clamp_max(max(seq_lens.numel() - 1, 0))
+    if seq_lens.numel() == 0:
+        return torch.full_like(token, -1), torch.full_like(token, -1)
+    position = seq_lens.long()[at] - starts[at + 1] + token
+    live &= position >= 0
+    return torch.where(live, request, -1), torch.where(live, position, -1)
+
+
+def combine_topk_swa_indices(
+    topk_indices: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    gather_lens: torch.Tensor,
+    compressed_base: torch.Tensor,
+    swa_base: torch.Tensor,
+    window_size: int,
+    compress_ratio: int,
+    topk: int,
+    out_indices: torch.Tensor,
+    out_lens: torch.Tensor,
+) -> None:
+    """One row after another, as the definition reads."""
+    request, position = token_positions(query_start_loc, seq_lens, topk_indices.shape[0])
+    host = [x.tolist() for x in (topk_indices, seq_lens, gather_lens, compressed_base, swa_base, request, position)]
+    locals_, seq, gathered, comp_base, win_base, requests, positions = host
+    rows = torch.full(out_indices.shape, -1, dtype=torch.int64)
+    lens = torch.zeros(out_lens.shape, dtype=torch.int64)
+    for t, (r, p) in enumerate(zip(requests, positions)):
+        if r < 0:
+            continue
+        span = min((p + 1) // compress_ratio, topk, topk_indices.shape[1])
+        entries = seq[r] // compress_ratio
+        row = [comp_base[r] + e if 0 <= e < entries else -1 for e in locals_[t][:span]]
+        first_gathered = seq[r] - gathered[r]
+        for x in range(max(0, p - window_size + 1), p + 1):
+            row.append(win_base[r] + x - first_gathered if x >= first_gathered else -1)
+        rows[t, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        lens[t] = len(row)
+    out_indices.copy_(rows)
+    out_lens.copy_(lens)
+
+
+def window_slots(
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    page_size: int,
+    pages: int,
+    out_indices: torch.Tensor,
+    out_lens: torch.Tensor,
+) -> None:
+    """:func:`dsv4x.common.indices.window_slots` in torch."""
+    request, position = token_positions(query_start_loc, seq_lens, out_indices.shape[0])
+    width = out_indices.shape[1]
+    span = (position + 1).clamp_max(width)
+    offset = torch.arange(width, device=position.device)
+    local = torch.where(offset < span[:, None], (position - span + 1)[:, None] + offset, -1)
+    local_to_slots(local, request, position + 1, block_table, page_size, pages, out_indices)
+    out_lens.copy_(span)
+
+
+def local_to_slots(
+    local: torch.Tensor,
+    request: torch.Tensor,
+    limits: torch.Tensor,
+    block_table: torch.Tensor,
+    page_size: int,
+    pages: int,
+    out: torch.Tensor,
+) -> None:
+    """:func:`dsv4x.common.indices.local_to_slots` in torch."""
+    if block_table.numel() == 0:
+        out.fill_(-1)
+        return
+    local, request = local.long(), request.long()
+    column = local.div(page_size, rounding_mode="floor")
+    owned = (request >= 0) & (request < block_table.shape[0])
+    valid = owned[:, None] & (local >= 0) & (local < limits[:, None]) & (column < block_table.shape[1])
+    page = block_table.long()[torch.where(owned, request, 0)[:, None], torch.where(valid, column, 0)]
+    valid &= (page >= 0) & (page < pages)
+    out.copy_(torch.where(valid, page * page_size + local % page_size, -1))

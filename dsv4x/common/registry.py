@@ -1,0 +1,240 @@
+"""Kernels as records: what each needs, why it refuses, and which one is chosen.
+
+An op asks :func:`select` with a :class:`Problem`. Every kernel registered for the op answers
+``not_supported_reasons``; among those with none, the one with the lowest predicted time runs. A kernel asked for by
+name runs or raises: it never falls back.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .errors import BackendUnavailable, KernelNotSupported
+from .layouts import PagedCache
+from .platform import platform
+from .vendor import VendorLibrary
+
+KERNEL_NAMES = ("flash_mla", "triton", "aiter", "reference")
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """What a kernel may ask of a paged cache without seeing its bytes.
+
+    Attributes:
+        layout: the layout's name.
+        page_size: entries per page.
+        pages: pages in the pool.
+        page_stride: bytes from one page to the next.
+    """
+
+    layout: str
+    page_size: int
+    pages: int
+    page_stride: int
+
+    @classmethod
+    def of(cls, cache: PagedCache) -> CacheSpec:
+        return cls(cache.layout.name, cache.page_size, cache.pages, cache.page_stride)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of one op, as far as choosing its kernel goes.
+
+    Attributes:
+        op: the op's name, such as ``"sparse_mla_decode"``.
+        device: ``"cuda"`` (also on ROCm torch) or ``"cpu"``.
+        arch: ``"sm_90"``, ``"gfx942"``, ... or ``"cpu"``.
+        tokens: query tokens, or rows for cache and index ops.
+        heads: query heads on this rank; 0 where the op has none.
+        head_dim: values per head.
+        width: width of the (window) index rows.
+        extra_width: width of the extra index rows; 0 without an extra cache.
+        rows: workspace rows (``sparse_mla_prefill``).
+        caches: the caches read or written, the window's first.
+        interpreter: whether Triton runs in its interpreter (``TRITON_INTERPRET=1``).
+        capturing: whether the current stream is being captured into a graph.
+    """
+
+    op: str
+    device: str = "cuda"
+    arch: str = ""
+    tokens: int = 1
+    heads: int = 0
+    head_dim: int = 512
+    width: int = 0
+    extra_width: int = 0
+    rows: int = 0
+    caches: tuple[CacheSpec, ...] = ()
+    interpreter: bool = field(default_factory=lambda: os.environ.get("TRITON_INTERPRET") == "1")
+    capturing: bool = False
+
+    @classmethod
+    def on(cls, op: str, device: torch.device, **fields: Any) -> Problem:
+        """A problem on ``device`` and its current stream."""
+        if device.type != "cuda":
+            return cls(op, device.type, "cpu", **fields)
+        capturing = torch.cuda.is_current_stream_capturing()
+        return cls(op, device.type, platform.limits(device).arch, capturing=capturing, **fields)
+
+    @property
+    def attention_flops(self) -> float:
+        return 4.0 * self.tokens * self.heads * self.head_dim * (self.width + self.extra_width)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of one op, with its declared limits.
+
+    Attributes:
+        op, name: what it computes and what it is called by.
+        run: called with the op's checked arguments.
+        predicted_us: predicted microseconds for a problem; ranks the supported kernels.
+        library: the vendor library it needs, or None.
+        devices: torch device types it accepts.
+        archs: archs it runs on; empty for any.
+        layouts: cache layouts it reads; empty for any.
+        max_heads: most heads it takes; 0 where the op has none.
+        capture_safe: may run inside CUDA / HIP graph capture.
+        further_reasons: limits the fields above cannot say.
+    """
+
+    op: str
+    name: str
+    run: Callable[..., Any]
+    predicted_us: Callable[[Problem], float]
+    library: VendorLibrary | None = None
+    devices: tuple[str, ...] = ("cuda",)
+    archs: tuple[str, ...] = ()
+    layouts: tuple[str, ...] = ()
+    max_heads: int = 0
+    capture_safe: bool = True
+    further_reasons: Callable[[Problem], Iterable[str]] = lambda problem: ()
+
+    def not_supported_reasons(self, problem: Problem) -> list[str]:
+        """Every reason this kernel cannot run ``problem``, each naming what was seen and what is needed."""
+        reasons = []
+        if problem.device not in self.devices:
+            reasons.append(f"device is {problem.device}, need {' or '.join(self.devices)}")
+        elif self.archs and problem.arch not in self.archs:
+            reasons.append(f"arch is {problem.arch}, need {' or '.join(self.archs)}")
+        for cache in problem.caches:
+            if self.layouts and cache.layout not in self.layouts:
+                reasons.append(f"cache layout is {cache.layout}, need {' or '.join(self.layouts)}")
+        if self.max_heads and problem.heads > self.max_heads:
+            reasons.append(f"{problem.heads} heads, need <= {self.max_heads}")
+        if problem.capturing and not self.capture_safe:
+            reasons.append("a graph is being captured, and it synchronizes with the host")
+        reasons.extend(self.further_reasons(problem))
+        # Asked last: it may import the library, which the cheaper reasons can make pointless.
+        if self.library is not None and not reasons and self.library.reason:
+            reasons.append(self.library.reason)
+        return reasons
+
+
+_kernels: dict[str, dict[str, Kernel]] = {}
+_refused: dict[tuple[str, str], str] = {}
+
+
+def register(kernel: Kernel) -> None:
+    """Add a kernel to its op. A second one of the same op and name is a mistake."""
+    table = _kernels.setdefault(kernel.op, {})
+    if kernel.name in table:
+        raise ValueError(f"kernel {kernel.name} of {kernel.op} is registered already")
+    table[kernel.name] = kernel
+    select.cache_clear()
+
+
+def refuse(op: str, name: str, reason: str) -> None:
+    """Say why the backend has no kernel of this name for ``op``, where that is worth more than its absence."""
+    _refused[op, name] = reason
+
+
+def kernels(op: str) -> list[Kernel]:
+    """The kernels registered for ``op``, in order of registration."""
+    if op not in _kernels:
+        raise ValueError(f"op: got {op!r}, need one of {', '.join(sorted(_kernels))}")
+    return list(_kernels[op].values())
+
+
+def ops() -> list[str]:
+    """The ops that have kernels."""
+    return sorted(_kernels)
+
+
+def _absent(op: str, name: str) -> str:
+    return _refused.get((op, name), f"not on backend {platform.backend} ({platform.reason})")
+
+
+@functools.lru_cache(maxsize=4096)
+def select(problem: Problem, kernel: str | None = None) -> Kernel:
+    """The kernel that runs ``problem``: the named one, or the supported one with the lowest predicted time.
+
+    Raises:
+        ValueError: ``kernel`` is no kernel's name.
+        KernelNotSupported: the named kernel (or every kernel) refuses; the message lists all reasons.
+        BackendUnavailable: the named kernel's library cannot be used; the original exception is the cause.
+    """
+    if kernel is not None:
+        if kernel not in KERNEL_NAMES:
+            raise ValueError(f"kernel: got {kernel!r}, need one of {', '.join(KERNEL_NAMES)} or None")
+        record = _kernels[problem.op].get(kernel)
+        reasons = [_absent(problem.op, kernel)] if record is None else record.not_supported_reasons(problem)
+        if record is not None and not reasons:
+            return record
+        if record is not None and record.library is not None and reasons == [record.library.reason]:
+            try:
+                record.library.load()
+            except BackendUnavailable as error:
+                raise BackendUnavailable(f"kernel={kernel!r} of {problem.op}: {error}") from error.__cause__
+        raise KernelNotSupported(f"kernel={kernel!r} cannot run {problem.op}: {'; '.join(reasons)}", {kernel: reasons})
+    explanation = explain(problem)
+    if explanation.chosen is None:
+        raise KernelNotSupported(f"no kernel can run this problem\n{explanation}", explanation.reasons)
+    return _kernels[problem.op][explanation.chosen]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which kernel runs a problem and why the others do not.
+
+    Attributes:
+        problem: what was asked.
+        chosen: the kernel's name, or None when every one refuses.
+        reasons: kernel name -> its reasons; empty for the supported.
+        predicted_us: kernel name -> predicted microseconds, for the supported.
+    """
+
+    problem: Problem
+    chosen: str | None
+    reasons: dict[str, list[str]]
+    predicted_us: dict[str, float]
+
+    def __str__(self) -> str:
+        lines = [f"{self.problem.op} on {self.problem.arch or self.problem.device}"]
+        for name, reasons in self.reasons.items():
+            if reasons:
+                state = "refused: " + "; ".join(reasons)
+            else:
+                state = f"{'chosen' if name == self.chosen else 'slower'}, predicted {self.predicted_us[name]:.0f} us"
+            lines.append(f"  {name:<10} {state}")
+        return "\n".join(lines)
+
+
+def explain(problem: Problem) -> Explanation:
+    """Every kernel of ``problem.op``: the one that would run, and the others' reasons or predicted times.
+
+    Raises ValueError when the op has no kernels.
+    """
+    reasons = {k.name: k.not_supported_reasons(problem) for k in kernels(problem.op)}
+    for name in KERNEL_NAMES:
+        reasons.setdefault(name, [_absent(problem.op, name)])
+    predicted = {k.name: k.predicted_us(problem) for k in kernels(problem.op) if not reasons[k.name]}
+    return Explanation(problem, min(predicted, key=predicted.__getitem__, default=None), reasons, predicted)

@@ -1,0 +1,115 @@
+"""A vendor library as dsv4x sees it: found or not, which distribution, and the real reason when it fails.
+
+Libraries are imported on first use, not when dsv4x is: some compile, probe or create a context when imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+from types import ModuleType
+from typing import Any
+
+from .errors import BackendUnavailable
+
+
+class VendorLibrary:
+    """One importable library.
+
+    Args:
+        module: import name.
+        distributions: the distributions that provide the right one, first found wins.
+        wrong: distribution -> what it really is, for look-alikes that take the same import name.
+        attributes: names the imported module must have; a look-alike or another API generation lacks them.
+        hint: how to get it.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        distributions: tuple[str, ...],
+        *,
+        wrong: dict[str, str] | None = None,
+        attributes: tuple[str, ...] = (),
+        hint: str,
+    ):
+        self.module, self.distributions, self.wrong, self.attributes, self.hint = (
+            module,
+            distributions,
+            wrong or {},
+            attributes,
+            hint,
+        )
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[ModuleType | None, str | None, BaseException | None]:
+        if not self._found:
+            return None, f"{self.module} is not installed ({self.hint})", None
+        distribution, _ = self.distribution
+        if distribution in self.wrong:
+            return None, f"{self.module} here is {self.wrong[distribution]}; {self.hint}", None
+        try:
+            module = importlib.import_module(self.module)
+        except Exception as error:  # a vendor wheel may fail in any way; the reason is kept, not hidden
+            return None, f"import {self.module} failed: {type(error).__name__}: {error}", error
+        lacking = [name for name in self.attributes if not hasattr(module, name)]
+        if lacking:
+            return None, f"{self.module} at {self.path} has no {', '.join(lacking)}; {self.hint}", None
+        return module, None, None
+
+    @functools.cached_property
+    def _spec(self) -> Any:
+        try:
+            return importlib.util.find_spec(self.module)
+        except (ImportError, ValueError):
+            return None
+
+    @property
+    def _found(self) -> bool:
+        return self._spec is not None
+
+    @functools.cached_property
+    def distribution(self) -> tuple[str | None, str | None]:
+        """(distribution name, version) that provides the import name, or (None, None)."""
+        for name in (*self.distributions, *self.wrong):
+            try:
+                return name, importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return None, None
+
+    @property
+    def path(self) -> str | None:
+        """Where the import system finds it, whether or not it imports."""
+        if not self._found:
+            return None
+        return self._spec.origin or next(iter(self._spec.submodule_search_locations or []), None)
+
+    @property
+    def reason(self) -> str | None:
+        """Why it cannot be used, or None. Imports the library on first use."""
+        return self._loaded[1]
+
+    def load(self) -> ModuleType:
+        """The module. Raises BackendUnavailable, from the original exception, when it cannot be used."""
+        module, reason, error = self._loaded
+        if module is None:
+            raise BackendUnavailable(reason or "") from error
+        return module
+
+    def describe(self) -> dict[str, Any]:
+        """What ``python -m dsv4x info`` shows."""
+        name, version = self.distribution
+        return {
+            "module": self.module,
+            "distribution": name,
+            "version": version,
+            "path": self.path,
+            "usable": self.reason is None,
+            "reason": self.reason,
+        }
+
+
+TRITON = VendorLibrary("triton", ("triton", "pytorch-triton-rocm", "pytorch-triton"), hint="pip install triton")

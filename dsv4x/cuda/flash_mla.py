@@ -1,0 +1,280 @@
+"""FlashMLA on SM90 and SM100: its limits met here, so that they never reach the caller.
+
+Read from FlashMLA 9241ae3 and the ``sgl-flash-mla`` 1.0.0 wheel, and measured on an H200:
+64 or 128 heads; index widths in multiples of 64 (decode) and 128 (prefill); int32 indices of which only -1 is invalid
+(decode); at least one token, page and row; a scheduler kernel whose shared memory grows with the batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..common import layouts
+from ..common.layouts import PagedCache
+from ..common.platform import platform
+from ..common.registry import Kernel, Problem, register
+from ..common.vendor import TRITON, VendorLibrary
+
+FLASH_MLA = VendorLibrary(
+    "flash_mla",
+    ("sgl-flash-mla", "flash-mla", "flash_mla"),
+    attributes=("flash_mla_with_kvcache", "flash_mla_sparse_fwd", "get_mla_metadata"),
+    hint="pip install sgl-flash-mla",
+)
+
+ARCHS = ("sm_90", "sm_100", "sm_103")
+HEADS = (64, 128)
+DECODE_WIDTH = 64
+PREFILL_WIDTH = 128
+SM100_PAGE_ALIGNMENT = 576
+
+# FlashMLA holds one float32 partial output a token and head; this bounds that buffer to 1 GiB.
+_MAX_PARTIAL_ELEMENTS = 1 << 28
+
+
+def scheduler_limit(shared_memory: int) -> int:
+    """The largest batch whose scheduler kernel fits ``shared_memory`` bytes: it takes 4 * (5 * batch + 1).
+
+    The ``sgl-flash-mla`` wheel takes less and falls back to a slower kernel above; upstream ends the process.
+    """
+    return (shared_memory // 4 - 1) // 5
+
+
+def max_batch(heads: int, shared_memory: int) -> int:
+    """Tokens one decode call may take: the scheduler's limit and the partial outputs' memory."""
+    return min(scheduler_limit(shared_memory), _MAX_PARTIAL_ELEMENTS // (heads * 512))
+
+
+def _entry(name: str) -> tuple[Callable[..., Any], dict[str, bool]]:
+    """An entry point, and what it takes to reach the V4 kernels: newer wheels moved them behind ``use_legacy``."""
+    module: ModuleType = FLASH_MLA.load()
+    function = getattr(module, name)
+    return function, {"use_legacy": True} if "use_legacy" in inspect.signature(function).parameters else {}
+
+
+def _wheel_reasons(problem: Problem) -> list[str]:
+    """What the installed build lacks. Only asked where a GPU could run it."""
+    if problem.device != "cuda" or problem.arch not in ARCHS or FLASH_MLA.reason is not None:
+        return []
+    module = FLASH_MLA.load()
+    parameters = inspect.signature(module.flash_mla_with_kvcache).parameters
+    if "extra_k_cache" not in parameters:
+        return [f"flash_mla at {FLASH_MLA.path} has no extra_k_cache: it predates DeepSeek-V4"]
+    if "use_legacy" in parameters:
+        if not module.has_legacy():
+            return [f"flash_mla at {FLASH_MLA.path} was built without its legacy kernels, which read DSv4 pages"]
+    elif "enable_batch_invariant" in parameters:
+        return [f"flash_mla at {FLASH_MLA.path} is upstream's 2026.09.30 release or later, which dropped DSv4 pages"]
+    return []
+
+
+def _decode_reasons(problem: Problem) -> list[str]:
+    reasons = _wheel_reasons(problem)
+    for cache in problem.caches:
+        if cache.pages < 1:
+            reasons.append("cache has 0 pages, need >= 1")
+        if cache.pages * cache.page_size > 2**31 - 1:
+            reasons.append(f"cache has {cache.pages * cache.page_size} slots, need < 2**31")
+        if problem.arch != "sm_90" and cache.page_stride % SM100_PAGE_ALIGNMENT:
+            reasons.append(f"page stride is {cache.page_stride}, need a multiple of {SM100_PAGE_ALIGNMENT} on SM100")
+    return reasons + _triton_missing()
+
+
+def _prefill_reasons(problem: Problem) -> list[str]:
+    reasons = _wheel_reasons(problem)
+    if problem.rows < 1:
+        reasons.append("workspace has 0 rows, need >= 1")
+    return reasons + _triton_missing()
+
+
+def _triton_missing() -> list[str]:
+    return [f"its index pass needs triton: {TRITON.reason}"] if TRITON.reason else []
+
+
+def _pad_heads(q: torch.Tensor, attn_sink: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    heads = q.shape[1]
+    padded = next(h for h in HEADS if heads <= h)
+    if padded == heads:
+        return q, attn_sink
+    q = torch.nn.functional.pad(q, (0, 0, 0, padded - heads))
+    return q, None if attn_sink is None else torch.nn.functional.pad(attn_sink, (0, padded - heads))
+
+
+def _deliver(
+    values: torch.Tensor, lse: torch.Tensor, heads: int, out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Drop padded heads; results are contiguous or in the caller's buffer."""
+    values, lse = values[:, :heads], lse[:, :heads].contiguous()
+    if out is None:
+        return values.contiguous(), lse
+    return out.copy_(values), lse
+
+
+def _servers_view(cache: PagedCache) -> torch.Tensor:
+    entry = cache.layout.entry_bytes
+    return cache.page_bytes.view(cache.pages, cache.page_size, 1, entry)
+
+
+def _indices_for(
+    indices: torch.Tensor, lens: torch.Tensor | None, capacity: int, multiple: int, trusted: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Indices as FlashMLA may have them: its own width, int32, and nothing but -1 or in range."""
+    ready = indices.dtype == torch.int32 and indices.shape[1] > 0 and indices.shape[1] % multiple == 0
+    if trusted and ready and (lens is None or (lens.dtype == torch.int32 and lens.is_contiguous())):
+        return indices, lens
+    from ..common.kernels.indices import sanitize_indices
+
+    return sanitize_indices(indices, lens, capacity, multiple)
+
+
+def decode(
+    q: torch.Tensor,
+    swa_cache: PagedCache,
+    swa_indices: torch.Tensor,
+    swa_lens: torch.Tensor | None,
+    extra_cache: PagedCache | None,
+    extra_indices: torch.Tensor | None,
+    extra_lens: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    softmax_scale: float,
+    out: torch.Tensor | None,
+    *,
+    trusted_indices: bool = False,
+    schedule: dict[Any, Any] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``flash_mla_with_kvcache``, batches past its limits split. Arguments as in :func:`dsv4x.sparse_mla_decode`."""
+    function, options = _entry("flash_mla_with_kvcache")
+    heads = q.shape[1]
+    q, attn_sink = _pad_heads(q, attn_sink)
+    indices, lens = _indices_for(swa_indices, swa_lens, swa_cache.capacity, DECODE_WIDTH, trusted_indices)
+    extra_view = e_indices = e_lens = None
+    if extra_cache is not None and extra_indices is not None:
+        extra_view = _servers_view(extra_cache)
+        e_indices, e_lens = _indices_for(
+            extra_indices, extra_lens, extra_cache.capacity, DECODE_WIDTH, trusted_indices
+        )
+    step = max_batch(q.shape[1], platform.limits(q.device).shared_memory)
+    parts = []
+    for start in range(0, q.shape[0], step):
+        rows = slice(start, start + step)
+        part = q[rows]
+        values, lse = function(
+            part[:, None],
+            _servers_view(swa_cache),
+            None,
+            None,
+            q.shape[2],
+            _scheduler(schedule, part, swa_cache, indices, extra_cache, e_indices, start),
+            None,
+            softmax_scale,
+            False,
+            True,
+            indices[rows, None],
+            attn_sink,
+            extra_view,
+            None if e_indices is None else e_indices[rows, None],
+            None if lens is None else lens[rows],
+            None if e_lens is None else e_lens[rows],
+            **options,
+        )
+        parts.append((values[:, 0], lse[:, :, 0]))
+    if len(parts) == 1:
+        return _deliver(*parts[0], heads, out)
+    if out is None:
+        out = torch.empty(q.shape[0], heads, q.shape[2], dtype=q.dtype, device=q.device)
+    lses = [
+        _deliver(values, lse, heads, out[i * step : i * step + values.shape[0]])[1]
+        for i, (values, lse) in enumerate(parts)
+    ]
+    return out, torch.cat(lses)
+
+
+def _scheduler(
+    schedule: dict[Any, Any] | None,
+    q: torch.Tensor,
+    swa_cache: PagedCache,
+    indices: torch.Tensor,
+    extra_cache: PagedCache | None,
+    extra_indices: torch.Tensor | None,
+    start: int,
+) -> Any:
+    """FlashMLA's scheduler object, which it fills on first use and checks for shapes but not for lengths.
+
+    It is shared only through a ``schedule`` whose lifetime is its lengths', under all the shapes it depends on. Under
+    graph capture each call fills its own, so that a replay recomputes it from the lengths it then finds.
+    """
+    metadata = FLASH_MLA.load().get_mla_metadata
+    if schedule is None or torch.cuda.is_current_stream_capturing():
+        return metadata()[0]
+    key = (
+        "flash_mla",
+        start,
+        q.shape,
+        q.device,
+        swa_cache.page_size,
+        indices.shape[1],
+        None if extra_cache is None else extra_cache.page_size,
+        None if extra_indices is None else extra_indices.shape[1],
+    )
+    if key not in schedule:
+        schedule[key] = metadata()[0]
+    return schedule[key]
+
+
+def prefill(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    lens: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    softmax_scale: float,
+    out: torch.Tensor | None,
+    *,
+    trusted_indices: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``flash_mla_sparse_fwd``. Arguments as in :func:`dsv4x.sparse_mla_prefill`."""
+    function, options = _entry("flash_mla_sparse_fwd")
+    heads = q.shape[1]
+    q, attn_sink = _pad_heads(q, attn_sink)
+    indices, lens = _indices_for(indices, lens, kv.shape[0], PREFILL_WIDTH, trusted_indices)
+    values, _, lse = function(
+        q, kv[:, None], indices[:, None], softmax_scale, q.shape[2], attn_sink, lens, **options
+    )
+    return _deliver(values, lse, heads, out)
+
+
+# Medians on an H200: a floor for the launches, and the rate long batches reach.
+def _decode_us(problem: Problem) -> float:
+    return 17.0 + _padded_flops(problem) / 300e6
+
+
+def _prefill_us(problem: Problem) -> float:
+    return 20.0 + _padded_flops(problem) / 480e6
+
+
+def _padded_flops(problem: Problem) -> float:
+    padded = next(h for h in HEADS if problem.heads <= h)
+    return problem.attention_flops * padded / max(problem.heads, 1)
+
+
+def register_kernels() -> None:
+    shared = {"library": FLASH_MLA, "archs": ARCHS, "max_heads": HEADS[-1]}
+    register(
+        Kernel(
+            "sparse_mla_decode",
+            "flash_mla",
+            decode,
+            _decode_us,
+            layouts=(layouts.DSV4.name,),
+            further_reasons=_decode_reasons,
+            **shared,
+        )
+    )
+    register(
+        Kernel("sparse_mla_prefill", "flash_mla", prefill, _prefill_us, further_reasons=_prefill_reasons, **shared)
+    )

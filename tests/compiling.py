@@ -1,0 +1,162 @@
+"""Compile every Triton kernel of dsv4x for a GPU that is not here, with the constants its launcher would pass."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from dataclasses import dataclass, field
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import dsv4x.common.kernels as kernels_package
+from dsv4x import layouts
+from dsv4x.common.kernels import cache, config, decode, indices, prefill
+from dsv4x.common.kernels.entries import layout_constexprs
+
+TARGETS = {
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+}
+SHARED_LIMIT = {
+    "gfx942": 64 * 1024,
+    "gfx950": 160 * 1024,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+}
+
+POINTERS = {
+    "cache_ptr": "*u8",
+    "swa_ptr": "*u8",
+    "extra_ptr": "*u8",
+    "slots_ptr": "*i64",
+    "q_ptr": "*bf16",
+    "k_ptr": "*bf16",
+    "kv_ptr": "*bf16",
+    "sink_ptr": "*fp32",
+    "lse_ptr": "*fp32",
+    "partial_ptr": "*fp32",
+    "partial_lse_ptr": "*fp32",
+}
+SCALARS = {"scale": "fp32"}
+ATTENTION_OUT = {"out_ptr": "*bf16"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation: a kernel, its constants, launch options by arch, and types its names do not imply."""
+
+    kernel: triton.JITFunction
+    constants: dict[str, object]
+    options: dict[str, int] = field(default_factory=lambda: {"num_warps": 4})
+    types: dict[str, str] = field(default_factory=dict)
+    arch: str | None = None
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.__name__}{self.label}"
+
+
+def cases(arch: str) -> list[Case]:
+    """Every kernel, and every configuration of the attention kernels, that ``arch`` would launch."""
+    found = []
+    for layout in (layouts.DSV4, layouts.DSV32):
+        shared = layout_constexprs(layout)
+        label = f"[{layout.name}]"
+        found += [
+            Case(
+                cache.dequantize_kernel,
+                {"BLOCK_N": cache.DEQUANTIZE_ROWS, "BLOCK_D": triton.next_power_of_2(layout.head_dim), **shared},
+                types={"out_ptr": "*bf16"},
+                label=label,
+            ),
+            Case(
+                cache.quantize_insert_kernel,
+                {
+                    "MIN_SCALE_BYTE": layout.min_scale_byte,
+                    "BLOCK_D": triton.next_power_of_2(layout.nope_dim),
+                    **shared,
+                },
+                label=label,
+            ),
+        ]
+    integers = {"lens_ptr": "*i32", "out_ptr": "*i32"}
+    found += [
+        Case(indices.window_slots_kernel, {"BLOCK": 128}, {"num_warps": 1}, integers),
+        Case(indices.local_to_slots_kernel, {"BLOCK": 512}, types=integers),
+        Case(indices.combine_kernel, {"BLOCK": 512}, types=integers),
+        Case(indices.sanitize_kernel, {"BLOCK": 512, "HAS_LENS": True}, types=integers),
+        Case(decode.reduce_kernel, {"HEAD_DIM": 512, "HAS_SINK": True}, types=ATTENTION_OUT),
+    ]
+    for heads in (8, 64):
+        shape = config.attention_config(arch, heads)
+        block = {"BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k, "HEAD_DIM": 512, "HAS_SINK": True}
+        found.append(
+            Case(
+                prefill.prefill_kernel, {**block, "HAS_LENS": True}, shape.options, ATTENTION_OUT, label=f"[H={heads}]"
+            )
+        )
+        for split in (False, True):
+            flags = {"HAS_SWA_LENS": True, "HAS_EXTRA": True, "HAS_EXTRA_LENS": True, "SPLIT": split}
+            found.append(
+                Case(
+                    decode.decode_kernel,
+                    {**block, **flags, **layout_constexprs(layouts.DSV4)},
+                    shape.options,
+                    ATTENTION_OUT,
+                    label=f"[H={heads},split={split}]",
+                )
+            )
+    return found
+
+
+def launchable_kernels() -> set[str]:
+    """Names of the kernels launchers launch: the jit functions called ``*_kernel``."""
+    names = set()
+    for module in pkgutil.iter_modules(kernels_package.__path__):
+        loaded = importlib.import_module(f"{kernels_package.__name__}.{module.name}")
+        for name, value in vars(loaded).items():
+            if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
+                names.add(name)
+    return names
+
+
+def compile_case(case: Case, arch: str) -> triton.compiler.CompiledKernel:
+    """Compile with pointers and strides 16-byte aligned, as the ops' checks leave them."""
+    signature = {}
+    attributes = {}
+    for position, name in enumerate(case.kernel.arg_names):
+        if name in case.constants:
+            signature[name] = "constexpr"
+            continue
+        default = "*i32" if name.endswith("_ptr") else "i32"
+        signature[name] = case.types.get(name) or POINTERS.get(name) or SCALARS.get(name, default)
+        if name.endswith("_ptr") or name.endswith(("_stride", "_stride_t", "_stride_h")):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(case.kernel, signature, dict(case.constants), attributes)
+    return triton.compile(source, target=TARGETS[arch], options=dict(case.options))
+
+
+def amd_report(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
+    """VGPRs, AGPRs, spills and MFMA instructions, read from the assembly."""
+    text = compiled.asm["amdgcn"]
+
+    def field_of(name: str) -> int:
+        match = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert match is not None, f"no .{name} in the assembly"
+        return int(match.group(1))
+
+    return {
+        "lds": compiled.metadata.shared,
+        "vgpr": field_of("vgpr_count"),
+        "agpr": field_of("agpr_count"),
+        "spills": field_of("vgpr_spill_count"),
+        "mfma": len(re.findall(r"^\s*v_mfma_", text, re.M)),
+    }
