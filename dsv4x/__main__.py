@@ -1,0 +1,106 @@
+"""``python -m dsv4x info | demo``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import Problem, __version__, cuda, demo, platform, rocm
+from .common.registry import KERNEL_NAMES, explain, ops
+from .common.vendor import TRITON
+
+
+def collect(self_test: bool) -> dict[str, Any]:
+    """Everything ``info`` shows, each probe guarded so that one failure hides no other."""
+    facts: dict[str, Any] = {
+        "dsv4x": __version__,
+        "torch": torch.__version__,
+        "backend": platform.backend,
+        "reason": platform.reason,
+        "vendor": platform.vendor,
+    }
+    device = torch.device("cpu" if platform.backend == "reference" else "cuda")
+    try:
+        limits = platform.limits()
+        facts["device"] = vars(limits)
+        arch = limits.arch
+    except Exception as error:
+        facts["device"] = {"error": f"{type(error).__name__}: {error}"}
+        arch = ""
+    facts["libraries"] = [library.describe() for library in (TRITON, *cuda.LIBRARIES, *rocm.LIBRARIES)]
+    facts["kernels"] = {}
+    for op in ops():
+        attention = op in ("sparse_mla_decode", "sparse_mla_prefill")
+        problem = Problem(
+            op, device.type, arch, tokens=128, heads=64 * attention, width=128, extra_width=512, rows=65536
+        )
+        explanation = explain(problem)
+        facts["kernels"][op] = {
+            name: {"reasons": explanation.reasons[name], "chosen": name == explanation.chosen} for name in KERNEL_NAMES
+        }
+    if self_test:
+        facts["self_test"] = run_self_test(device)
+    return facts
+
+
+def run_self_test(device: torch.device) -> dict[str, Any]:
+    """One small C4 layer through both paths, against the dense oracle."""
+    try:
+        layer = demo.Layer(4, 8, topk=64, device=device)
+        sequences = [layer.sequence(demo.tokens_of("dsv4x self test ", n, device)) for n in (200, 40)]
+        outcomes = {path: demo.serve_and_check(layer, sequences, path=path) for path in ("direct", "gathered")}
+    except Exception as error:
+        return {"passed": False, "error": f"{type(error).__name__}: {error}"}
+    return {
+        "passed": all(outcome.passed for outcome in outcomes.values()),
+        "relative_error": {path: outcome.error for path, outcome in outcomes.items()},
+    }
+
+
+def print_info(facts: dict[str, Any]) -> None:
+    print(f"dsv4x {facts['dsv4x']}, torch {facts['torch']}")
+    print(f"backend {facts['backend']}: {facts['reason']}")
+    print("device  " + ", ".join(f"{key} {value}" for key, value in facts["device"].items()))
+    print("\nlibraries")
+    for library in facts["libraries"]:
+        found = f"{library['distribution'] or '-'} {library['version'] or ''}".strip()
+        print(f"  {library['module']:<10} {found:<28} {library['reason'] or 'usable'}")
+        if library["path"]:
+            print(f"  {'':<10} {library['path']}")
+    print("\nkernels (128 tokens, 64 heads)")
+    for op, table in facts["kernels"].items():
+        print(f"  {op}")
+        for name, state in table.items():
+            verdict = "chosen" if state["chosen"] else "; ".join(state["reasons"]) or "supported"
+            print(f"    {name:<10} {verdict}")
+    if "self_test" in facts:
+        print(f"\nself test: {'passed' if facts['self_test']['passed'] else 'FAILED'} {facts['self_test']}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dsv4x", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    info = commands.add_parser("info", help="platform, vendor libraries, and each kernel with its reasons")
+    info.add_argument("--json", action="store_true", help="as one JSON object")
+    info.add_argument("--self-test", action="store_true", help="also run one checked step; exit 1 when it fails")
+    show = commands.add_parser("demo", help="a DSv4-shaped layer over a text, served from paged caches and checked")
+    show.add_argument("--text", type=Path, default=demo.DEFAULT_TEXT, help="text whose bytes are the tokens")
+    show.add_argument("--tokens", type=int, help="use at most this many tokens (default 4096 on a GPU, 768 on a CPU)")
+    show.add_argument("--heads", type=int, help="query heads (default 64 on a GPU, 8 on a CPU)")
+    show.add_argument("--topk", type=int, default=512, help="compressed entries a C4 query reads (default 512)")
+    show.add_argument("--kernel", choices=KERNEL_NAMES, help="run this attention kernel or fail (default: the chosen)")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "demo":
+        return demo.main(arguments)
+    facts = collect(arguments.self_test)
+    print(json.dumps(facts, indent=2)) if arguments.json else print_info(facts)
+    return int(not facts.get("self_test", {"passed": True})["passed"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
