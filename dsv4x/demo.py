@@ -61,7 +61,7 @@ class PagedServer:
         shuffle.shuffle(pages)
         cache = PagedCache.zeros(len(pages), layouts.DSV4, page_size, self.device)
         # Bytes nobody stored are NaN: an entry read by mistake cannot go unseen.
-        cache.data.fill_(0x7F)
+        cache.data.fill_(0xFF)
         garbage = (-(2**31), -7, 10**6, 2**31 - 1)
         table = [[pages.pop() for _ in range(n)] for n in needed]
         width = max(needed) + 2

@@ -1,0 +1,134 @@
+"""Shared fixtures: kernels and devices to run on, poisoned scratch memory, caches full of garbage."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dsv4x
+from dsv4x import layouts
+
+# pytest's importlib mode puts nothing on sys.path; the helper modules beside the tests are imported by name.
+sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("tolerances", "slow")
+
+POISON = {torch.uint8: 0xFF, torch.int32: 0x5A5A5A5A, torch.int64: 0x5A5A5A5A5A5A5A5A}
+
+_interpreter, _gpu = pytest.mark.interpreter, pytest.mark.gpu
+PORTABLE = [
+    pytest.param(("reference", "cpu"), id="reference-cpu"),
+    pytest.param(("triton", "cpu"), id="triton-cpu", marks=_interpreter),
+    pytest.param(("reference", "cuda"), id="reference-cuda", marks=_gpu),
+    pytest.param(("triton", "cuda"), id="triton-cuda", marks=_gpu),
+]
+FLASH_MLA = pytest.param(("flash_mla", "cuda"), id="flash_mla-cuda", marks=_gpu)
+
+
+def pytest_collection_modifyitems(items):
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="no GPU"))
+        elif item.get_closest_marker("interpreter") and not interpreting:
+            item.add_marker(pytest.mark.skip(reason="TRITON_INTERPRET is not 1"))
+
+
+def _poison(tensor):
+    if tensor.dtype.is_floating_point:
+        return tensor.fill_(float("nan"))
+    return tensor.fill_(POISON[tensor.dtype]) if tensor.dtype in POISON else tensor
+
+
+@pytest.fixture(autouse=True)
+def poisoned_scratch(monkeypatch):
+    """Whatever a kernel forgets to write shows as NaN or as a huge index, instead of as a lucky zero."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: _poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _poison(empty_like(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: _poison(new_empty(*a, **k)))
+
+
+@pytest.fixture(autouse=True)
+def unchecked(monkeypatch):
+    """Value checks are off unless a test turns them on."""
+    monkeypatch.delenv("DSV4X_CHECK", raising=False)
+
+
+@pytest.fixture(params=PORTABLE)
+def kernel_device(request):
+    """(kernel, device) for ops every backend has."""
+    return request.param
+
+
+@pytest.fixture(params=[*PORTABLE, FLASH_MLA])
+def attention_kernel_device(request):
+    """(kernel, device) for the attention ops."""
+    kernel, _ = request.param
+    if kernel == "flash_mla":
+        if dsv4x.platform.backend != "cuda":
+            pytest.skip(f"backend is {dsv4x.platform.backend}: {dsv4x.platform.reason}")
+        from dsv4x.cuda.flash_mla import ARCHS
+        from dsv4x.cuda.flash_mla import FLASH_MLA as library
+
+        if dsv4x.platform.arch not in ARCHS or library.reason:
+            pytest.skip(library.reason or f"arch is {dsv4x.platform.arch}")
+    return request.param
+
+
+@pytest.fixture
+def rng():
+    return torch.Generator().manual_seed(20260930)
+
+
+@pytest.fixture
+def make_cache(rng):
+    """A cache of random bytes (so nearly every entry holds NaN codes) with live entries at random slots.
+
+    ``spread`` is stride(0) in pages: more than one leaves other bytes between a cache's pages.
+    """
+
+    def make(pages, page_size, live, layout=layouts.DSV4, device="cpu", spread=1):
+        stride = -(-layout.page_stride(page_size) // 16) * 16
+        block = torch.randint(0, 256, (pages, spread, stride), dtype=torch.uint8, generator=rng)
+        cache = dsv4x.PagedCache(block[:, spread // 2], layout, page_size)
+        slots = torch.randperm(cache.capacity, generator=rng)[:live]
+        k = torch.randn(live, layout.head_dim, generator=rng) * 2.0 ** torch.randint(-2, 2, (live, 1), generator=rng)
+        dsv4x.quantize_and_insert_k_cache(k.bfloat16(), cache, slots, kernel="reference")
+        return on_device(cache, device), slots
+
+    return make
+
+
+def on_device(value, device):
+    """The same tensors and caches on ``device``, strides kept: caches move with the bytes between their pages."""
+    if isinstance(value, dsv4x.PagedCache):
+        data = value.data
+        if str(data.device) == str(device):
+            return value
+        raw = data.new_empty(0).set_(data.untyped_storage()).to(device)
+        data = raw.as_strided(data.shape, data.stride(), data.storage_offset())
+        return dsv4x.PagedCache(data, value.layout, value.page_size)
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: on_device(v, device) for key, v in value.items()}
+    return value
+
+
+@pytest.fixture(name="on_device")
+def on_device_fixture():
+    return on_device
+
+
+@pytest.fixture
+def index_rows(rng):
+    """int32 ``[tokens, width]`` drawn from ``live`` slots, with -1 holes anywhere."""
+
+    def rows(live, tokens, width, holes=0.2):
+        picked = live[torch.randint(len(live), (tokens, width), generator=rng)].int()
+        return picked.masked_fill(torch.rand(tokens, width, generator=rng) < holes, -1)
+
+    return rows

@@ -1,0 +1,208 @@
+"""Both vendors' paths on a real GPU against the oracle, within FlashMLA's own test tolerances, over random problems."""
+
+import random
+
+import pytest
+import torch
+
+import dsv4x
+from dsv4x import PagedCache, layouts, platform, reference
+from tolerances import check_decode, check_prefill
+
+pytestmark = pytest.mark.gpu
+
+KERNELS = ["triton", "flash_mla"]
+TOKENS = [1, 2, 17, 128, 1000, 4097, 20000]
+HEADS = [8, 16, 20, 32, 64, 100, 128]
+PAGE_SIZES = [2, 61, 64, 256]
+
+
+def random_pool(entries, page_size, generator):
+    """A cache whose unreferenced entries are NaN in every byte, and the slots that hold values."""
+    pages = -(-entries // page_size) + 2
+    stride = layouts.DSV4.page_stride(page_size) * generator.choice([1, 2])
+    data = torch.full((pages, stride), 0xFF, dtype=torch.uint8, device="cuda")
+    cache = PagedCache(data, layouts.DSV4, page_size)
+    slots = torch.randperm(cache.capacity, device="cuda")[:entries]
+    k = (torch.randn(entries, 512, device="cuda") / 10).clamp(-1, 1).bfloat16()
+    dsv4x.quantize_and_insert_k_cache(k, cache, slots)
+    return cache, slots
+
+
+def random_rows(tokens, width, values, device="cuda"):
+    """Index rows with holes, all-hole rows and empty spans, and garbage past each span."""
+    indices = values[torch.randint(0, len(values), (tokens, width), device=device)].int()
+    indices[torch.rand(tokens, width, device=device) < 0.1] = -1
+    indices[torch.rand(tokens, device=device) < 0.05] = -1
+    lens = torch.randint(0, width + 1, (tokens,), device=device, dtype=torch.int32)
+    lens[torch.rand(tokens, device=device) < 0.1] = 0
+    lens[torch.rand(tokens, device=device) < 0.3] = width
+    past = torch.arange(width, device=device) >= lens[:, None]
+    return torch.where(past & (indices % 2 == 0), 2**31 - 1, indices), lens
+
+
+def random_sink(heads):
+    sink = torch.randn(heads, device="cuda")
+    chance = torch.randn(heads, device="cuda")
+    sink[chance > 0.8] = torch.inf
+    sink[chance < -0.8] = -torch.inf
+    return sink
+
+
+def random_q(tokens, heads):
+    return torch.randn(tokens, heads, 512, device="cuda").clamp(-1, 1).bfloat16()
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_decode_agrees_with_the_oracle(seed):
+    torch.manual_seed(seed)
+    choose = random.Random(seed)
+    tokens, heads = TOKENS[seed % len(TOKENS)], choose.choice(HEADS if seed % len(TOKENS) < 6 else [8, 64])
+    swa, swa_slots = random_pool(3000, choose.choice(PAGE_SIZES), choose)
+    q, sink = random_q(tokens, heads), choose.choice([None, random_sink(heads)])
+    arguments = [swa, *random_rows(tokens, choose.choice([64, 100, 128]), swa_slots)]
+    if seed % 3:
+        extra, extra_slots = random_pool(9000, choose.choice(PAGE_SIZES), choose)
+        arguments += [extra, *random_rows(tokens, choose.choice([1, 96, 512, 1024]), extra_slots)]
+    else:
+        arguments += [None, None, None]
+    expected, expected_lse = reference.sparse_mla_decode(q, *arguments, sink)
+    for kernel in KERNELS:
+        out = torch.full((tokens, heads, 512), torch.nan, dtype=torch.bfloat16, device="cuda")
+        out, lse = dsv4x.sparse_mla_decode(q, *arguments, sink, out=choose.choice([None, out]), kernel=kernel)
+        check_decode(out, lse, expected, expected_lse)
+
+
+@pytest.mark.parametrize("seed", range(21))
+def test_prefill_agrees_with_the_oracle(seed):
+    torch.manual_seed(100 + seed)
+    choose = random.Random(seed)
+    tokens, heads = TOKENS[seed % len(TOKENS)], choose.choice(HEADS if seed % len(TOKENS) < 6 else [8, 64])
+    q, sink = random_q(tokens, heads) / 10, choose.choice([None, random_sink(heads)])
+    kv = (torch.randn(5000, 512, device="cuda") / 10).bfloat16()
+    rows = torch.randperm(5000, device="cuda")[:4000]
+    unreferenced = torch.ones(5000, dtype=torch.bool, device="cuda")
+    unreferenced[rows] = False
+    kv[unreferenced] = torch.nan
+    indices, lens = random_rows(tokens, choose.choice([1, 100, 128, 640, 1152]), rows)
+    expected, expected_lse = reference.sparse_mla_prefill(q, kv, indices, lens, sink)
+    for kernel in KERNELS:
+        out, lse = dsv4x.sparse_mla_prefill(q, kv, indices, lens, sink, kernel=kernel)
+        check_prefill(out, lse, expected, expected_lse)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_hostile_indices_read_nothing(kernel):
+    """INT_MIN, -2, one past the end and 2**31-1 inside the span are no entries, on FlashMLA too."""
+    torch.manual_seed(1)
+    choose = random.Random(1)
+    swa, slots = random_pool(500, 61, choose)
+    extra, extra_slots = random_pool(500, 2, choose)
+    hostile = [-(2**31), -2, 2**31 - 1]
+    scopes = []
+    for cache, values in ((swa, slots), (extra, extra_slots)):
+        indices, lens = random_rows(200, 128, values)
+        bad = torch.tensor([*hostile, cache.capacity], dtype=torch.int32, device="cuda")
+        where = torch.rand(200, 128, device="cuda") < 0.3
+        indices = torch.where(where, bad[torch.randint(0, 4, (200, 128), device="cuda")], indices)
+        scopes += [cache, indices, lens]
+    q = random_q(200, 64)
+    expected = reference.sparse_mla_decode(q, *scopes)
+    check_decode(*dsv4x.sparse_mla_decode(q, *scopes, kernel=kernel), *expected)
+    kv = torch.randn(300, 512, device="cuda").bfloat16() / 10
+    rows, lens = random_rows(200, 128, torch.arange(300, device="cuda"))
+    rows = torch.where(torch.rand(200, 128, device="cuda") < 0.3, 300, rows)
+    expected = reference.sparse_mla_prefill(q / 10, kv, rows, lens)
+    check_prefill(*dsv4x.sparse_mla_prefill(q / 10, kv, rows, lens, kernel=kernel), *expected)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("kernel", ["triton", "reference"])
+def test_slots_past_four_gib(kernel):
+    """Byte offsets pass 2**32: the last page is written, read back and attended to."""
+    pages = 4 * 2**30 // layouts.DSV4.page_stride(64) + 5
+    cache = PagedCache.zeros(pages, layouts.DSV4, 64, "cuda")
+    assert cache.data.numel() > 2**32
+    slots = torch.tensor([0, cache.capacity - 1, cache.capacity // 2, cache.capacity - 64], device="cuda")
+    k = torch.randn(4, 512, device="cuda").bfloat16()
+    dsv4x.quantize_and_insert_k_cache(k, cache, slots, kernel=kernel)
+    small = PagedCache.zeros(1, layouts.DSV4, 64, "cuda")
+    dsv4x.quantize_and_insert_k_cache(k, small, torch.arange(4, device="cuda"), kernel=kernel)
+    read = dsv4x.dequantize_k_cache_paged(cache, slots, kernel=kernel)
+    assert torch.equal(read, dsv4x.dequantize_k_cache_paged(small, torch.arange(4, device="cuda"), kernel=kernel))
+    assert int(cache.data.count_nonzero()) == int(small.data.count_nonzero())
+    q = random_q(3, 64)
+    indices = slots.int().expand(3, 4)
+    lens = torch.tensor([1, 2, 4], dtype=torch.int32, device="cuda")
+    expected = reference.sparse_mla_decode(q, cache, indices, lens)
+    for attention in KERNELS:
+        check_decode(*dsv4x.sparse_mla_decode(q, cache, indices, lens, kernel=attention), *expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_captured_step_follows_its_lengths(kernel):
+    """Replays must not use splits scheduled from the lengths at capture."""
+    torch.manual_seed(2)
+    choose = random.Random(2)
+    swa, slots = random_pool(2000, 64, choose)
+    extra, extra_slots = random_pool(2000, 64, choose)
+    q = random_q(16, 64)
+    scopes = [swa, *random_rows(16, 128, slots), extra, *random_rows(16, 512, extra_slots)]
+    schedule = {}
+    dsv4x.sparse_mla_decode(q, *scopes, kernel=kernel, schedule=schedule)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = dsv4x.sparse_mla_decode(q, *scopes, kernel=kernel, schedule=schedule)
+    for _ in range(4):
+        q.copy_(random_q(16, 64))
+        for at, values, width in ((1, slots, 128), (4, extra_slots, 512)):
+            indices, lens = random_rows(16, width, values)
+            scopes[at].copy_(indices)
+            scopes[at + 1].copy_(lens)
+        graph.replay()
+        check_decode(out, lse, *reference.sparse_mla_decode(q, *scopes))
+
+
+def test_a_shared_schedule_changes_nothing():
+    torch.manual_seed(3)
+    choose = random.Random(3)
+    swa, slots = random_pool(2000, 64, choose)
+    q, scopes, schedule = random_q(300, 64), [swa, *random_rows(300, 128, slots)], {}
+    fresh = dsv4x.sparse_mla_decode(q, *scopes, kernel="flash_mla")
+    for _ in range(3):
+        shared = dsv4x.sparse_mla_decode(q, *scopes, kernel="flash_mla", schedule=schedule)
+        assert torch.equal(shared[0], fresh[0]) and torch.equal(shared[1], fresh[1])
+    assert len(schedule) == 1
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_batch_is_split_where_the_scheduler_ends(kernel):
+    """One token more than the scheduler's shared memory holds, and one more than the split itself."""
+    from dsv4x.cuda import flash_mla
+
+    limit = flash_mla.scheduler_limit(platform.limits("cuda").shared_memory)
+    split = flash_mla.max_batch(64, platform.limits("cuda").shared_memory)
+    assert split <= limit
+    choose = random.Random(4)
+    swa, slots = random_pool(2000, 64, choose)
+    for tokens in (split, split + 1, limit + 1):
+        q, scopes = random_q(tokens, 64), [swa, *random_rows(tokens, 64, slots)]
+        expected = reference.sparse_mla_decode(q, *scopes)
+        check_decode(*dsv4x.sparse_mla_decode(q, *scopes, kernel=kernel), *expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_fifty_repeats_are_bitwise_equal(kernel):
+    torch.manual_seed(5)
+    swa, slots = random_pool(2000, 61, random.Random(5))
+    q, scopes = random_q(40, 64), [swa, *random_rows(40, 128, slots)]
+    first = dsv4x.sparse_mla_decode(q, *scopes, kernel=kernel)
+    for _ in range(50):
+        again = dsv4x.sparse_mla_decode(q, *scopes, kernel=kernel)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+
+
+def test_the_chosen_kernel_is_flash_mla_here():
+    problem = dsv4x.Problem("sparse_mla_decode", "cuda", platform.arch, tokens=64, heads=64, width=128)
+    assert dsv4x.explain(problem).chosen == "flash_mla", str(dsv4x.explain(problem))

@@ -1,0 +1,43 @@
+"""How close an attention kernel must be to the float64 reference: FlashMLA's own bounds, for each of its two kernels."""
+
+import torch
+
+
+def check_decode(out, lse, ref_out, ref_lse):
+    """Assert that a decode result matches the float64 reference's ``(ref_out, ref_lse)``."""
+    check_close("out", out, ref_out, absolute=1e-3, relative=2.01 / 128, cosine=5e-6)
+    check_close("lse", lse, ref_lse, absolute=1e-6, relative=8.01 / 65536)
+
+
+def check_prefill(out, lse, ref_out, ref_lse):
+    """Assert that a prefill result matches the float64 reference's ``(ref_out, ref_lse)``."""
+    check_close("out", out, ref_out, absolute=8e-4, relative=3.01 / 128, cosine=7e-6)
+    check_close("lse", lse, ref_lse, absolute=1e-6, relative=8.01 / 65536)
+
+
+def check_close(name, got, want, *, absolute, relative, cosine=None):
+    """Each element within ``absolute`` or ``relative``, infinities in the same places, no NaN, and one direction."""
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, reference {tuple(want.shape)}"
+    got, want = got.detach().double(), want.detach().double()
+    assert not want.isnan().any(), f"{name}: the reference holds {int(want.isnan().sum())} NaN"
+    nan = got.isnan()
+    assert not nan.any(), f"{name}: {int(nan.sum())} NaN, first at {_first(nan)}"
+    infinite = (got != want) & (got.isinf() | want.isinf())
+    assert not infinite.any(), (
+        f"{name}: {got[infinite][0]} at {_first(infinite)}, reference {want[infinite][0]} ({int(infinite.sum())} such)"
+    )
+    got, want = (torch.where(want.isinf(), 0.0, x) for x in (got, want))
+    error = (got - want).abs()
+    bad = (error > absolute) & (error > relative * want.abs())
+    assert not bad.any(), (
+        f"{name}: {int(bad.sum())} of {bad.numel()} off, the worst by {float(error[bad].max()):.3g}; first at "
+        f"{_first(bad)}: {float(got[bad][0]):.8g}, reference {float(want[bad][0]):.8g}"
+    )
+    if cosine is not None:
+        norms = float((got * got + want * want).sum())
+        difference = 1 - 2 * float((got * want).sum()) / norms if norms else 0.0
+        assert difference <= cosine, f"{name}: cosine difference {difference:.3g}, need <= {cosine}"
+
+
+def _first(mask):
+    return tuple(int(x) for x in mask.nonzero()[0])
