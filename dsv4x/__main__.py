@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import Problem, __version__, cuda, demo, platform, rocm
+from .common.layer import Layer
 from .common.registry import KERNEL_NAMES, explain, ops
 from .common.vendor import TRITON
 
@@ -51,7 +52,7 @@ def collect(self_test: bool) -> dict[str, Any]:
 def run_self_test(device: torch.device) -> dict[str, Any]:
     """One small C4 layer through both paths, against the dense oracle."""
     try:
-        layer = demo.Layer(4, 8, topk=64, device=device)
+        layer = Layer(4, 8, topk=64, device=device)
         sequences = [layer.sequence(demo.tokens_of("dsv4x self test ", n, device)) for n in (200, 40)]
         outcomes = {path: demo.serve_and_check(layer, sequences, path=path) for path in ("direct", "gathered")}
     except Exception as error:
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     info.add_argument("--json", action="store_true", help="as one JSON object")
     info.add_argument("--self-test", action="store_true", help="also run one checked step; exit 1 when it fails")
     show = commands.add_parser("demo", help="a DSv4-shaped layer over a text, served from paged caches and checked")
-    show.add_argument("--text", type=Path, default=demo.DEFAULT_TEXT, help="text whose bytes are the tokens")
+    show.add_argument("--text", type=Path, help="text whose bytes are the tokens (default: dsv4x's README)")
     show.add_argument("--tokens", type=int, help="use at most this many tokens (default 4096 on a GPU, 768 on a CPU)")
     show.add_argument("--heads", type=int, help="query heads (default 64 on a GPU, 8 on a CPU)")
     show.add_argument("--topk", type=int, default=512, help="compressed entries a C4 query reads (default 512)")

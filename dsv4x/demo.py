@@ -7,6 +7,7 @@ metadata, one attention call a step.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import random
 import time
 from collections.abc import Iterator
@@ -27,7 +28,11 @@ MAX_FP8_ERROR = 3e-2
 MAX_LSE_ERROR = 1e-4
 """Of lse, relative, over the stored entries."""
 
-DEFAULT_TEXT = Path(__file__).resolve().parent.parent / "README.md"
+
+def readme() -> str:
+    """dsv4x's README: from the checkout, or from the installed distribution, whose description it is."""
+    path = Path(__file__).resolve().parent.parent / "README.md"
+    return path.read_text() if path.exists() else importlib.metadata.metadata("dsv4x")["Description"]
 
 
 class PagedServer:
@@ -219,10 +224,12 @@ def main(arguments: argparse.Namespace) -> int:
     device = torch.device("cpu" if platform.backend == "reference" else "cuda")
     on_gpu = device.type == "cuda"
     heads = arguments.heads or (64 if on_gpu else 8)
-    tokens = tokens_of(arguments.text.read_text(errors="replace"), arguments.tokens or (4096 if on_gpu else 768), device)
+    text = readme() if arguments.text is None else arguments.text.read_text(errors="replace")
+    tokens = tokens_of(text, arguments.tokens or (4096 if on_gpu else 768), device)
     parts = [tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :: 2], tokens[: len(tokens) // 7], tokens[:1]]
     print(f"dsv4x demo: backend {platform.backend} ({platform.reason}), arch {platform.arch}")
-    print(f"{arguments.text.name}: {len(tokens)} byte tokens, {heads} heads, {len(parts)} requests in mixed batches")
+    source = arguments.text or "README.md"
+    print(f"{source}: {len(tokens)} byte tokens, {heads} heads, {len(parts)} requests in mixed batches")
     print("relative errors; error and lse: of the dense layer over what the fp8 cache holds, fp8: over exact entries")
     print("ms: the attention call of the largest batch, warm\n")
     print(f"{'layer':<14}{'path':<10}{'kernel':<11}{'tokens':>7}{'error':>11}{'lse':>10}{'fp8':>10}{'ms':>9}")
@@ -240,10 +247,12 @@ def main(arguments: argparse.Namespace) -> int:
                 f"{outcome.error:>11.2e}{outcome.lse_error:>10.2e}{outcome.fp8_error:>10.2e}"
                 f"{outcome.seconds * 1e3:>9.2f}{'' if outcome.passed else '  ABOVE TOLERANCE'}"
             )
+            ran = arguments.kernel or explanation.chosen
             for other, reasons in explanation.reasons.items():
-                line = f"{other} for {explanation.problem.op}"
-                if reasons:
-                    refusals[line] = reasons
+                predicted = explanation.predicted_us.get(other)
+                if other != ran:
+                    slower = [f"supported, predicted {predicted:.0f} us"] if predicted is not None else []
+                    refusals.setdefault(f"{other} for {explanation.problem.op}", reasons or slower)
     print("\nwhy the others did not run")
     for line, reasons in refusals.items():
         print(f"  {line}: {'; '.join(reasons)}")

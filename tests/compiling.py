@@ -138,7 +138,7 @@ def compile_case(case: Case, arch: str) -> triton.compiler.CompiledKernel:
             continue
         default = "*i32" if name.endswith("_ptr") else "i32"
         signature[name] = case.types.get(name) or POINTERS.get(name) or SCALARS.get(name, default)
-        if name.endswith("_ptr") or name.endswith(("_stride", "_stride_t", "_stride_h")):
+        if name.endswith(("_ptr", "_stride", "_stride_t", "_stride_h")):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.kernel, signature, dict(case.constants), attributes)
     return triton.compile(source, target=TARGETS[arch], options=dict(case.options))

@@ -1,9 +1,8 @@
 """Every Triton kernel compiles for every arch dsv4x names, without that GPU, and fits it."""
 
+import compiling
 import pytest
 import triton
-
-import compiling
 
 CASES = [(arch, case) for arch in compiling.TARGETS for case in compiling.cases(arch)]
 
@@ -12,7 +11,7 @@ def test_every_launched_kernel_has_a_case():
     assert compiling.launchable_kernels() == {case.kernel.__name__ for _, case in CASES}
 
 
-@pytest.mark.parametrize("arch, case", CASES, ids=[f"{arch}-{case.name}" for arch, case in CASES])
+@pytest.mark.parametrize(("arch", "case"), CASES, ids=[f"{arch}-{case.name}" for arch, case in CASES])
 def test_kernel_compiles_and_fits(arch, case):
     compiled = compiling.compile_case(case, arch)
     assert compiled.metadata.shared <= compiling.SHARED_LIMIT[arch]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,7 +118,7 @@ class AttentionMetadata:
             seq_lens: int32 ``[R]``, raw tokens of each request, its queries included.
             swa_block_table: int32 ``[R, m]``, page numbers of the window's cache; what stands past a request's last
                 page is never used and may be garbage, and so may pages wholly before every query's window.
-            extra_block_table: int32 ``[R, m']``, the same for the compressed cache; required unless compress_ratio is 1.
+            extra_block_table: int32 ``[R, m']``, the same for the compressed cache; None for compress_ratio 1.
             compress_ratio: 1, 4 or 128.
             swa_page_size, swa_pages, extra_page_size, extra_pages: entries a page and pages of the caches the layers
                 will bring; page numbers outside the pool are no entries.
@@ -148,7 +149,7 @@ class AttentionMetadata:
             raise ValueError("extra_block_table: given, need None for compress_ratio 1")
         starts = _host("query_start_loc", query_start_loc, query_start_loc_cpu)
         lengths = _host("seq_lens", seq_lens, seq_lens_cpu)
-        query_lens = [b - a for a, b in zip(starts, starts[1:])]
+        query_lens = [b - a for a, b in itertools.pairwise(starts)]
         _check_lengths(starts, query_lens, lengths)
         _check_table("swa_block_table", swa_block_table, lengths, swa_page_size, 1)
         if num_tokens is None:

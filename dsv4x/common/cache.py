@@ -39,7 +39,7 @@ def quantize_and_insert_k_cache(
         checks.finite_rows("k", k)
     record = select(_problem("quantize_and_insert_k_cache", cache, slots), kernel)
     if slots.shape[0]:
-        record.run(k, cache, slots)
+        record.launch(k.device, k, cache, slots)
 
 
 def dequantize_k_cache_paged(
@@ -74,10 +74,9 @@ def dequantize_k_cache_paged(
     if out is None:
         out = torch.zeros(slots.shape[0], cache.layout.head_dim, dtype=torch.bfloat16, device=device)
     if slots.shape[0]:
-        record.run(cache, slots, out)
+        record.launch(device, cache, slots, out)
     return out
 
 
 def _problem(op: str, cache: PagedCache, slots: torch.Tensor) -> Problem:
     return Problem.on(op, slots.device, tokens=slots.shape[0], caches=(CacheSpec.of(cache),))
-

@@ -31,19 +31,22 @@ def tensor(
 ) -> torch.Tensor:
     """Check one tensor: ``None`` in ``shape`` matches any size; the last dimension must be contiguous."""
     dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
-    needed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, need a {needed} tensor")
+        raise TypeError(f"{name}: got {type(value).__name__}, need a {_names(dtypes)} tensor")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name}: dtype is {str(value.dtype).removeprefix('torch.')}, need {needed}")
-    if value.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, value.shape)):
+        raise TypeError(f"{name}: dtype is {_names((value.dtype,))}, need {_names(dtypes)}")
+    if value.dim() != len(shape) or any(w not in (None, s) for w, s in zip(shape, value.shape)):
         wanted = ", ".join("any" if s is None else str(s) for s in shape)
         raise ValueError(f"{name}: shape is {tuple(value.shape)}, need ({wanted})")
-    if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
+    if shape and value.shape[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(f"{name}: stride({value.dim() - 1}) is {value.stride(-1)}, need 1")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: on {value.device}, need {device}")
     return value
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def cache(name: str, value: object, device: torch.device) -> PagedCache:
@@ -64,9 +67,7 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
 
 def index_values(name: str, indices: torch.Tensor, lens: torch.Tensor | None, capacity: int, space: str) -> None:
     """Report the first row with a length past its width or an index that is neither -1 nor in ``[0, capacity)``."""
-    if indices.numel() == 0 and lens is None:
-        return
-    rows = indices.reshape(indices.shape[0], -1)
+    rows = indices if indices.dim() == 2 else indices[:, None]
     bad = (rows < -1) | (rows >= capacity)
     if lens is not None:
         past = (lens < 0) | (lens > rows.shape[1])

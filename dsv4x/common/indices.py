@@ -92,8 +92,8 @@ def combine_topk_swa_indices(
         checks.tensor("out_lens", out_lens, (tokens,), torch.int32, device)
     record = select(Problem.on("combine_topk_swa_indices", device, tokens=tokens, width=width), kernel)
     if tokens:
-        record.run(
-            topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
+        record.launch(
+            device, topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
             window_size, compress_ratio, topk, out_indices, out_lens,
         )  # fmt: skip
     return out_indices, out_lens
@@ -129,7 +129,7 @@ def window_slots(
     out_lens = torch.empty(tokens, dtype=torch.int32, device=device)
     record = select(Problem.on("window_slots", device, tokens=tokens, width=window_size), kernel)
     if tokens:
-        record.run(query_start_loc, seq_lens, block_table, page_size, pages, out_indices, out_lens)
+        record.launch(device, query_start_loc, seq_lens, block_table, page_size, pages, out_indices, out_lens)
     return out_indices, out_lens
 
 
@@ -159,5 +159,5 @@ def local_to_slots(
     out = torch.empty(local.shape, dtype=torch.int32, device=local.device)
     record = select(Problem.on("local_to_slots", local.device, tokens=local.shape[0], width=local.shape[1]), kernel)
     if out.numel():
-        record.run(local, request, limits, block_table, page_size, pages, out)
+        record.launch(local.device, local, request, limits, block_table, page_size, pages, out)
     return out

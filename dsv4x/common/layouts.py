@@ -194,23 +194,21 @@ class PagedCache:
             if data.stride(1) != 1:
                 raise ValueError(f"data: stride(1) is {data.stride(1)}, need 1")
         elif tuple(data.shape[1:]) in page_shapes:
-            if data.stride(1) != entry and self.page_size > 1 or data.stride(-1) != 1:
+            if (data.stride(1) != entry and self.page_size > 1) or data.stride(-1) != 1:
                 raise ValueError(
-                    f"data: strides {tuple(data.stride())}, need (stride(0), {entry}, .., 1): a page is one run of bytes"
-                )
-            # torch normalizes the stride of a single page, so only several pages can be read wrongly.
-            if data.shape[0] > 1 and data.stride(0) < page_bytes:
-                raise ValueError(
-                    f"data: stride(0) is {data.stride(0)} bytes, need >= {page_bytes} "
-                    f"({self.layout.name}, page_size {self.page_size})"
+                    f"data: strides {tuple(data.stride())}, need (any, {entry}, .., 1): a page is one run of bytes"
                 )
         else:
             raise ValueError(
                 f"data: shape {tuple(data.shape)}, need [pages, >= {page_bytes}] "
                 f"or [pages, {self.page_size}, 1, {entry}]"
             )
-        if data.shape[0] > 1 and data.stride(0) % ALIGNMENT:
-            raise ValueError(f"data: stride(0) is {data.stride(0)}, need a multiple of {ALIGNMENT}")
+        # torch normalizes the stride of a single page, so only several pages can be addressed wrongly.
+        if data.shape[0] > 1 and (data.stride(0) < page_bytes or data.stride(0) % ALIGNMENT):
+            raise ValueError(
+                f"data: stride(0) is {data.stride(0)} bytes, need a multiple of {ALIGNMENT} >= {page_bytes} "
+                f"({self.layout.name}, page_size {self.page_size})"
+            )
         # Fake and meta tensors (torch.compile) have no address to check.
         if type(data) is torch.Tensor and data.device.type != "meta" and data.data_ptr() % ALIGNMENT:
             raise ValueError(f"data: address {data.data_ptr():#x}, need a multiple of {ALIGNMENT}")

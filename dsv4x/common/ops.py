@@ -41,8 +41,10 @@ def _dequantize_fake(data, layout, page_size, slots):  # type: ignore[no-untyped
     return data.new_empty(slots.shape[0], _LAYOUTS[layout].head_dim, dtype=torch.bfloat16)
 
 
-def _decode(q, swa, swa_page_size, swa_indices, swa_lens, extra, extra_page_size, extra_indices, extra_lens,
-            attn_sink, softmax_scale, layout, out):  # type: ignore[no-untyped-def]  # fmt: skip
+def _decode(  # type: ignore[no-untyped-def]
+    q, swa, swa_page_size, swa_indices, swa_lens, extra, extra_page_size, extra_indices, extra_lens,
+    attn_sink, softmax_scale, layout, out,
+):  # fmt: skip
     swa_cache = _paged(swa, layout, swa_page_size)
     extra_cache = None if extra is None else _paged(extra, layout, extra_page_size)
     return sparse_mla.sparse_mla_decode(

@@ -76,7 +76,7 @@ class Platform:
         return _limits(torch.cuda.current_device() if device.index is None else device.index)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _limits(index: int | None) -> DeviceLimits:
     if index is None:
         return DeviceLimits("cpu", "cpu", os.cpu_count() or 1, 0, 1, 0, "none")
@@ -87,7 +87,7 @@ def _limits(index: int | None) -> DeviceLimits:
         fp8 = {"gfx942": "e4m3fnuz", "gfx950": "e4m3fn"}.get(arch, "none")
     else:
         arch = f"sm_{p.major}{p.minor}"
-        shared = p.shared_memory_per_block_optin
+        shared = p.shared_memory_per_block_optin  # type: ignore[attr-defined]
         fp8 = "e4m3fn" if (p.major, p.minor) >= (8, 9) else "none"
     return DeviceLimits(arch, p.name, p.multi_processor_count, shared, p.warp_size, p.total_memory, fp8)
 

@@ -6,6 +6,8 @@ Any index that is negative or past the end is no entry, wherever it stands.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from . import encodings
@@ -117,14 +119,23 @@ def _valid_span(indices: torch.Tensor, lens: torch.Tensor | None, capacity: int)
     return valid
 
 
-def _attend_chunks(q, gather, width, attn_sink, softmax_scale, dtype):  # type: ignore[no-untyped-def]
+def _attend_chunks(
+    q: torch.Tensor,
+    gather: Callable[[slice], tuple[torch.Tensor, torch.Tensor]],
+    width: int,
+    attn_sink: torch.Tensor | None,
+    softmax_scale: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`attend` over as many tokens at a time as ``_CHUNK_ELEMENTS`` allows."""
     tokens, heads, head_dim = q.shape
     out = torch.empty(tokens, heads, head_dim, dtype=dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=dtype, device=q.device)
     step = max(1, _CHUNK_ELEMENTS // max(1, width * head_dim))
     for start in range(0, tokens, step):
         rows = slice(start, start + step)
-        out[rows], lse[rows] = attend(q[rows], *gather(rows), attn_sink, softmax_scale, dtype)
+        kv, valid = gather(rows)
+        out[rows], lse[rows] = attend(q[rows], kv, valid, attn_sink, softmax_scale, dtype)
     return out, lse
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from .errors import BackendUnavailable, KernelNotSupported
 from .layouts import PagedCache
 from .platform import platform
 from .vendor import VendorLibrary
+
+# Triton reads it once too, when a kernel is defined.
+_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 
 KERNEL_NAMES = ("flash_mla", "triton", "aiter", "reference")
 
@@ -73,7 +76,7 @@ class Problem:
     extra_width: int = 0
     rows: int = 0
     caches: tuple[CacheSpec, ...] = ()
-    interpreter: bool = field(default_factory=lambda: os.environ.get("TRITON_INTERPRET") == "1")
+    interpreter: bool = _INTERPRETER
     capturing: bool = False
 
     @classmethod
@@ -137,6 +140,13 @@ class Kernel:
         if self.library is not None and not reasons and self.library.reason:
             reasons.append(self.library.reason)
         return reasons
+
+    def launch(self, device: torch.device, *args: Any, **kwargs: Any) -> Any:
+        """Call ``run`` with ``device`` current, which Triton and the vendor libraries expect and callers may forget."""
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self.run(*args, **kwargs)
+        return self.run(*args, **kwargs)
 
 
 _kernels: dict[str, dict[str, Kernel]] = {}

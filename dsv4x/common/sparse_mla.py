@@ -61,8 +61,9 @@ def sparse_mla_decode(
 
     Source: semantics of FlashMLA's ``flash_mla_with_kvcache`` (tests/ref.py) with two scopes.
     """
-    tokens = _check_q(q)
-    scopes = [("swa", swa_cache, swa_indices, swa_lens)]
+    check_values = checks.check_values_enabled()
+    tokens = _check_q(q, check_values)
+    scopes: list[tuple[str, Any, Any, torch.Tensor | None]] = [("swa", swa_cache, swa_indices, swa_lens)]
     if extra_cache is not None or extra_indices is not None:
         scopes.append(("extra", extra_cache, extra_indices, extra_lens))
     elif extra_lens is not None:
@@ -74,7 +75,7 @@ def sparse_mla_decode(
         checks.tensor(f"{scope}_indices", indices, (tokens, None), checks.INDEX_DTYPES, q.device)
         if lens is not None:
             checks.tensor(f"{scope}_lens", lens, (tokens,), checks.INDEX_DTYPES, q.device)
-        if checks.check_values_enabled():
+        if check_values:
             checks.index_values(f"{scope}_indices", indices, lens, cache.capacity, "slot")
     out = _check_rest(q, attn_sink, out)
     problem = Problem.on(
@@ -89,7 +90,8 @@ def sparse_mla_decode(
     record = select(problem, kernel)
     if tokens == 0:
         return _empty(q, out)
-    return record.run(
+    return record.launch(
+        q.device,
         q,
         swa_cache,
         swa_indices,
@@ -140,12 +142,13 @@ def sparse_mla_prefill(
 
     Source: semantics of FlashMLA's ``flash_mla_sparse_fwd`` (tests/ref.py).
     """
-    tokens = _check_q(q)
+    check_values = checks.check_values_enabled()
+    tokens = _check_q(q, check_values)
     checks.tensor("kv", kv, (None, HEAD_DIM), torch.bfloat16, q.device)
     checks.tensor("indices", indices, (tokens, None), checks.INDEX_DTYPES, q.device)
     if lens is not None:
         checks.tensor("lens", lens, (tokens,), checks.INDEX_DTYPES, q.device)
-    if checks.check_values_enabled():
+    if check_values:
         checks.index_values("indices", indices, lens, kv.shape[0], "workspace row")
     out = _check_rest(q, attn_sink, out)
     problem = Problem.on(
@@ -159,7 +162,8 @@ def sparse_mla_prefill(
     record = select(problem, kernel)
     if tokens == 0:
         return _empty(q, out)
-    return record.run(
+    return record.launch(
+        q.device,
         q,
         kv,
         indices,
@@ -171,11 +175,11 @@ def sparse_mla_prefill(
     )
 
 
-def _check_q(q: torch.Tensor) -> int:
+def _check_q(q: torch.Tensor, check_values: bool) -> int:
     checks.tensor("q", q, (None, None, HEAD_DIM), torch.bfloat16)
     if not 1 <= q.shape[1] <= MAX_HEADS:
         raise ValueError(f"q: {q.shape[1]} heads, need 1 to {MAX_HEADS}")
-    if checks.check_values_enabled():
+    if check_values:
         checks.finite_rows("q", q)
     return q.shape[0]
 

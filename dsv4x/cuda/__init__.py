@@ -1,4 +1,4 @@
-"""NVIDIA: FlashMLA's kernels beside the portable ones. Registered only where it is the backend."""
+"""NVIDIA: FlashMLA's kernels beside the portable ones, where CUDA is the backend."""
 
 from ..common.vendor import VendorLibrary
 from .flash_mla import FLASH_MLA, register_kernels

@@ -76,8 +76,6 @@ def _wheel_reasons(problem: Problem) -> list[str]:
 def _decode_reasons(problem: Problem) -> list[str]:
     reasons = _wheel_reasons(problem)
     for cache in problem.caches:
-        if cache.pages < 1:
-            reasons.append("cache has 0 pages, need >= 1")
         if cache.pages * cache.page_size > 2**31 - 1:
             reasons.append(f"cache has {cache.pages * cache.page_size} slots, need < 2**31")
         if problem.arch != "sm_90" and cache.page_stride % SM100_PAGE_ALIGNMENT:
@@ -86,10 +84,7 @@ def _decode_reasons(problem: Problem) -> list[str]:
 
 
 def _prefill_reasons(problem: Problem) -> list[str]:
-    reasons = _wheel_reasons(problem)
-    if problem.rows < 1:
-        reasons.append("workspace has 0 rows, need >= 1")
-    return reasons + _triton_missing()
+    return _wheel_reasons(problem) + _triton_missing()
 
 
 def _triton_missing() -> list[str]:
@@ -116,8 +111,11 @@ def _deliver(
 
 
 def _servers_view(cache: PagedCache) -> torch.Tensor:
-    entry = cache.layout.entry_bytes
-    return cache.page_bytes.view(cache.pages, cache.page_size, 1, entry)
+    """``[pages, page_size, 1, entry_bytes]`` over the cache's pages; one page of zeros where it has none."""
+    pages = cache.page_bytes
+    if cache.pages == 0:
+        pages = pages.new_zeros(1, pages.shape[1])
+    return pages.unflatten(1, (cache.page_size, 1, cache.layout.entry_bytes))
 
 
 def _indices_for(
@@ -155,9 +153,7 @@ def decode(
     extra_view = e_indices = e_lens = None
     if extra_cache is not None and extra_indices is not None:
         extra_view = _servers_view(extra_cache)
-        e_indices, e_lens = _indices_for(
-            extra_indices, extra_lens, extra_cache.capacity, DECODE_WIDTH, trusted_indices
-        )
+        e_indices, e_lens = _indices_for(extra_indices, extra_lens, extra_cache.capacity, DECODE_WIDTH, trusted_indices)
     step = max_batch(q.shape[1], platform.limits(q.device).shared_memory)
     parts = []
     for start in range(0, q.shape[0], step):
@@ -242,9 +238,9 @@ def prefill(
     heads = q.shape[1]
     q, attn_sink = _pad_heads(q, attn_sink)
     indices, lens = _indices_for(indices, lens, kv.shape[0], PREFILL_WIDTH, trusted_indices)
-    values, _, lse = function(
-        q, kv[:, None], indices[:, None], softmax_scale, q.shape[2], attn_sink, lens, **options
-    )
+    if kv.shape[0] == 0:
+        kv = kv.new_zeros(1, kv.shape[1])
+    values, _, lse = function(q, kv[:, None], indices[:, None], softmax_scale, q.shape[2], attn_sink, lens, **options)
     return _deliver(values, lse, heads, out)
 
 
@@ -263,18 +259,21 @@ def _padded_flops(problem: Problem) -> float:
 
 
 def register_kernels() -> None:
-    shared = {"library": FLASH_MLA, "archs": ARCHS, "max_heads": HEADS[-1]}
-    register(
-        Kernel(
-            "sparse_mla_decode",
-            "flash_mla",
-            decode,
-            _decode_us,
-            layouts=(layouts.DSV4.name,),
-            further_reasons=_decode_reasons,
-            **shared,
+    """Add FlashMLA's two kernels to the ops they serve."""
+    for op, run, predicted_us, reasons, names in (
+        ("sparse_mla_decode", decode, _decode_us, _decode_reasons, (layouts.DSV4.name,)),
+        ("sparse_mla_prefill", prefill, _prefill_us, _prefill_reasons, ()),
+    ):
+        register(
+            Kernel(
+                op,
+                "flash_mla",
+                run,
+                predicted_us,
+                library=FLASH_MLA,
+                archs=ARCHS,
+                layouts=names,
+                max_heads=HEADS[-1],
+                further_reasons=reasons,
+            )
         )
-    )
-    register(
-        Kernel("sparse_mla_prefill", "flash_mla", prefill, _prefill_us, further_reasons=_prefill_reasons, **shared)
-    )

@@ -1,4 +1,4 @@
-"""AMD: the portable Triton kernels as gfx942 and gfx950 run them, and AITER. Registered only where it is the backend."""
+"""AMD: the portable Triton kernels as gfx942 and gfx950 run them, and AITER, where ROCm is the backend."""
 
 from ..common.registry import refuse
 from ..common.vendor import VendorLibrary

@@ -59,13 +59,13 @@ def decode_kernel(
 
     swa_span = swa_width
     if HAS_SWA_LENS:
-        swa_span = tl.minimum(tl.maximum(tl.load(swa_lens_ptr + token).to(tl.int32), 0), swa_width)
+        swa_span = tl.minimum(tl.maximum(tl.load(swa_lens_ptr + token), 0), swa_width).to(tl.int32)
     swa_blocks = tl.cdiv(swa_span, BLOCK_K)
     blocks = swa_blocks
     extra_span = extra_width
     if HAS_EXTRA:
         if HAS_EXTRA_LENS:
-            extra_span = tl.minimum(tl.maximum(tl.load(extra_lens_ptr + token).to(tl.int32), 0), extra_width)
+            extra_span = tl.minimum(tl.maximum(tl.load(extra_lens_ptr + token), 0), extra_width).to(tl.int32)
         blocks += tl.cdiv(extra_span, BLOCK_K)
     share = tl.cdiv(blocks, splits)
     first = split * share

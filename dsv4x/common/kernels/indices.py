@@ -149,7 +149,7 @@ def sanitize_kernel(
     token = tl.program_id(0).to(tl.int64)
     length = width
     if HAS_LENS:
-        length = tl.minimum(tl.maximum(tl.load(lens_ptr + token).to(tl.int32), 0), width)
+        length = tl.minimum(tl.maximum(tl.load(lens_ptr + token), 0), width).to(tl.int32)
     for start in range(0, out_width, BLOCK):
         offset = start + tl.arange(0, BLOCK)
         index = tl.load(indices_ptr + token * indices_stride + offset, mask=offset < length, other=-1)
@@ -158,7 +158,7 @@ def sanitize_kernel(
     tl.store(out_lens_ptr + token, length)
 
 
-def window_slots(query_start_loc, seq_lens, block_table, page_size, pages, out_indices, out_lens):  # type: ignore[no-untyped-def]
+def window_slots(query_start_loc, seq_lens, block_table, page_size, pages, out_indices, out_lens):
     """Launch over the rows of ``out_indices``."""
     tokens, width = out_indices.shape
     window_slots_kernel[(tokens,)](
@@ -179,7 +179,7 @@ def window_slots(query_start_loc, seq_lens, block_table, page_size, pages, out_i
     )
 
 
-def local_to_slots(local, request, limits, block_table, page_size, pages, out):  # type: ignore[no-untyped-def]
+def local_to_slots(local, request, limits, block_table, page_size, pages, out):
     """Launch over the rows of ``local``."""
     tokens, width = local.shape
     local_to_slots_kernel[(tokens,)](
@@ -204,7 +204,7 @@ def local_to_slots(local, request, limits, block_table, page_size, pages, out): 
 def combine_topk_swa_indices(
     topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
     window_size, compress_ratio, topk, out_indices, out_lens,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """Launch over the rows of ``topk_indices``."""
     tokens, width = out_indices.shape
     combine_kernel[(tokens,)](

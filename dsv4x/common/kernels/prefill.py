@@ -26,7 +26,7 @@ def prefill_kernel(
     )
     span = width
     if HAS_LENS:
-        span = tl.minimum(tl.maximum(tl.load(lens_ptr + token).to(tl.int32), 0), width)
+        span = tl.minimum(tl.maximum(tl.load(lens_ptr + token), 0), width).to(tl.int32)
     m = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_H,), tl.float32)
     acc = tl.zeros((BLOCK_H, HEAD_DIM), tl.float32)

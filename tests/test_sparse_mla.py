@@ -1,0 +1,476 @@
+"""The two attention ops: the reference against float64 loops, every kernel against the float64 reference."""
+
+import numpy as np
+import pytest
+import slow
+import torch
+from tolerances import check_close, check_decode, check_prefill
+
+import dsv4x
+from dsv4x import reference
+from dsv4x.common.layouts import DSV4, PagedCache
+
+INF = float("inf")
+
+
+@pytest.fixture
+def decode_case(make_cache, index_rows, rng):
+    """Arguments of sparse_mla_decode on the CPU, over caches in which all but the live entries is garbage."""
+
+    def make(
+        tokens=4, heads=16, width=40, extra_width=None, page_size=64, extra_page_size=2, lens=True, sink=True, live=30
+    ):
+        case = {"q": torch.randn(tokens, heads, 512, generator=rng).bfloat16()}
+        scopes = [("swa", width, page_size)]
+        if extra_width is not None:
+            scopes.append(("extra", extra_width, extra_page_size))
+        for scope, columns, size in scopes:
+            pages = max(2, -(-2 * live // size))
+            cache, slots = make_cache(pages, size, min(live, pages * size), spread=2)
+            case[f"{scope}_cache"] = cache
+            case[f"{scope}_indices"] = index_rows(slots, tokens, columns)
+            spans = torch.randint(0, columns + 1, (tokens,), dtype=torch.int32, generator=rng) if lens else None
+            case[f"{scope}_lens"] = spans
+        if sink:
+            case["attn_sink"] = torch.randn(heads, generator=rng)
+        return case
+
+    return make
+
+
+@pytest.fixture
+def prefill_case(index_rows, rng):
+    def make(tokens=4, heads=16, width=40, rows=50, live=30, lens=True, sink=True):
+        kv = torch.full((rows, 512), float("nan"), dtype=torch.bfloat16)
+        slots = torch.randperm(rows, generator=rng)[:live]
+        kv[slots] = torch.randn(live, 512, generator=rng).bfloat16()
+        return {
+            "q": torch.randn(tokens, heads, 512, generator=rng).bfloat16(),
+            "kv": kv,
+            "indices": index_rows(slots, tokens, width),
+            "lens": torch.randint(0, width + 1, (tokens,), dtype=torch.int32, generator=rng) if lens else None,
+            "attn_sink": torch.randn(heads, generator=rng) if sink else None,
+        }
+
+    return make
+
+
+@pytest.fixture
+def decode(attention_kernel_device, on_device):
+    """Run a case by the kernel and on the device under test, and check it; returns what it returned."""
+    kernel, device = attention_kernel_device
+
+    def run(case, **keywords):
+        out, lse = dsv4x.sparse_mla_decode(**on_device(case, device), kernel=kernel, **keywords)
+        check_result(out, lse, case)
+        check_decode(out, lse, *reference.sparse_mla_decode(**case, dtype=torch.float64))
+        return out, lse
+
+    return run
+
+
+@pytest.fixture
+def prefill(attention_kernel_device, on_device):
+    kernel, device = attention_kernel_device
+
+    def run(case, **keywords):
+        out, lse = dsv4x.sparse_mla_prefill(**on_device(case, device), kernel=kernel, **keywords)
+        check_result(out, lse, case)
+        check_prefill(out, lse, *reference.sparse_mla_prefill(**case, dtype=torch.float64))
+        return out, lse
+
+    return run
+
+
+def check_result(out, lse, case):
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    assert out.shape == case["q"].shape
+    assert lse.shape == case["q"].shape[:2]
+    assert lse.is_contiguous()
+
+
+def hostile(capacity, dtype):
+    values = [-2, -(2**31), capacity, 2**31 - 1]
+    if dtype == torch.int64:
+        values += [2**31, 2**32, 2**40, -(2**40), 2**63 - 1, -(2**63)]
+    return values
+
+
+def make_hostile(indices, capacity, dtype):
+    """Every other column an index that is no entry, wherever in the row."""
+    values = torch.tensor(hostile(capacity, dtype), dtype=dtype)
+    indices = indices.to(dtype)
+    columns = indices[:, ::2].shape[1]
+    indices[:, ::2] = values.repeat(-(-columns // len(values)))[:columns]
+    return indices
+
+
+# The reference against definitions that share no code with it.
+
+
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("lens", [False, True])
+@pytest.mark.parametrize("extra_width", [None, 25])
+def test_decode_reference_is_the_definition(extra_width, lens, sink, decode_case):
+    case = decode_case(tokens=5, heads=3, extra_width=extra_width, lens=lens, sink=sink)
+    case["swa_indices"] = make_hostile(case["swa_indices"], case["swa_cache"].capacity, torch.int64)
+    case["swa_indices"][4] = -1
+    if extra_width:
+        case["extra_indices"][4] = -1
+    if sink:
+        case["attn_sink"][1:] = torch.tensor([INF, -INF])
+    scopes = [
+        (case[f"{s}_cache"], case[f"{s}_indices"], case[f"{s}_lens"]) for s in ("swa", "extra") if f"{s}_cache" in case
+    ]
+    want = slow.decode(case["q"], scopes, case.get("attn_sink"))
+    got = reference.sparse_mla_decode(**case, dtype=torch.float64)
+    for name, a, b in zip(("out", "lse"), got, want):
+        check_close(name, a, b, absolute=1e-12, relative=1e-12)
+    assert not got[0][4].any()
+    assert (got[1][4] == INF).all()
+
+
+@pytest.mark.parametrize("scale", [None, 0.11])
+@pytest.mark.parametrize("lens", [False, True])
+def test_prefill_reference_is_the_definition(lens, scale, prefill_case):
+    case = prefill_case(tokens=5, heads=3, lens=lens)
+    case["indices"] = make_hostile(case["indices"], 50, torch.int64)
+    case["indices"][2] = -1
+    kv = case["kv"].double().numpy()
+    rows = []
+    for t in range(5):
+        span = int(case["lens"][t]) if lens else 40
+        rows.append(kv[[i for i in case["indices"][t, :span].tolist() if 0 <= i < 50]].reshape(-1, 512))
+    want = slow.attend(case["q"], rows, case["attn_sink"], scale or 512**-0.5)
+    got = reference.sparse_mla_prefill(**case, softmax_scale=scale, dtype=torch.float64)
+    for name, a, b in zip(("out", "lse"), got, want):
+        check_close(name, a, b, absolute=1e-12, relative=1e-12)
+
+
+def test_reference_in_chunks_is_the_reference(decode_case, monkeypatch):
+    case = decode_case(tokens=5, heads=2, extra_width=9)
+    whole = reference.sparse_mla_decode(**case)
+    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 2 * 49 * 512)
+    for a, b in zip(whole, reference.sparse_mla_decode(**case)):
+        torch.testing.assert_close(a, b)
+
+
+# Every kernel against the float64 reference.
+
+
+@pytest.mark.parametrize("heads", [1, 5, 16, 20])
+@pytest.mark.parametrize(("width", "extra_width"), [(1, None), (33, None), (100, None), (20, 100), (64, 1)])
+def test_decode_matches(width, extra_width, heads, decode, decode_case):
+    decode(decode_case(heads=heads, width=width, extra_width=extra_width))
+
+
+@pytest.mark.parametrize(("heads", "tokens"), [(64, 1), (100, 1), (128, 2)])
+def test_decode_matches_with_many_heads(heads, tokens, decode, decode_case):
+    decode(decode_case(heads=heads, tokens=tokens, width=35, extra_width=10))
+
+
+@pytest.mark.parametrize(("page_size", "extra_page_size"), [(1, 64), (2, 2), (61, 1), (64, 256), (256, 61)])
+def test_the_two_caches_have_their_own_page_sizes(page_size, extra_page_size, decode, decode_case):
+    decode(decode_case(tokens=2, page_size=page_size, extra_page_size=extra_page_size, extra_width=20))
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_hostile_indices_are_no_entries(index_dtype, decode, decode_case):
+    case = decode_case(tokens=2, extra_width=30, lens=False)
+    for scope in ("swa", "extra"):
+        case[f"{scope}_indices"] = make_hostile(case[f"{scope}_indices"], case[f"{scope}_cache"].capacity, index_dtype)
+    decode(case)
+
+
+def test_spans_are_clamped_and_may_be_absent_in_either_scope(decode, decode_case):
+    case = decode_case(tokens=6, extra_width=30)
+    case["swa_lens"] = torch.tensor([0, 40, 41, -1, -(2**31), 2**31 - 1], dtype=torch.int32)
+    case["extra_lens"] = None
+    decode(case)
+    case["swa_lens"], case["extra_lens"] = None, torch.tensor([31, 30, 0, 2**31 - 1, -5, 7], dtype=torch.int32)
+    decode(case)
+
+
+def test_int64_spans_are_clamped_before_they_are_narrowed(decode, decode_case):
+    case = decode_case(tokens=4, extra_width=8)
+    case["swa_lens"] = torch.tensor([2**31, 2**32, 2**40 + 3, -(2**33) + 4])
+    case["extra_lens"] = torch.tensor([2**33, -(2**40), 2**32 + 1, 2**63 - 1])
+    decode(case)
+
+
+def test_int64_prefill_spans_are_clamped_before_they_are_narrowed(prefill, prefill_case):
+    case = prefill_case(tokens=4)
+    case["lens"] = torch.tensor([2**31, 2**32, 2**40 + 3, -(2**33) + 4])
+    prefill(case)
+
+
+def test_garbage_past_a_span_is_not_read(decode, decode_case):
+    case = decode_case(tokens=3, extra_width=30)
+    for scope, width in (("swa", 40), ("extra", 30)):
+        cache, lens = case[f"{scope}_cache"], case[f"{scope}_lens"]
+        past = torch.arange(width) >= lens[:, None]
+        # In range, and NaN for all but a few of them: the whole pool is garbage.
+        case[f"{scope}_indices"][past] = torch.arange(int(past.sum()), dtype=torch.int32) % cache.capacity
+    decode(case)
+
+
+def test_no_entries_is_zero_and_plus_infinity(decode, decode_case):
+    case = decode_case(tokens=5, extra_width=40, lens=False)
+    case["swa_lens"] = torch.tensor([0, 40, 0, 40, 40], dtype=torch.int32)
+    case["extra_lens"] = torch.tensor([0, 0, 40, 40, 40], dtype=torch.int32)
+    case["swa_indices"][3] = case["extra_indices"][3] = -1
+    case["swa_indices"][4] = -1
+    out, lse = decode(case)
+    for empty in (0, 3):
+        assert not out[empty].any()
+        assert (lse[empty] == INF).all()
+    for partly in (1, 2, 4):
+        assert lse[partly].isfinite().all()
+
+
+@pytest.mark.parametrize("sinks", [[INF, -INF, 0.0, 80.0, -80.0], [INF] * 5, [-INF] * 5, None])
+def test_sinks_scale_out_and_leave_lse(sinks, decode, decode_case):
+    case = decode_case(tokens=3, heads=5, lens=False, sink=False)
+    case["swa_indices"][1] = -1
+    plain = reference.sparse_mla_decode(**case)
+    case["attn_sink"] = None if sinks is None else torch.tensor(sinks)
+    out, lse = decode(case)
+    assert torch.equal(lse.cpu().isinf(), plain[1].isinf())
+    for head, sink in enumerate(sinks or []):
+        if sink == INF:
+            assert not out[:, head].any()
+
+
+@pytest.mark.parametrize("absent", ["None", "no columns", "no pages"])
+def test_an_extra_scope_without_entries_changes_nothing(absent, decode, decode_case, attention_kernel_device):
+    case = decode_case(tokens=3, extra_width=9)
+    if absent == "no columns":
+        case["extra_indices"] = case["extra_indices"][:, :0].contiguous()
+    elif absent == "no pages":
+        if attention_kernel_device[0] == "flash_mla":
+            pytest.skip("FlashMLA refuses a cache without pages, and says so")
+        case["extra_cache"] = PagedCache.zeros(0, DSV4, 64)
+    else:
+        case["extra_cache"] = case["extra_indices"] = case["extra_lens"] = None
+    got = decode(case)
+    alone = decode({key: value for key, value in case.items() if not key.startswith("extra")})
+    for a, b in zip(got, alone):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+
+
+def test_a_window_without_columns_leaves_the_extra_scope(decode, decode_case):
+    case = decode_case(tokens=3, extra_width=30)
+    case["swa_indices"] = case["swa_indices"][:, :0].contiguous()
+    decode(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_index_rows_may_be_strided(dtype, decode, decode_case):
+    case = decode_case(tokens=3, extra_width=30)
+    for scope in ("swa", "extra"):
+        wide = torch.full((3, 97), 2**31 - 1, dtype=dtype)
+        view = wide[:, 5 : 5 + case[f"{scope}_indices"].shape[1]]
+        view.copy_(case[f"{scope}_indices"])
+        case[f"{scope}_indices"] = view
+        case[f"{scope}_lens"] = case[f"{scope}_lens"].to(dtype)
+    decode(case)
+
+
+@pytest.mark.parametrize("heads", [5, 20, 64])
+def test_q_and_out_may_be_slices_of_wider_tensors(heads, decode, decode_case, attention_kernel_device):
+    _, device = attention_kernel_device
+    case = decode_case(tokens=2, heads=heads)
+    wide = torch.full((2, 2 * heads, 600), float("nan"), dtype=torch.bfloat16)
+    wide[:, heads:, 40:552] = case["q"]
+    case["q"] = wide.to(device)[:, heads:, 40:552].cpu() if device == "cpu" else wide[:, heads:, 40:552]
+    around = torch.full((2, 3 * heads, 640), 7.0, dtype=torch.bfloat16, device=device)
+    out = around[:, heads : 2 * heads, 64:576]
+    out.fill_(float("nan"))
+    assert decode(case, out=out)[0] is out
+    around[:, heads : 2 * heads, 64:576] = 7
+    assert (around == 7).all(), "wrote outside out"
+
+
+def test_out_may_have_its_tokens_inside_its_heads(decode, decode_case, attention_kernel_device):
+    """[H, T, D] storage, as a server that keeps heads first would give it."""
+    _, device = attention_kernel_device
+    case = decode_case(tokens=3, heads=5)
+    out = torch.full((5, 3, 512), float("nan"), dtype=torch.bfloat16, device=device).transpose(0, 1)
+    decode(case, out=out)
+
+
+def test_out_is_allocated_contiguous(decode, decode_case):
+    case = decode_case(tokens=3, heads=5)
+    case["q"] = case["q"].transpose(0, 1).contiguous().transpose(0, 1)
+    assert decode(case)[0].is_contiguous()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_no_tokens_give_empty_results(given, attention_kernel_device, decode_case, prefill_case, on_device):
+    kernel, device = attention_kernel_device
+    for op, case in (
+        (dsv4x.sparse_mla_decode, decode_case(tokens=0, extra_width=9)),
+        (dsv4x.sparse_mla_prefill, prefill_case(tokens=0)),
+    ):
+        case = on_device(case, device)
+        out = torch.empty(0, 16, 512, dtype=torch.bfloat16, device=device) if given else None
+        got, lse = op(**case, out=out, kernel=kernel)
+        assert got.shape == (0, 16, 512)
+        assert lse.shape == (0, 16)
+        assert not given or got is out
+
+
+def test_arguments_are_left_as_they_were(attention_kernel_device, decode_case, on_device):
+    kernel, device = attention_kernel_device
+    case = on_device(decode_case(tokens=2, extra_width=30), device)
+    case["swa_indices"][0, 0] = -7
+    case["swa_lens"][1] = 99
+    tensors = {k: v.data if isinstance(v, PagedCache) else v for k, v in case.items() if v is not None}
+    before = {k: v.clone() for k, v in tensors.items()}
+    dsv4x.sparse_mla_decode(**case, kernel=kernel)
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, -0.05])
+def test_softmax_scale_is_taken_as_given(scale, decode, decode_case, prefill, prefill_case):
+    decode({**decode_case(tokens=2, heads=3), "softmax_scale": scale})
+    prefill({**prefill_case(tokens=2, heads=3), "softmax_scale": scale})
+
+
+def test_far_apart_logits_do_not_overflow(decode, decode_case):
+    case = decode_case(tokens=3, heads=4)
+    case["q"] = case["q"] * 64
+    decode(case)
+
+
+@pytest.mark.parametrize("splits", range(1, 8))
+@pytest.mark.parametrize("device", [
+    pytest.param("cpu", marks=pytest.mark.interpreter), pytest.param("cuda", marks=pytest.mark.gpu)
+])  # fmt: skip
+def test_any_number_of_splits_gives_the_same_answer(splits, device, decode_case, on_device):
+    """Rows shorter than the splits leave some of them empty; row 3 leaves all of them empty."""
+    from dsv4x.common.kernels.decode import sparse_mla_decode
+
+    case = decode_case(tokens=5, heads=5, width=100, extra_width=70)
+    case["swa_lens"] = torch.tensor([100, 3, 0, 0, 64], dtype=torch.int32)
+    case["extra_lens"] = torch.tensor([70, 0, 33, 0, 1], dtype=torch.int32)
+    case["attn_sink"][0] = INF
+    out = torch.empty(5, 8, 512, dtype=torch.bfloat16, device=device)[:, 2:7]
+    there = on_device(case, device)
+    order = ["q", "swa_cache", "swa_indices", "swa_lens", "extra_cache", "extra_indices", "extra_lens", "attn_sink"]
+    lse = sparse_mla_decode(*[there[name] for name in order], 512**-0.5, out, splits=splits)
+    check_decode(out, lse, *reference.sparse_mla_decode(**case, dtype=torch.float64))
+
+
+@pytest.mark.interpreter
+def test_splits_fill_the_device_and_are_never_shorter_than_two_blocks():
+    from dsv4x.common.kernels.decode import num_splits
+
+    assert num_splits(programs=1, blocks=20, multiprocessors=132) == 10
+    assert num_splits(programs=100, blocks=20, multiprocessors=132) == 2
+    assert num_splits(programs=1000, blocks=20, multiprocessors=132) == 1
+    assert num_splits(programs=1, blocks=0, multiprocessors=132) == 1
+    assert num_splits(programs=0, blocks=1, multiprocessors=0) == 1
+
+
+@pytest.mark.parametrize("gib", [3, 5])
+def test_pages_past_2_and_4_gib_are_attended_to(gib, attention_kernel_device, on_device, rng):
+    kernel, device = attention_kernel_device
+    stride = (gib << 30) // 576 * 576
+    total = stride + DSV4.page_stride(64)
+    if device == "cpu":
+        raw = torch.from_numpy(np.zeros(total, np.uint8))
+    else:
+        raw = torch.zeros(total, dtype=torch.uint8, device=device)
+    far = PagedCache(raw.as_strided((2, DSV4.page_stride(64)), (stride, 1)), DSV4, 64)
+    near = PagedCache.zeros(2, DSV4, 64)
+    slots = torch.randperm(128, generator=rng)[:40]
+    k = torch.randn(40, 512, generator=rng).bfloat16()
+    for cache in (far, near):
+        place = cache.device
+        dsv4x.quantize_and_insert_k_cache(k.to(place), cache, slots.to(place), kernel="reference")
+    case = {
+        "q": torch.randn(1, 4, 512, generator=rng).bfloat16(),
+        "swa_indices": slots.int()[None],
+        "swa_lens": None,
+    }
+    out, lse = dsv4x.sparse_mla_decode(**on_device(case, device), swa_cache=far, kernel=kernel)
+    check_decode(out, lse, *reference.sparse_mla_decode(**case, swa_cache=near, dtype=torch.float64))
+
+
+# Prefill.
+
+
+@pytest.mark.parametrize("heads", [1, 5, 16, 20])
+@pytest.mark.parametrize("width", [1, 33, 100, 128])
+def test_prefill_matches(width, heads, prefill, prefill_case):
+    prefill(prefill_case(heads=heads, width=width))
+
+
+@pytest.mark.parametrize("heads", [64, 100, 128])
+def test_prefill_matches_with_many_heads(heads, prefill, prefill_case):
+    prefill(prefill_case(tokens=1, heads=heads))
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("lens", [False, True])
+def test_hostile_rows_are_no_entries(lens, index_dtype, prefill, prefill_case):
+    case = prefill_case(tokens=3, lens=lens, sink=False)
+    case["indices"] = make_hostile(case["indices"], 50, index_dtype)
+    prefill(case)
+
+
+def test_prefill_spans_are_clamped(prefill, prefill_case):
+    case = prefill_case(tokens=6)
+    case["lens"] = torch.tensor([0, 40, 41, -1, -(2**31), 2**31 - 1], dtype=torch.int32)
+    prefill(case)
+
+
+def test_nan_rows_past_a_span_do_not_poison(prefill, prefill_case):
+    case = prefill_case(tokens=3)
+    past = torch.arange(40) >= case["lens"][:, None]
+    nan_rows = case["kv"].isnan().any(1).nonzero().flatten().int()
+    case["indices"][past] = nan_rows[torch.arange(int(past.sum())) % len(nan_rows)]
+    prefill(case)
+
+
+def test_prefill_without_entries_is_zero_and_plus_infinity(prefill, prefill_case):
+    case = prefill_case(tokens=3, heads=4, lens=False)
+    case["indices"][1] = -1
+    case["attn_sink"][:2] = torch.tensor([INF, -INF])
+    out, lse = prefill(case)
+    assert not out[1].any()
+    assert (lse[1] == INF).all()
+    assert not out[:, 0].any()
+
+
+def test_an_empty_workspace_or_row_has_no_entries(prefill, prefill_case, attention_kernel_device):
+    case = prefill_case(tokens=2)
+    prefill({**case, "indices": case["indices"][:, :0].contiguous()})
+    if attention_kernel_device[0] != "flash_mla":
+        prefill({**case, "kv": case["kv"][:0]})
+
+
+def test_prefill_takes_strided_tensors(prefill, prefill_case, attention_kernel_device):
+    _, device = attention_kernel_device
+    case = prefill_case(tokens=2, heads=5)
+    wide = torch.full((2, 11, 512), float("nan"), dtype=torch.bfloat16)
+    wide[:, 3:8] = case["q"]
+    case["q"] = wide[:, 3:8]
+    kv = torch.full((50, 640), float("nan"), dtype=torch.bfloat16)
+    kv[:, 64:576] = case["kv"]
+    case["kv"] = kv[:, 64:576]
+    around = torch.full((2, 15, 512), 7.0, dtype=torch.bfloat16, device=device)
+    out = around[:, 5:10].fill_(float("nan"))
+    assert prefill(case, out=out)[0] is out
+    assert (around[:, :5] == 7).all()
+    assert (around[:, 10:] == 7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nan_in_an_entry_that_is_read_shows(dtype, decode_case):
+    """The oracle must not hide what a kernel would propagate."""
+    case = decode_case(tokens=1, heads=2, lens=False, sink=False)
+    case["swa_cache"].data.fill_(0xFF)
+    assert reference.sparse_mla_decode(**case, dtype=dtype)[0].isnan().any()
