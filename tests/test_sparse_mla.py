@@ -20,7 +20,7 @@ def decode_case(make_cache, index_rows, rng):
     def make(
         tokens=4, heads=16, width=40, extra_width=None, page_size=64, extra_page_size=2, lens=True, sink=True, live=30
     ):
-        case = {"q": torch.randn(tokens, heads, 512, generator=rng).bfloat16()}
+        case = {"q": 3 * torch.randn(tokens, heads, 512, generator=rng).bfloat16()}
         scopes = [("swa", width, page_size)]
         if extra_width is not None:
             scopes.append(("extra", extra_width, extra_page_size))
@@ -43,9 +43,9 @@ def prefill_case(index_rows, rng):
     def make(tokens=4, heads=16, width=40, rows=50, live=30, lens=True, sink=True):
         kv = torch.full((rows, 512), float("nan"), dtype=torch.bfloat16)
         slots = torch.randperm(rows, generator=rng)[:live]
-        kv[slots] = torch.randn(live, 512, generator=rng).bfloat16()
+        kv[slots] = (torch.randn(live, 512, generator=rng) / 10).bfloat16()
         return {
-            "q": torch.randn(tokens, heads, 512, generator=rng).bfloat16(),
+            "q": 3 * torch.randn(tokens, heads, 512, generator=rng).bfloat16(),
             "kv": kv,
             "indices": index_rows(slots, tokens, width),
             "lens": torch.randint(0, width + 1, (tokens,), dtype=torch.int32, generator=rng) if lens else None,
@@ -242,13 +242,11 @@ def test_sinks_scale_out_and_leave_lse(sinks, decode, decode_case):
 
 
 @pytest.mark.parametrize("absent", ["None", "no columns", "no pages"])
-def test_an_extra_scope_without_entries_changes_nothing(absent, decode, decode_case, attention_kernel_device):
+def test_an_extra_scope_without_entries_changes_nothing(absent, decode, decode_case):
     case = decode_case(tokens=3, extra_width=9)
     if absent == "no columns":
         case["extra_indices"] = case["extra_indices"][:, :0].contiguous()
     elif absent == "no pages":
-        if attention_kernel_device[0] == "flash_mla":
-            pytest.skip("FlashMLA refuses a cache without pages, and says so")
         case["extra_cache"] = PagedCache.zeros(0, DSV4, 64)
     else:
         case["extra_cache"] = case["extra_indices"] = case["extra_lens"] = None
@@ -386,7 +384,7 @@ def test_pages_past_2_and_4_gib_are_attended_to(gib, attention_kernel_device, on
     far = PagedCache(raw.as_strided((2, DSV4.page_stride(64)), (stride, 1)), DSV4, 64)
     near = PagedCache.zeros(2, DSV4, 64)
     slots = torch.randperm(128, generator=rng)[:40]
-    k = torch.randn(40, 512, generator=rng).bfloat16()
+    k = (torch.randn(40, 512, generator=rng) / 10).bfloat16()
     for cache in (far, near):
         place = cache.device
         dsv4x.quantize_and_insert_k_cache(k.to(place), cache, slots.to(place), kernel="reference")
@@ -445,11 +443,10 @@ def test_prefill_without_entries_is_zero_and_plus_infinity(prefill, prefill_case
     assert not out[:, 0].any()
 
 
-def test_an_empty_workspace_or_row_has_no_entries(prefill, prefill_case, attention_kernel_device):
+def test_an_empty_workspace_or_row_has_no_entries(prefill, prefill_case):
     case = prefill_case(tokens=2)
     prefill({**case, "indices": case["indices"][:, :0].contiguous()})
-    if attention_kernel_device[0] != "flash_mla":
-        prefill({**case, "kv": case["kv"][:0]})
+    prefill({**case, "kv": case["kv"][:0]})
 
 
 def test_prefill_takes_strided_tensors(prefill, prefill_case, attention_kernel_device):

@@ -129,7 +129,8 @@ class AttentionMetadata:
                 waits for it once.
 
         Raises:
-            TypeError, ValueError: an argument's type, dtype, shape, device or value.
+            TypeError, ValueError: an argument's type, dtype, shape, device or value; under ``DSV4X_CHECK=1`` also a
+                page a query needs that is outside the pool, with the query's token.
         """
         checks.tensor("seq_lens", seq_lens, (None,), torch.int32)
         requests, device = seq_lens.shape[0], seq_lens.device
@@ -151,7 +152,8 @@ class AttentionMetadata:
         lengths = _host("seq_lens", seq_lens, seq_lens_cpu)
         query_lens = [b - a for a, b in itertools.pairwise(starts)]
         _check_lengths(starts, query_lens, lengths)
-        _check_table("swa_block_table", swa_block_table, lengths, swa_page_size, 1)
+        served = [length for queries, length in zip(query_lens, lengths) if queries]
+        _check_table("swa_block_table", swa_block_table, served, swa_page_size, 1)
         if num_tokens is None:
             num_tokens = starts[-1]
         checks.integer("num_tokens", num_tokens, starts[-1])
@@ -163,7 +165,7 @@ class AttentionMetadata:
         )
         extra_indices = extra_lens = None
         if extra_block_table is not None and extra_page_size is not None and extra_pages is not None:
-            _check_table("extra_block_table", extra_block_table, lengths, extra_page_size, compress_ratio)
+            _check_table("extra_block_table", extra_block_table, served, extra_page_size, compress_ratio)
             if compress_ratio == 4:
                 extra_lens = visible.clamp_max(topk)
             else:
@@ -174,6 +176,10 @@ class AttentionMetadata:
                     every, request, visible, extra_block_table, extra_page_size, extra_pages
                 )
                 extra_lens = visible
+        if checks.check_values_enabled():
+            checks.no_holes("swa_indices", swa_indices, swa_lens, "swa_block_table")
+            if extra_indices is not None and extra_lens is not None:
+                checks.no_holes("extra_indices", extra_indices, extra_lens, "extra_block_table")
         return cls(
             compress_ratio, window_size, topk if compress_ratio == 4 else 0, num_tokens,
             query_start_loc, seq_lens, swa_block_table, extra_block_table,

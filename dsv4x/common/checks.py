@@ -65,10 +65,16 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     return value
 
 
-def index_values(name: str, indices: torch.Tensor, lens: torch.Tensor | None, capacity: int, space: str) -> None:
-    """Report the first row with a length past its width or an index that is neither -1 nor in ``[0, capacity)``."""
+def index_values(
+    name: str, indices: torch.Tensor, lens: torch.Tensor | None, capacity: int | torch.Tensor, space: str
+) -> None:
+    """Report the first row with a length past its width or an index that is neither -1 nor in ``[0, capacity)``.
+
+    ``capacity`` is one number, or one a row.
+    """
     rows = indices if indices.dim() == 2 else indices[:, None]
-    bad = (rows < -1) | (rows >= capacity)
+    limits = torch.as_tensor(capacity, device=rows.device).expand(rows.shape[0])
+    bad = (rows < -1) | (rows >= limits[:, None])
     if lens is not None:
         past = (lens < 0) | (lens > rows.shape[1])
         if past.any():
@@ -78,12 +84,23 @@ def index_values(name: str, indices: torch.Tensor, lens: torch.Tensor | None, ca
     if bad.any():
         row, column = (int(x) for x in bad.nonzero()[0])
         raise ValueError(
-            f"{name}: {space} {int(rows[row, column])} in row {row}, column {column}, need -1 or 0 to {capacity - 1}"
+            f"{name}: {space} {int(rows[row, column])} in row {row}, column {column}, "
+            f"need -1 or 0 to {int(limits[row]) - 1}"
         )
 
 
-def finite_rows(name: str, values: torch.Tensor) -> None:
-    """Report the first row of ``values`` that holds a NaN."""
-    bad = values.flatten(1).isnan().any(1) if values.dim() > 1 else values.isnan()
+def no_holes(name: str, slots: torch.Tensor, lens: torch.Tensor, table: str) -> None:
+    """Report the first token with a -1 among the slots its span promises: its page is not in the pool."""
+    bad = (slots < 0) & (torch.arange(slots.shape[1], device=slots.device) < lens[:, None])
+    if bad.any():
+        row, column = (int(x) for x in bad.nonzero()[0])
+        raise ValueError(f"{table}: token {row} needs a page that is outside the pool ({name} column {column})")
+
+
+def finite_rows(name: str, values: torch.Tensor, spans: list[torch.Tensor | None] | None = None) -> None:
+    """Report the first row of ``values`` that holds a NaN; rows whose spans are all 0 are padding and may."""
+    bad = values.flatten(1).isnan().any(1)
+    if spans is not None and all(span is not None for span in spans):
+        bad &= torch.stack([span > 0 for span in spans if span is not None]).any(0)
     if bad.any():
         raise ValueError(f"{name}: NaN in row {int(bad.nonzero()[0])}")

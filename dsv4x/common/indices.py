@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from . import checks
+from . import checks, reference
 from .registry import Problem, select
 
 ROW_ALIGNMENT = 128
@@ -64,7 +64,8 @@ def combine_topk_swa_indices(
         Tokens of no request have span 0.
 
     Raises:
-        TypeError, ValueError: an argument's type, dtype, shape, stride or device.
+        TypeError, ValueError: an argument's type, dtype, shape, stride or device; under ``DSV4X_CHECK=1`` also a
+            local index its request has no entry for, with its row.
         KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
 
     Source: the op of this name in vLLM, with bases as arguments and holes kept.
@@ -90,6 +91,11 @@ def combine_topk_swa_indices(
         out_lens = torch.empty(tokens, dtype=torch.int32, device=device)
     else:
         checks.tensor("out_lens", out_lens, (tokens,), torch.int32, device)
+    if checks.check_values_enabled():
+        request, position = reference.token_positions(query_start_loc, seq_lens, tokens)
+        span = ((position + 1) // compress_ratio).clamp_max(min(topk, topk_indices.shape[1]))
+        entries = torch.where(request >= 0, seq_lens[request] // compress_ratio, 0) if requests else position + 1
+        checks.index_values("topk_indices", topk_indices, span, entries, "local entry")
     record = select(Problem.on("combine_topk_swa_indices", device, tokens=tokens, width=width), kernel)
     if tokens:
         record.launch(

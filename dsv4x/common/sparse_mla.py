@@ -62,7 +62,7 @@ def sparse_mla_decode(
     Source: semantics of FlashMLA's ``flash_mla_with_kvcache`` (tests/ref.py) with two scopes.
     """
     check_values = checks.check_values_enabled()
-    tokens = _check_q(q, check_values)
+    tokens = _check_q(q)
     scopes: list[tuple[str, Any, Any, torch.Tensor | None]] = [("swa", swa_cache, swa_indices, swa_lens)]
     if extra_cache is not None or extra_indices is not None:
         scopes.append(("extra", extra_cache, extra_indices, extra_lens))
@@ -77,6 +77,8 @@ def sparse_mla_decode(
             checks.tensor(f"{scope}_lens", lens, (tokens,), checks.INDEX_DTYPES, q.device)
         if check_values:
             checks.index_values(f"{scope}_indices", indices, lens, cache.capacity, "slot")
+    if check_values:
+        checks.finite_rows("q", q, [lens for *_, lens in scopes])
     out = _check_rest(q, attn_sink, out)
     problem = Problem.on(
         "sparse_mla_decode",
@@ -143,13 +145,14 @@ def sparse_mla_prefill(
     Source: semantics of FlashMLA's ``flash_mla_sparse_fwd`` (tests/ref.py).
     """
     check_values = checks.check_values_enabled()
-    tokens = _check_q(q, check_values)
+    tokens = _check_q(q)
     checks.tensor("kv", kv, (None, HEAD_DIM), torch.bfloat16, q.device)
     checks.tensor("indices", indices, (tokens, None), checks.INDEX_DTYPES, q.device)
     if lens is not None:
         checks.tensor("lens", lens, (tokens,), checks.INDEX_DTYPES, q.device)
     if check_values:
         checks.index_values("indices", indices, lens, kv.shape[0], "workspace row")
+        checks.finite_rows("q", q, [lens])
     out = _check_rest(q, attn_sink, out)
     problem = Problem.on(
         "sparse_mla_prefill",
@@ -175,12 +178,10 @@ def sparse_mla_prefill(
     )
 
 
-def _check_q(q: torch.Tensor, check_values: bool) -> int:
+def _check_q(q: torch.Tensor) -> int:
     checks.tensor("q", q, (None, None, HEAD_DIM), torch.bfloat16)
     if not 1 <= q.shape[1] <= MAX_HEADS:
         raise ValueError(f"q: {q.shape[1]} heads, need 1 to {MAX_HEADS}")
-    if check_values:
-        checks.finite_rows("q", q)
     return q.shape[0]
 
 

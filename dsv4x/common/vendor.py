@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import traceback
 from types import ModuleType
 from typing import Any
 
@@ -53,7 +54,7 @@ class VendorLibrary:
         try:
             module = importlib.import_module(self.module)
         except Exception as error:  # a vendor wheel may fail in any way; the reason is kept, not hidden
-            return None, f"import {self.module} failed: {type(error).__name__}: {error}", error
+            return None, f"import {self.module} failed: {type(error).__name__}: {str(error) or _origin(error)}", error
         lacking = [name for name in self.attributes if not hasattr(module, name)]
         if lacking:
             return None, f"{self.module} at {self.path} has no {', '.join(lacking)}; {self.hint}", None
@@ -112,4 +113,10 @@ class VendorLibrary:
         }
 
 
-TRITON = VendorLibrary("triton", ("triton", "pytorch-triton-rocm", "pytorch-triton"), hint="pip install triton")
+def _origin(error: BaseException) -> str:
+    """Where an exception without a message was raised; DeepGEMM's import asserts so when it finds no CUDA toolkit."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.line} ({frame.filename}:{frame.lineno})"
+
+
+TRITON = VendorLibrary("triton", ("triton", "triton-rocm", "pytorch-triton-rocm"), hint="pip install triton")

@@ -1,0 +1,122 @@
+"""What dsv4x's attention costs beside FlashMLA called bare, on one GPU in one run.
+
+Every row holds medians of ``triton.testing.do_bench`` (microseconds) over the same inputs: window 128 in a pool of
+16 384 entries, top-k random in a pool of 65 536, page 64, DSv4 fp8, sink on.
+
+- ``bare``: FlashMLA's own call on ready arguments, its scheduler object already filled.
+- ``flash_mla``: ``dsv4x.sparse_mla_decode`` / ``_prefill`` with kernel="flash_mla", indices untrusted, scheduler fresh.
+- ``served``: the same as AttentionMetadata serves it: trusted indices and a shared schedule.
+- ``triton``: kernel="triton".
+
+Usage: python benchmarks/attention.py --out benchmarks/results/attention-<gpu>.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import triton
+from flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
+
+import dsv4x
+from dsv4x import PagedCache, layouts
+
+WINDOW, PAGE_SIZE, SWA_ENTRIES, EXTRA_ENTRIES = 128, 64, 16384, 65536
+SHAPES = ((64, 512), (128, 1024))
+TOKENS = (1, 8, 32, 64, 128, 512, 1024, 4096)
+
+
+def median_us(run) -> float:
+    return 1e3 * triton.testing.do_bench(run, warmup=30, rep=100, return_mode="median")
+
+
+def pool(entries: int) -> PagedCache:
+    cache = PagedCache.zeros(entries // PAGE_SIZE, layouts.DSV4, PAGE_SIZE, "cuda")
+    k = (torch.randn(entries, 512, device="cuda") / 10).bfloat16()
+    dsv4x.quantize_and_insert_k_cache(k, cache, torch.arange(entries, device="cuda"))
+    return cache
+
+
+def servers_view(cache: PagedCache) -> torch.Tensor:
+    return cache.page_bytes.unflatten(1, (cache.page_size, 1, 584))
+
+
+def decode_row(heads: int, topk: int, tokens: int) -> dict[str, float]:
+    swa, extra = pool(SWA_ENTRIES), pool(EXTRA_ENTRIES)
+    q = torch.randn(tokens, heads, 512, device="cuda").clamp(-1, 1).bfloat16()
+    sink = torch.randn(heads, device="cuda")
+    rows = [torch.randint(0, n, (tokens, w), device="cuda", dtype=torch.int32)
+            for n, w in ((SWA_ENTRIES, WINDOW), (EXTRA_ENTRIES, topk))]  # fmt: skip
+    lens = [torch.full((tokens,), w, dtype=torch.int32, device="cuda") for w in (WINDOW, topk)]
+    meta = get_mla_metadata()[0]
+    arguments = (swa, rows[0], lens[0], extra, rows[1], lens[1], sink)
+    schedule: dict = {}
+
+    def bare():
+        flash_mla_with_kvcache(
+            q[:, None], servers_view(swa), None, None, 512, meta, None, 512**-0.5, False, True, rows[0][:, None],
+            sink, servers_view(extra), rows[1][:, None], lens[0], lens[1], use_legacy=True,
+        )  # fmt: skip
+
+    return {
+        "bare": median_us(bare),
+        "flash_mla": median_us(lambda: dsv4x.sparse_mla_decode(q, *arguments, kernel="flash_mla")),
+        "served": median_us(
+            lambda: dsv4x.sparse_mla_decode(q, *arguments, kernel="flash_mla", trusted_indices=True, schedule=schedule)
+        ),
+        "triton": median_us(lambda: dsv4x.sparse_mla_decode(q, *arguments, kernel="triton")),
+    }
+
+
+def prefill_row(heads: int, topk: int, tokens: int) -> dict[str, float]:
+    kv = (torch.randn(EXTRA_ENTRIES, 512, device="cuda") / 10).bfloat16()
+    q = (torch.randn(tokens, heads, 512, device="cuda") / 10).bfloat16()
+    sink = torch.randn(heads, device="cuda")
+    width = dsv4x.combined_topk_width(topk, WINDOW)
+    rows = torch.randint(0, EXTRA_ENTRIES, (tokens, width), device="cuda", dtype=torch.int32)
+    lens = torch.full((tokens,), width, dtype=torch.int32, device="cuda")
+    arguments = (q, kv, rows, lens, sink)
+
+    def bare():
+        flash_mla_sparse_fwd(q, kv[:, None], rows[:, None], 512**-0.5, 512, sink, lens, use_legacy=True)
+
+    return {
+        "bare": median_us(bare),
+        "flash_mla": median_us(lambda: dsv4x.sparse_mla_prefill(*arguments, kernel="flash_mla")),
+        "served": median_us(lambda: dsv4x.sparse_mla_prefill(*arguments, kernel="flash_mla", trusted_indices=True)),
+        "triton": median_us(lambda: dsv4x.sparse_mla_prefill(*arguments, kernel="triton")),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the rows as JSON here")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    result = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "dsv4x": dsv4x.__version__,
+        "unit": "us",
+        "rows": [],
+    }
+    print(f"{'op':<8}{'H,K':>9}{'T':>6}" + "".join(f"{name:>11}" for name in ("bare", "flash_mla", "served", "triton")))
+    for op, measure in (("decode", decode_row), ("prefill", prefill_row)):
+        for heads, topk in SHAPES:
+            for tokens in TOKENS:
+                row = measure(heads, topk, tokens)
+                result["rows"].append({"op": op, "heads": heads, "topk": topk, "tokens": tokens, **row})
+                print(
+                    f"{op:<8}{f'{heads},{topk}':>9}{tokens:>6}" + "".join(f"{value:>11.1f}" for value in row.values())
+                )
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""DSV4X_CHECK=1 looks at values on the device and names the first bad row; without it nothing is looked at."""
+
+import pytest
+import torch
+
+import dsv4x
+from dsv4x.common.layouts import DSV4, PagedCache
+
+T, H, WIDTH, CAPACITY = 4, 2, 6, 128
+NAN = float("nan")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    monkeypatch.setenv("DSV4X_CHECK", "1")
+
+
+def arguments(op, device):
+    def zeros(*shape, dtype=torch.int32):
+        return torch.zeros(*shape, dtype=dtype, device=device)
+
+    def cache():
+        return PagedCache.zeros(2, DSV4, 64, device)
+
+    q = zeros(T, H, 512, dtype=torch.bfloat16)
+    if op is dsv4x.sparse_mla_decode:
+        scope = {"cache": cache(), "indices": zeros(T, WIDTH), "lens": torch.full((T,), WIDTH, device=device)}
+        return {"q": q, **{f"{name}_{k}": v.clone() if k != "cache" else v
+                           for name in ("swa", "extra") for k, v in scope.items()}}  # fmt: skip
+    if op is dsv4x.sparse_mla_prefill:
+        kv = zeros(CAPACITY, 512, dtype=torch.bfloat16)
+        return {"q": q, "kv": kv, "indices": zeros(T, WIDTH), "lens": torch.full((T,), WIDTH, device=device)}
+    if op is dsv4x.quantize_and_insert_k_cache:
+        return {"k": zeros(T, 512, dtype=torch.bfloat16), "cache": cache(), "slots": torch.arange(T, device=device)}
+    return {"cache": cache(), "slots": torch.arange(T, device=device)}
+
+
+DECODE, PREFILL = dsv4x.sparse_mla_decode, dsv4x.sparse_mla_prefill
+QUANTIZE, DEQUANTIZE = dsv4x.quantize_and_insert_k_cache, dsv4x.dequantize_k_cache_paged
+# op, argument, (index, value) pairs to set, what the message says: the first of two bad rows.
+BAD = [
+    (DECODE, "q", [((2, 1, 511), NAN), ((3, 0, 0), NAN)], "q: NaN in row 2"),
+    (DECODE, "swa_indices", [((1, 4), CAPACITY), ((2, 0), -9)],
+     f"swa_indices: slot {CAPACITY} in row 1, column 4, need -1 or 0 to {CAPACITY - 1}"),
+    (DECODE, "swa_indices", [((3, 5), -2)], "swa_indices: slot -2 in row 3, column 5"),
+    (DECODE, "extra_indices", [((0, 2), 2**31 - 1)], f"extra_indices: slot {2**31 - 1} in row 0, column 2"),
+    (DECODE, "swa_lens", [((2,), WIDTH + 1)], f"length {WIDTH + 1} in row 2, need 0 to {WIDTH}"),
+    (DECODE, "extra_lens", [((1,), -1)], f"length -1 in row 1, need 0 to {WIDTH}"),
+    (PREFILL, "q", [((0, 0, 0), NAN)], "q: NaN in row 0"),
+    (PREFILL, "indices", [((1, 1), CAPACITY)],
+     f"indices: workspace row {CAPACITY} in row 1, column 1, need -1 or 0 to {CAPACITY - 1}"),
+    (PREFILL, "lens", [((3,), WIDTH + 5)], f"length {WIDTH + 5} in row 3, need 0 to {WIDTH}"),
+    (QUANTIZE, "k", [((1, 500), NAN), ((3, 0), NAN)], "k: NaN in row 1"),
+    (QUANTIZE, "slots", [((3,), CAPACITY)], f"slots: slot {CAPACITY} in row 3"),
+    (DEQUANTIZE, "slots", [((1,), -2), ((2,), 10**12)], "slots: slot -2 in row 1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "name", "values", "says"), BAD)
+def test_the_first_bad_row_is_named(op, name, values, says, device, checked):
+    call = arguments(op, device)
+    op(**call)
+    for at, value in values:
+        call[name][at] = value
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        op(**call)
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize(("op", "name", "values", "says"), BAD)
+@pytest.mark.parametrize("setting", [None, "0", ""])
+def test_nothing_is_looked_at_unless_asked(op, name, values, says, setting, device, monkeypatch):
+    if setting is not None:
+        monkeypatch.setenv("DSV4X_CHECK", setting)
+    call = arguments(op, device)
+    for at, value in values:
+        call[name][at] = value
+    op(**call)
+
+
+@pytest.mark.parametrize("op", [DECODE, PREFILL])
+def test_what_stands_past_a_span_is_not_looked_at(op, device, checked):
+    call = arguments(op, device)
+    for name in [n for n in call if n.endswith("indices")]:
+        call[name][:, 3:] = 2**31 - 1
+        call[name][:, 1] = -1
+        call[name.replace("indices", "lens")][:] = 3
+    op(**call)
+
+
+@pytest.mark.parametrize("op", [DECODE, PREFILL])
+@pytest.mark.parametrize("tokens", [0, T])
+@pytest.mark.parametrize("lens", [False, True])
+def test_empty_rows_have_nothing_bad(op, tokens, lens, device, checked):
+    call = arguments(op, device)
+    for name in call:
+        if name.endswith("indices"):
+            call[name] = call[name][:tokens, :0]
+        elif name.endswith("lens"):
+            call[name] = torch.zeros(tokens, dtype=torch.int32, device=device) if lens else None
+        elif name == "q":
+            call[name] = call[name][:tokens]
+    op(**call)
+
+
+def test_no_rows_have_nothing_bad(device, checked):
+    for op in (QUANTIZE, DEQUANTIZE):
+        call = arguments(op, device)
+        op(**{name: value if name == "cache" else value[:0] for name, value in call.items()})
+
+
+def test_minus_one_is_never_bad(device, checked):
+    for op in (DECODE, PREFILL, QUANTIZE, DEQUANTIZE):
+        call = arguments(op, device)
+        for name in call:
+            if name.endswith(("indices", "slots")):
+                call[name].fill_(-1)
+        op(**call)

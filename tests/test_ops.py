@@ -1,0 +1,172 @@
+"""torch.ops.dsv4x: schemas and fakes that hold, and the same results compiled as eager."""
+
+import pytest
+import torch
+
+import dsv4x
+from dsv4x.common.layouts import DSV4, DSV32, PagedCache
+
+ops = torch.ops.dsv4x
+WITH_GPU = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# The ops have no gradients; autograd_registration asserts what would happen if they had.
+CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=WITH_GPU)
+def device(request):
+    return request.param
+
+
+@pytest.fixture
+def arguments(device, make_cache, index_rows, rng, on_device):
+    """Positional arguments of every op, by name."""
+    swa, slots = make_cache(2, 64, 20)
+    extra, extra_slots = make_cache(8, 2, 10, spread=2)
+    q = torch.randn(3, 4, 512, generator=rng).bfloat16().to(device)
+    sink = torch.randn(4, generator=rng).to(device)
+    indices, extra_indices = (index_rows(live, 3, 8).to(device) for live in (slots, extra_slots))
+    lens = torch.tensor([8, 0, 5], dtype=torch.int32, device=device)
+    kv = torch.randn(9, 512, generator=rng).bfloat16().to(device)
+    rows = torch.randint(-1, 9, (3, 8), dtype=torch.int32, generator=rng).to(device)
+    swa, extra = on_device(swa, device), on_device(extra, device)
+    k = torch.randn(5, 512, generator=rng).bfloat16().to(device)
+    return {
+        "quantize_and_insert_k_cache": (k, swa.data.clone(), "DSv4", 64, torch.arange(5, device=device)),
+        "dequantize_k_cache_paged": (swa.data, "DSv4", 64, slots.to(device)),
+        "sparse_mla_decode": (
+            q, swa.data, 64, indices, lens, extra.data, 2, extra_indices, lens, sink, None, "DSv4", torch.zeros_like(q),
+        ),
+        "sparse_mla_prefill": (q, kv, rows, lens, sink, 0.05, torch.zeros_like(q)),
+    }  # fmt: skip
+
+
+def eager(name, args):
+    """The public function's results for an op's arguments: what it returns and what it writes."""
+    if name == "quantize_and_insert_k_cache":
+        k, data, _, page_size, slots = args
+        dsv4x.quantize_and_insert_k_cache(k, PagedCache(data, DSV4, page_size), slots)
+        return [data]
+    if name == "dequantize_k_cache_paged":
+        data, _, page_size, slots = args
+        return [dsv4x.dequantize_k_cache_paged(PagedCache(data, DSV4, page_size), slots)]
+    if name == "sparse_mla_decode":
+        q, swa, swa_page, indices, lens, extra, extra_page, extra_indices, extra_lens, sink, scale, _, out = args
+        extra = None if extra is None else PagedCache(extra, DSV4, extra_page)
+        swa = PagedCache(swa, DSV4, swa_page)
+        return list(dsv4x.sparse_mla_decode(q, swa, indices, lens, extra, extra_indices, extra_lens, sink, scale, out))
+    return list(dsv4x.sparse_mla_prefill(*args))
+
+
+def called(name, args):
+    """The same through the op: its return value and the argument it writes."""
+    result = getattr(ops, name)(*args)
+    if name == "quantize_and_insert_k_cache":
+        assert result is None
+        return [args[1]]
+    return [result] if name == "dequantize_k_cache_paged" else [args[-1], result]
+
+
+def copied(args):
+    """Copies with the same strides: a clone of a cache would close the gaps between its pages."""
+
+    def copy(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        raw = value.new_empty(0).set_(value.untyped_storage()).clone()
+        return raw.as_strided(value.shape, value.stride(), value.storage_offset())
+
+    return tuple(copy(value) for value in args)
+
+
+NAMES = ["quantize_and_insert_k_cache", "dequantize_k_cache_paged", "sparse_mla_decode", "sparse_mla_prefill"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_schema_and_the_fake_tell_the_truth(name, arguments):
+    torch.library.opcheck(getattr(ops, name).default, arguments[name], test_utils=CHECKS)
+
+
+def test_the_fakes_hold_without_optional_arguments(arguments):
+    q, swa, page, indices, *_ = arguments["sparse_mla_decode"]
+    alone = (q, swa, page, indices, None, None, 0, None, None, None, None, "DSv4", torch.zeros_like(q))
+    torch.library.opcheck(ops.sparse_mla_decode.default, alone, test_utils=CHECKS)
+    q, kv, rows, *_ = arguments["sparse_mla_prefill"]
+    bare = (q, kv, rows, None, None, None, torch.zeros_like(q))
+    torch.library.opcheck(ops.sparse_mla_prefill.default, bare, test_utils=CHECKS)
+
+
+def test_the_fake_knows_each_layouts_width(device):
+    data = PagedCache.zeros(2, DSV32, 64, device).data
+    args = (data, "DSv3.2", 64, torch.arange(3, device=device))
+    assert ops.dequantize_k_cache_paged(*args).shape == (3, 576)
+    torch.library.opcheck(ops.dequantize_k_cache_paged.default, args, test_utils=CHECKS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_op_and_function_agree(name, arguments):
+    args = arguments[name]
+    want = eager(name, copied(args))
+    for a, b in zip(called(name, copied(args)), want):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_without_a_graph_break_gives_the_same(name, arguments):
+    args = arguments[name]
+    want = eager(name, copied(args))
+    compiled = torch.compile(lambda *a: called(name, a), fullgraph=True, backend="eager")
+    for a, b in zip(compiled(*copied(args)), want):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_step_sees_what_the_op_before_it_wrote(backend, device, rng):
+    """Functionalization must carry the cache's mutation from the insert to the attention that reads it."""
+
+    def step(k, q, data, slots, indices, out):
+        ops.quantize_and_insert_k_cache(k * 0.5, data, "DSv4", 64, slots)
+        lse = ops.sparse_mla_decode(q * 2, data, 64, indices, None, None, 0, None, None, None, None, "DSv4", out)
+        return out + 1, lse, ops.dequantize_k_cache_paged(data, "DSv4", 64, slots)
+
+    def fresh():
+        data = PagedCache.zeros(2, DSV4, 64, device).data
+        return k, q, data, torch.arange(5, device=device), indices, torch.zeros_like(q)
+
+    k, q = (torch.randn(*shape, generator=rng).bfloat16().to(device) for shape in ((5, 512), (3, 4, 512)))
+    indices = torch.randint(0, 5, (3, 6), dtype=torch.int32, generator=rng).to(device)
+    plain, compiled = fresh(), fresh()
+    want = step(*plain)
+    got = torch.compile(step, fullgraph=True, backend=backend)(*compiled)
+    for a, b in zip((*got, compiled[2], compiled[5]), (*want, plain[2], plain[5])):
+        assert torch.equal(a, b)
+    assert want[1].isfinite().all()
+
+
+def test_a_compiled_op_takes_other_batch_sizes(device, rng):
+    """One graph for all T: the fakes must not pin a size."""
+    compiled = torch.compile(ops.sparse_mla_prefill, fullgraph=True, backend="eager", dynamic=True)
+    kv = torch.randn(20, 512, generator=rng).bfloat16().to(device)
+    for tokens in (2, 3, 7):
+        q = torch.randn(tokens, 4, 512, generator=rng).bfloat16().to(device)
+        rows = torch.randint(-1, 20, (tokens, 8), dtype=torch.int32, generator=rng).to(device)
+        out = torch.empty_like(q)
+        want = dsv4x.sparse_mla_prefill(q, kv, rows, None)
+        assert torch.equal(compiled(q, kv, rows, None, None, None, out), want[1])
+        assert torch.equal(out, want[0])
+
+
+def test_an_unknown_layout_is_named(arguments):
+    data, _, page_size, slots = arguments["dequantize_k_cache_paged"]
+    with pytest.raises(ValueError, match=r"layout: got 'DSv9', need one of DSv4, DSv3.2"):
+        ops.dequantize_k_cache_paged(data, "DSv9", page_size, slots)
+
+
+def test_errors_reach_the_caller_as_they_are(arguments):
+    q, kv, rows, lens, sink, scale, out = arguments["sparse_mla_prefill"]
+    with pytest.raises(TypeError, match="q: dtype is float32, need bfloat16"):
+        ops.sparse_mla_prefill(q.float(), kv, rows, lens, sink, scale, out)
