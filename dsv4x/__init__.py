@@ -21,10 +21,10 @@ from .common.attention import AttentionMetadata, sparse_mla_attention
 from .common.cache import dequantize_k_cache_paged, quantize_and_insert_k_cache
 from .common.errors import BackendUnavailable, KernelNotSupported
 from .common.indices import combine_topk_swa_indices, combined_topk_width
-from .common.layouts import CacheLayout, PagedCache
+from .common.layouts import CacheLayout, CacheSpec, PagedCache
 from .common.platform import platform
 from .common.portable import register_portable
-from .common.registry import CacheSpec, Problem, explain
+from .common.registry import Problem, explain
 from .common.sparse_mla import sparse_mla_decode, sparse_mla_prefill
 
 register_portable()

@@ -12,7 +12,7 @@ import torch
 from . import checks, indices, reference
 from .cache import dequantize_k_cache_paged
 from .layouts import PagedCache
-from .registry import CacheSpec, Problem, select
+from .registry import Problem, select
 from .sparse_mla import HEAD_DIM, sparse_mla_decode, sparse_mla_prefill
 
 COMPRESS_RATIOS = (1, 4, 128)
@@ -354,7 +354,7 @@ def path_problems(
         extra_width = topk_indices.shape[1]
     elif meta.extra_indices is not None:
         extra_width = meta.extra_indices.shape[1]
-    caches = tuple(CacheSpec.of(cache) for cache in (swa_cache, extra_cache) if cache is not None)
+    caches = tuple(cache.spec for cache in (swa_cache, extra_cache) if cache is not None)
     direct = Problem.on(
         "sparse_mla_decode", q.device, tokens=tokens, heads=heads,
         width=meta.swa_indices.shape[1], extra_width=extra_width, caches=caches,

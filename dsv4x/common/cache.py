@@ -6,7 +6,7 @@ import torch
 
 from . import checks
 from .layouts import PagedCache
-from .registry import CacheSpec, Problem, select
+from .registry import Problem, select
 
 
 def quantize_and_insert_k_cache(
@@ -79,4 +79,4 @@ def dequantize_k_cache_paged(
 
 
 def _problem(op: str, cache: PagedCache, slots: torch.Tensor) -> Problem:
-    return Problem.on(op, slots.device, tokens=slots.shape[0], caches=(CacheSpec.of(cache),))
+    return Problem.on(op, slots.device, tokens=slots.shape[0], caches=(cache.spec,))

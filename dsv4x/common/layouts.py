@@ -7,6 +7,7 @@ A page is a run of ``page_size`` entries. ``soa`` pages hold all data rows, then
 
 from __future__ import annotations
 
+import functools
 import struct
 from dataclasses import dataclass
 from typing import Literal
@@ -48,26 +49,26 @@ class CacheLayout:
     scale_floor: float = 0.0
     page_alignment: int = 1
 
-    @property
+    @functools.cached_property
     def head_dim(self) -> int:
         """Values an entry holds."""
         return self.nope_dim + self.rope_dim
 
-    @property
+    @functools.cached_property
     def num_scales(self) -> int:
         return self.nope_dim // self.scale_tile
 
-    @property
+    @functools.cached_property
     def scale_bytes(self) -> int:
         """Bytes of an entry's scales, padding included."""
         return self.num_scales * (1 if self.scale_encoding == "ue8m0" else 4) + self.scale_pad
 
-    @property
+    @functools.cached_property
     def data_bytes(self) -> int:
         """Bytes of an entry's values."""
         return self.nope_dim + 2 * self.rope_dim
 
-    @property
+    @functools.cached_property
     def entry_bytes(self) -> int:
         return self.data_bytes + self.scale_bytes
 
@@ -75,12 +76,12 @@ class CacheLayout:
         """Bytes from one page to the next when pages stand back to back."""
         return -(-page_size * self.entry_bytes // self.page_alignment) * self.page_alignment
 
-    @property
+    @functools.cached_property
     def data_pitch(self) -> int:
         """Bytes from one entry's values to the next entry's, inside a page."""
         return self.data_bytes if self.arrangement == "soa" else self.entry_bytes
 
-    @property
+    @functools.cached_property
     def scale_pitch(self) -> int:
         """Bytes from one entry's scales to the next entry's, inside a page."""
         return self.scale_bytes if self.arrangement == "soa" else self.entry_bytes
@@ -89,16 +90,16 @@ class CacheLayout:
         """Offset of entry 0's scales inside its page."""
         return page_size * self.data_bytes if self.arrangement == "soa" else self._first_bytes
 
-    @property
+    @functools.cached_property
     def rope_base(self) -> int:
         """Offset of the RoPE values from the entry's own start."""
         return self.nope_dim + (self.scale_bytes if self.rope_after_scales else 0)
 
-    @property
+    @functools.cached_property
     def _first_bytes(self) -> int:
         return self.nope_dim if self.rope_after_scales else self.data_bytes
 
-    @property
+    @functools.cached_property
     def min_scale_byte(self) -> int:
         """The smallest scale a writer emits, as a biased exponent.
 
@@ -145,6 +146,24 @@ DSV32 = CacheLayout(
     rope_after_scales=True,
 )
 """DeepSeek-V3.2 ``fp8_ds_mla``: 512 e4m3 + 4 float32 scales + 64 bf16 = 656 B. Cache ops only."""
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """A paged cache without its bytes, as far as choosing a kernel goes.
+
+    Attributes:
+        layout: the layout's name.
+        page_size: entries per page.
+        pages: pages in the pool.
+        page_stride: bytes from one page to the next.
+    """
+
+    layout: str
+    page_size: int
+    pages: int
+    page_stride: int
+
 
 # Vector loads of 16 bytes need every entry of every page to start on one.
 ALIGNMENT = 16
@@ -221,25 +240,30 @@ class PagedCache:
         stride = -(-layout.page_stride(page_size) // ALIGNMENT) * ALIGNMENT
         return cls(torch.zeros(pages, stride, dtype=torch.uint8, device=device), layout, page_size)
 
-    @property
+    @functools.cached_property
+    def spec(self) -> CacheSpec:
+        """What a kernel may ask of this cache without seeing its bytes."""
+        return CacheSpec(self.layout.name, self.page_size, self.pages, self.page_stride)
+
+    @functools.cached_property
     def pages(self) -> int:
         return self.data.shape[0]
 
-    @property
+    @functools.cached_property
     def capacity(self) -> int:
         """Slots: every valid slot is in ``[0, capacity)``."""
         return self.pages * self.page_size
 
-    @property
+    @functools.cached_property
     def page_stride(self) -> int:
         """Bytes from one page to the next."""
         return self.data.stride(0) if self.pages > 1 else self.layout.page_stride(self.page_size)
 
-    @property
+    @functools.cached_property
     def device(self) -> torch.device:
         return self.data.device
 
-    @property
+    @functools.cached_property
     def page_bytes(self) -> torch.Tensor:
         """uint8 ``[pages, page_size * entry_bytes]``: the bytes entries live in, as a view."""
         return self.data.as_strided(
@@ -247,3 +271,8 @@ class PagedCache:
             (self.page_stride, 1),
             self.data.storage_offset(),
         )
+
+    @functools.cached_property
+    def servers_view(self) -> torch.Tensor:
+        """uint8 ``[pages, page_size, 1, entry_bytes]``: the same bytes in the shape servers and FlashMLA use."""
+        return self.page_bytes.unflatten(1, (self.page_size, 1, self.layout.entry_bytes))

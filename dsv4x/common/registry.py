@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .errors import BackendUnavailable, KernelNotSupported
-from .layouts import PagedCache
+from .layouts import CacheSpec
 from .platform import platform
 from .vendor import VendorLibrary
 
@@ -24,27 +24,6 @@ from .vendor import VendorLibrary
 _INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 
 KERNEL_NAMES = ("flash_mla", "triton", "aiter", "reference")
-
-
-@dataclass(frozen=True)
-class CacheSpec:
-    """What a kernel may ask of a paged cache without seeing its bytes.
-
-    Attributes:
-        layout: the layout's name.
-        page_size: entries per page.
-        pages: pages in the pool.
-        page_stride: bytes from one page to the next.
-    """
-
-    layout: str
-    page_size: int
-    pages: int
-    page_stride: int
-
-    @classmethod
-    def of(cls, cache: PagedCache) -> CacheSpec:
-        return cls(cache.layout.name, cache.page_size, cache.pages, cache.page_stride)
 
 
 @dataclass(frozen=True)

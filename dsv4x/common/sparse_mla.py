@@ -8,7 +8,7 @@ import torch
 
 from . import checks, layouts
 from .layouts import PagedCache
-from .registry import CacheSpec, Problem, select
+from .registry import Problem, select
 
 HEAD_DIM = 512
 MAX_HEADS = 128
@@ -87,7 +87,7 @@ def sparse_mla_decode(
         heads=q.shape[1],
         width=swa_indices.shape[1],
         extra_width=extra_indices.shape[1] if extra_indices is not None else 0,
-        caches=tuple(CacheSpec.of(cache) for _, cache, _, _ in scopes if cache is not None),
+        caches=tuple(cache.spec for _, cache, _, _ in scopes),
     )
     record = select(problem, kernel)
     if tokens == 0:

@@ -7,9 +7,9 @@ Read from FlashMLA 9241ae3 and the ``sgl-flash-mla`` 1.0.0 wheel, and measured o
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -50,11 +50,10 @@ def max_batch(heads: int, shared_memory: int) -> int:
     return min(scheduler_limit(shared_memory), _MAX_PARTIAL_ELEMENTS // (heads * 512))
 
 
-def _entry(name: str) -> tuple[Callable[..., Any], dict[str, bool]]:
-    """An entry point, and what it takes to reach the V4 kernels: newer wheels moved them behind ``use_legacy``."""
-    module: ModuleType = FLASH_MLA.load()
-    function = getattr(module, name)
-    return function, {"use_legacy": True} if "use_legacy" in inspect.signature(function).parameters else {}
+@functools.cache
+def _options(function: Callable[..., Any]) -> dict[str, bool]:
+    """What an entry point takes to reach the V4 kernels: newer wheels moved them behind ``use_legacy``."""
+    return {"use_legacy": True} if "use_legacy" in inspect.signature(function).parameters else {}
 
 
 def _wheel_reasons(problem: Problem) -> list[str]:
@@ -111,11 +110,9 @@ def _deliver(
 
 
 def _servers_view(cache: PagedCache) -> torch.Tensor:
-    """``[pages, page_size, 1, entry_bytes]`` over the cache's pages; one page of zeros where it has none."""
-    pages = cache.page_bytes
-    if cache.pages == 0:
-        pages = pages.new_zeros(1, pages.shape[1])
-    return pages.unflatten(1, (cache.page_size, 1, cache.layout.entry_bytes))
+    """The cache as FlashMLA takes it; one page of zeros where it has none."""
+    view = cache.servers_view
+    return view if cache.pages else view.new_zeros(1, *view.shape[1:])
 
 
 def _indices_for(
@@ -146,7 +143,7 @@ def decode(
     schedule: dict[Any, Any] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``flash_mla_with_kvcache``, batches past its limits split. Arguments as in :func:`dsv4x.sparse_mla_decode`."""
-    function, options = _entry("flash_mla_with_kvcache")
+    function = FLASH_MLA.load().flash_mla_with_kvcache
     heads = q.shape[1]
     q, attn_sink = _pad_heads(q, attn_sink)
     indices, lens = _indices_for(swa_indices, swa_lens, swa_cache.capacity, DECODE_WIDTH, trusted_indices)
@@ -176,7 +173,7 @@ def decode(
             None if e_indices is None else e_indices[rows, None],
             None if lens is None else lens[rows],
             None if e_lens is None else e_lens[rows],
-            **options,
+            **_options(function),
         )
         parts.append((values[:, 0], lse[:, :, 0]))
     if len(parts) == 1:
@@ -205,7 +202,7 @@ def _scheduler(
     graph capture each call fills its own, so that a replay recomputes it from the lengths it then finds.
     """
     metadata = FLASH_MLA.load().get_mla_metadata
-    if schedule is None or torch.cuda.is_current_stream_capturing():
+    if schedule is None or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         return metadata()[0]
     key = (
         "flash_mla",
@@ -234,13 +231,15 @@ def prefill(
     trusted_indices: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``flash_mla_sparse_fwd``. Arguments as in :func:`dsv4x.sparse_mla_prefill`."""
-    function, options = _entry("flash_mla_sparse_fwd")
+    function = FLASH_MLA.load().flash_mla_sparse_fwd
     heads = q.shape[1]
     q, attn_sink = _pad_heads(q, attn_sink)
     indices, lens = _indices_for(indices, lens, kv.shape[0], PREFILL_WIDTH, trusted_indices)
     if kv.shape[0] == 0:
         kv = kv.new_zeros(1, kv.shape[1])
-    values, _, lse = function(q, kv[:, None], indices[:, None], softmax_scale, q.shape[2], attn_sink, lens, **options)
+    values, _, lse = function(
+        q, kv[:, None], indices[:, None], softmax_scale, q.shape[2], attn_sink, lens, **_options(function)
+    )
     return _deliver(values, lse, heads, out)
 
 
