@@ -206,3 +206,25 @@ def test_fifty_repeats_are_bitwise_equal(kernel):
 def test_the_chosen_kernel_is_flash_mla_here():
     problem = dsv4x.Problem("sparse_mla_decode", "cuda", platform.arch, tokens=64, heads=64, width=128)
     assert dsv4x.explain(problem).chosen == "flash_mla", str(dsv4x.explain(problem))
+
+
+@pytest.mark.skipif("torch.cuda.device_count() < 2", reason="needs two GPUs")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_current_device_need_not_be_the_tensors(kernel):
+    """A caller whose current device is 0 hands over tensors of device 1."""
+    torch.manual_seed(6)
+    choose = random.Random(6)
+    with torch.cuda.device(1):
+        swa, slots = random_pool(300, 61, choose)
+        q, scopes = random_q(20, 64), [swa, *random_rows(20, 100, slots)]
+        expected = reference.sparse_mla_decode(q, *scopes)
+        kv = torch.randn(50, 512, device="cuda").bfloat16() / 10
+        rows, lens = random_rows(20, 100, torch.arange(50, device="cuda"))
+        expected_prefill = reference.sparse_mla_prefill(q / 10, kv, rows, lens)
+    assert torch.cuda.current_device() == 0
+    assert q.device.index == 1
+    check_decode(*dsv4x.sparse_mla_decode(q, *scopes, kernel=kernel), *expected)
+    check_prefill(*dsv4x.sparse_mla_prefill(q / 10, kv, rows, lens, kernel=kernel), *expected_prefill)
+    k = dsv4x.dequantize_k_cache_paged(swa, slots)
+    dsv4x.quantize_and_insert_k_cache(k, swa, slots)
+    assert torch.equal(dsv4x.dequantize_k_cache_paged(swa, slots), k)

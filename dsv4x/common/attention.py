@@ -13,7 +13,7 @@ from . import checks, indices, reference
 from .cache import dequantize_k_cache_paged
 from .layouts import PagedCache
 from .registry import Problem, select
-from .sparse_mla import HEAD_DIM, sparse_mla_decode, sparse_mla_prefill
+from .sparse_mla import HEAD_DIM, check_cache, sparse_mla_decode, sparse_mla_prefill
 
 COMPRESS_RATIOS = (1, 4, 128)
 PATHS = ("direct", "gathered")
@@ -372,7 +372,7 @@ def _causal(topk_indices: torch.Tensor, meta: AttentionMetadata) -> torch.Tensor
 
 
 def _check_cache(name: str, value: object, device: torch.device, page_size: int, pages: int) -> None:
-    cache = checks.cache(name, value, device)
+    cache = check_cache(name, value, device)
     if cache.page_size != page_size:
         raise ValueError(f"{name}: page_size is {cache.page_size}, need {page_size} as in the metadata")
     if cache.pages < pages:

@@ -46,8 +46,8 @@ def sparse_mla_decode(
         softmax_scale: None means 512 ** -0.5.
         out: bf16 ``[T, H, 512]``, any strides with the last 1; None allocates a contiguous one.
         kernel: ``"flash_mla"``, ``"triton"``, ``"aiter"`` or ``"reference"``, which runs or raises; None picks.
-        trusted_indices: the caller vouches that every index within its span is -1 or in range, which spares
-            kernels that would fault on others (FlashMLA) a pass over the indices.
+        trusted_indices: the caller vouches that lengths lie in ``[0, width]`` and that every index within them is -1
+            or in range, which spares kernels that would fault on others (FlashMLA) a pass over the indices.
         schedule: a dict that lives as long as these lengths do, in which a kernel keeps what depends on lengths and
             shapes alone; :class:`~dsv4x.AttentionMetadata` owns one. None: nothing is kept.
 
@@ -69,9 +69,7 @@ def sparse_mla_decode(
     elif extra_lens is not None:
         raise ValueError("extra_lens: given, need extra_cache and extra_indices with it")
     for scope, cache, indices, lens in scopes:
-        cache = checks.cache(f"{scope}_cache", cache, q.device)
-        if cache.layout.head_dim != HEAD_DIM or cache.layout.name != layouts.DSV4.name:
-            raise ValueError(f"{scope}_cache: layout is {cache.layout.name}, need {layouts.DSV4.name}")
+        cache = check_cache(f"{scope}_cache", cache, q.device)
         checks.tensor(f"{scope}_indices", indices, (tokens, None), checks.INDEX_DTYPES, q.device)
         if lens is not None:
             checks.tensor(f"{scope}_lens", lens, (tokens,), checks.INDEX_DTYPES, q.device)
@@ -176,6 +174,14 @@ def sparse_mla_prefill(
         out,
         trusted_indices=trusted_indices,
     )
+
+
+def check_cache(name: str, value: object, device: torch.device) -> PagedCache:
+    """A cache that attention reads: on ``device``, of a layout that has kernels."""
+    cache = checks.cache(name, value, device)
+    if cache.layout.name != layouts.DSV4.name:
+        raise ValueError(f"{name}: layout is {cache.layout.name}, need {layouts.DSV4.name}")
+    return cache
 
 
 def _check_q(q: torch.Tensor) -> int:
