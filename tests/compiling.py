@@ -36,6 +36,7 @@ POINTERS = {
     "swa_ptr": "*u8",
     "extra_ptr": "*u8",
     "slots_ptr": "*i64",
+    "row_slots_ptr": "*i32",
     "q_ptr": "*bf16",
     "k_ptr": "*bf16",
     "kv_ptr": "*bf16",
@@ -91,7 +92,7 @@ def cases(arch: str) -> list[Case]:
     found += [
         Case(indices.window_slots_kernel, {"BLOCK": 128}, {"num_warps": 1}, integers),
         Case(indices.local_to_slots_kernel, {"BLOCK": 512}, types=integers),
-        Case(indices.combine_kernel, {"BLOCK": 512}, types=integers),
+        Case(indices.combine_kernel, {"BLOCK": 512, "HAS_ROW_SLOTS": True}, types=integers),
         Case(indices.sanitize_kernel, {"BLOCK": 512, "HAS_LENS": True}, types=integers),
         Case(decode.reduce_kernel, {"HEAD_DIM": 512, "HAS_SINK": True}, types=ATTENTION_OUT),
     ]

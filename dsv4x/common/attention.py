@@ -30,16 +30,15 @@ class GatherPlan:
     """Where each request's entries stand in a bf16 workspace: all compressed entries, then all window entries.
 
     Attributes:
-        rows: workspace rows, S.
-        compressed_slots: int32 ``[C]``, slots of the extra cache, workspace rows 0 to C.
-        swa_slots: int32 ``[S-C]``, slots of the window's cache, workspace rows C to S.
+        slots: int32 ``[S]``, each workspace row's slot: of the extra cache before row C, of the window's from there on.
+            A page that is not in its pool gives -1, and its row is never written.
+        compressed_rows: C.
         compressed_base, swa_base: int32 ``[R]``, each request's first row of either kind.
         gather_lens: int32 ``[R]``, trailing raw tokens of each request that are gathered.
     """
 
-    rows: int
-    compressed_slots: torch.Tensor
-    swa_slots: torch.Tensor
+    slots: torch.Tensor
+    compressed_rows: int
     compressed_base: torch.Tensor
     swa_base: torch.Tensor
     gather_lens: torch.Tensor
@@ -207,7 +206,6 @@ class AttentionMetadata:
     @functools.cached_property
     def gather_plan(self) -> GatherPlan:
         """The gathered path's plan, built on first use and shared by the layers."""
-        device = self.seq_lens.device
         query_lens = self.query_start_loc.diff()
         compressed = torch.zeros_like(self.seq_lens)
         if self.compress_ratio > 1:
@@ -215,20 +213,22 @@ class AttentionMetadata:
         gathered = torch.minimum(self.seq_lens, query_lens + (self.window_size - 1))
         gathered = torch.where(query_lens > 0, gathered, 0)
         compressed_rows, swa_rows = sum(self._compressed_counts), sum(self._gather_counts)
+        slots = [
+            _ragged_slots(
+                self.swa_block_table, self.seq_lens - gathered, gathered, swa_rows, self.swa_page_size, self.swa_pages
+            )
+        ]
         if self.extra_block_table is not None:
-            compressed_slots = _ragged_slots(
-                self.extra_block_table, torch.zeros_like(compressed), compressed, compressed_rows,
-                self.extra_page_size, self.extra_pages,
-            )  # fmt: skip
-        else:
-            compressed_slots = torch.empty(0, dtype=torch.int32, device=device)
-        swa_slots = _ragged_slots(
-            self.swa_block_table, self.seq_lens - gathered, gathered, swa_rows, self.swa_page_size, self.swa_pages
-        )
+            first = torch.zeros_like(compressed)
+            slots.insert(
+                0,
+                _ragged_slots(
+                    self.extra_block_table, first, compressed, compressed_rows, self.extra_page_size, self.extra_pages
+                ),
+            )
         return GatherPlan(
-            compressed_rows + swa_rows,
-            compressed_slots,
-            swa_slots,
+            torch.cat(slots),
+            compressed_rows,
             _exclusive_sum(compressed),
             _exclusive_sum(gathered) + compressed_rows,
             gathered,
@@ -246,7 +246,7 @@ class AttentionMetadata:
         topk = min(topk_indices.shape[1], self.topk) if self.compress_ratio == 4 else topk_indices.shape[1]
         return indices.combine_topk_swa_indices(
             topk_indices, self.query_start_loc, self.seq_lens, plan.gather_lens, plan.compressed_base, plan.swa_base,
-            self.window_size, self.compress_ratio, topk,
+            self.window_size, self.compress_ratio, topk, row_slots=plan.slots,
         )  # fmt: skip
 
 
@@ -312,12 +312,12 @@ def sparse_mla_attention(
             attn_sink, softmax_scale, out, kernel, trusted_indices=True, schedule=meta._schedule,
         )  # fmt: skip
     plan = meta.gather_plan
-    # Zeroed because a page missing from a block table leaves its rows unwritten.
-    workspace = torch.zeros(plan.rows, HEAD_DIM, dtype=torch.bfloat16, device=q.device)
-    compressed = plan.compressed_slots.shape[0]
+    # Not filled: rows without a slot stay unwritten, and no index points at them.
+    workspace = torch.empty(plan.slots.shape[0], HEAD_DIM, dtype=torch.bfloat16, device=q.device)
+    compressed = plan.compressed_rows
     if extra_cache is not None:
-        dequantize_k_cache_paged(extra_cache, plan.compressed_slots, workspace[:compressed])
-    dequantize_k_cache_paged(swa_cache, plan.swa_slots, workspace[compressed:])
+        dequantize_k_cache_paged(extra_cache, plan.slots[:compressed], workspace[:compressed])
+    dequantize_k_cache_paged(swa_cache, plan.slots[compressed:], workspace[compressed:])
     rows, lens = meta._shared_rows if topk_indices is None else meta._combined_rows(_causal(topk_indices, meta))
     return sparse_mla_prefill(q, workspace, rows, lens, attn_sink, softmax_scale, out, kernel, trusted_indices=True)
 

@@ -38,6 +38,7 @@ def combine_topk_swa_indices(
     out_indices: torch.Tensor | None = None,
     out_lens: torch.Tensor | None = None,
     *,
+    row_slots: torch.Tensor | None = None,
     kernel: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One workspace index row a query token: ``[top-k rebased | window rebased | -1 ...]``, front-packed.
@@ -57,6 +58,8 @@ def combine_topk_swa_indices(
         window_size, compress_ratio, topk: the layer's; ``topk=0`` for a layer with only a window.
         out_indices: int32 ``[T, >= combined_topk_width(topk, window_size)]``, a multiple of 128 wide, or None.
         out_lens: int32 ``[T]`` or None.
+        row_slots: int32 ``[S]``, the slot each workspace row was gathered from; an index of a row whose slot is -1, and
+            of a row past S, becomes -1. None: every row is there.
         kernel: ``"triton"`` or ``"reference"``; None picks.
 
     Returns:
@@ -77,6 +80,8 @@ def combine_topk_swa_indices(
     checks.tensor("query_start_loc", query_start_loc, (requests + 1,), checks.INDEX_DTYPES, device)
     for name, value in (("gather_lens", gather_lens), ("compressed_base", compressed_base), ("swa_base", swa_base)):
         checks.tensor(name, value, (requests,), checks.INDEX_DTYPES, device)
+    if row_slots is not None:
+        checks.tensor("row_slots", row_slots, (None,), torch.int32, device)
     checks.integer("compress_ratio", compress_ratio, 1)
     width = combined_topk_width(topk, window_size)
     if out_indices is None:
@@ -100,7 +105,7 @@ def combine_topk_swa_indices(
     if tokens:
         record.launch(
             device, topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
-            window_size, compress_ratio, topk, out_indices, out_lens,
+            window_size, compress_ratio, topk, row_slots, out_indices, out_lens,
         )  # fmt: skip
     return out_indices, out_lens
 

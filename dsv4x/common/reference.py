@@ -223,6 +223,7 @@ def combine_topk_swa_indices(
     window_size: int,
     compress_ratio: int,
     topk: int,
+    row_slots: torch.Tensor | None,
     out_indices: torch.Tensor,
     out_lens: torch.Tensor,
 ) -> None:
@@ -243,6 +244,11 @@ def combine_topk_swa_indices(
             row.append(win_base[r] + x - first_gathered if x >= first_gathered else -1)
         rows[t, : len(row)] = torch.tensor(row, dtype=torch.int64)
         lens[t] = len(row)
+    if row_slots is not None:
+        slots = row_slots.cpu()
+        there = (rows >= 0) & (rows < len(slots))
+        there[there.clone()] = slots[rows[there]] >= 0
+        rows[~there] = -1
     out_indices.copy_(rows)
     out_lens.copy_(lens)
 

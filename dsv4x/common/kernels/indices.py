@@ -100,6 +100,7 @@ def combine_kernel(
     gather_lens_ptr,
     compressed_base_ptr,
     swa_base_ptr,
+    row_slots_ptr,
     out_ptr,
     lens_ptr,
     requests,
@@ -107,8 +108,10 @@ def combine_kernel(
     window_size,
     compress_ratio,
     width,
+    rows,
     topk_stride,
     out_stride,
+    HAS_ROW_SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0)
@@ -128,6 +131,9 @@ def combine_kernel(
         raw = position - window + 1 + offset - span
         swa = tl.where(raw >= first_gathered, swa_base + raw - first_gathered, -1)
         value = tl.where(offset < span, top, tl.where(offset < span + window, swa, -1))
+        if HAS_ROW_SLOTS:
+            slot = tl.load(row_slots_ptr + value, mask=(value >= 0) & (value < rows), other=-1)
+            value = tl.where(slot >= 0, value, -1)
         tl.store(out_ptr + row * out_stride + offset, value.to(tl.int32), mask=offset < width)
     tl.store(lens_ptr + token, span + window)
 
@@ -203,7 +209,7 @@ def local_to_slots(local, request, limits, block_table, page_size, pages, out):
 
 def combine_topk_swa_indices(
     topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
-    window_size, compress_ratio, topk, out_indices, out_lens,
+    window_size, compress_ratio, topk, row_slots, out_indices, out_lens,
 ):  # fmt: skip
     """Launch over the rows of ``topk_indices``."""
     tokens, width = out_indices.shape
@@ -214,6 +220,7 @@ def combine_topk_swa_indices(
         gather_lens,
         compressed_base,
         swa_base,
+        row_slots if row_slots is not None else out_indices,
         out_indices,
         out_lens,
         seq_lens.shape[0],
@@ -221,8 +228,10 @@ def combine_topk_swa_indices(
         window_size,
         compress_ratio,
         width,
+        row_slots.shape[0] if row_slots is not None else 0,
         topk_indices.stride(0),
         out_indices.stride(0),
+        HAS_ROW_SLOTS=row_slots is not None,
         BLOCK=512,
         num_warps=4,
     )
