@@ -108,19 +108,15 @@ def make_cache(rng):
 
 
 def on_device(value, device):
-    """The same tensors and caches on ``device``, strides kept: caches move with the bytes between their pages."""
-    if isinstance(value, dsv4x.PagedCache):
-        data = value.data
-        if str(data.device) == str(device):
-            return value
-        raw = data.new_empty(0).set_(data.untyped_storage()).to(device)
-        data = raw.as_strided(data.shape, data.stride(), data.storage_offset())
-        return dsv4x.PagedCache(data, value.layout, value.page_size)
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
+    """The same tensors and caches on ``device``, strides and the bytes between them kept."""
     if isinstance(value, dict):
         return {key: on_device(v, device) for key, v in value.items()}
-    return value
+    if isinstance(value, dsv4x.PagedCache):
+        return dsv4x.PagedCache(on_device(value.data, device), value.layout, value.page_size)
+    if not isinstance(value, torch.Tensor) or value.device.type == torch.device(device).type:
+        return value
+    raw = value.new_empty(0).set_(value.untyped_storage()).to(device)
+    return raw.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 @pytest.fixture(name="on_device")

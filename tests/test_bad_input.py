@@ -208,6 +208,7 @@ TABLE = {
             *wrong_tensors("gather_lens", zeros(2, dtype=I32), need=EITHER, dtype=I32, resize=[(3,)]),
             *wrong_tensors("compressed_base", zeros(2, dtype=I32), need=EITHER, dtype=I32, resize=[(3,)]),
             *wrong_tensors("swa_base", zeros(2, dtype=I32), need=EITHER, dtype=I32, resize=[(3,)]),
+            *wrong_tensors("row_slots", zeros(9, dtype=I32), need="int32", dtype=I32, resize=[(9, 1)]),
             ("window_size", -1, ValueError, ["-1", ">= 0"]),
             ("window_size", 16.0, TypeError, ["float", "int"]),
             ("compress_ratio", 0, ValueError, ["0", ">= 1"]),

@@ -121,3 +121,89 @@ def test_minus_one_is_never_bad(device, checked):
             if name.endswith(("indices", "slots")):
                 call[name].fill_(-1)
         op(**call)
+
+
+@pytest.mark.parametrize("lens", [True, False])
+def test_padding_may_hold_anything(lens, device, checked):
+    """A row of q whose spans are all 0 is padding; without spans every row counts."""
+    for op in (DECODE, PREFILL):
+        call = arguments(op, device)
+        call["q"][2] = NAN
+        for name in [n for n in call if n.endswith("lens")]:
+            call[name][2] = 0
+        if lens:
+            op(**call)
+        else:
+            call["extra_lens" if op is DECODE else "lens"] = None
+            with pytest.raises(ValueError, match="q: NaN in row 2"):
+                op(**call)
+
+
+COMBINE = {"window_size": 4, "compress_ratio": 4, "topk": 5}
+
+
+def combine(device, changes=(), **padding):
+    """Two requests of 8 and 40 tokens, with queries at positions 7 and 38, 39; 2, 9 and 10 visible entries."""
+    rows = torch.zeros(3 + padding.get("tokens", 0), 5, dtype=torch.int32, device=device)
+    for at, value in changes:
+        rows[at] = value
+    vectors = [
+        torch.tensor(v, dtype=torch.int32, device=device) for v in ([0, 1, 3], [8, 40], [4, 5], [0, 2], [20, 24])
+    ]
+    return dsv4x.combine_topk_swa_indices(rows, *vectors, **COMBINE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ([((0, 1), 2), ((1, 0), 99)], "topk_indices: local entry 2 in row 0, column 1, need -1 or 0 to 1"),
+        ([((2, 4), 10)], "topk_indices: local entry 10 in row 2, column 4, need -1 or 0 to 9"),
+        ([((1, 3), -2)], "topk_indices: local entry -2 in row 1, column 3"),
+    ],
+)
+def test_a_local_entry_its_request_has_not_is_named(changes, says, device, monkeypatch):
+    combine(device, changes)
+    monkeypatch.setenv("DSV4X_CHECK", "1")
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        combine(device, changes)
+    assert says in str(raised.value)
+
+
+def test_local_entries_no_query_reads_are_not_looked_at(device, checked):
+    # Row 0 sees 2 entries, so its columns from 2 on are past its span; rows 3 and 4 are no request's.
+    combine(device, [((0, slice(2, None)), 2**31 - 1), ((1, 2), -1), ((3,), 77), ((4,), -99)], tokens=2)
+
+
+def build(device, table, extra_table=((0,), (1,)), ratio=4):
+    """Request 0 has 20 tokens and 1 query, request 1 has 3 tokens and none."""
+    args = [torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 1, 1], [20, 3], table)]
+    extra = torch.tensor(extra_table, dtype=torch.int32, device=device)
+    return dsv4x.AttentionMetadata.build(
+        *args, extra, compress_ratio=ratio, swa_page_size=4, swa_pages=6, extra_page_size=64, extra_pages=2,
+        window_size=8,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("page", [6, -1, 2**31 - 1])
+def test_a_page_a_query_needs_outside_the_pool_is_named(page, device, monkeypatch):
+    # Positions 12 to 19 are read: pages 3 and 4 of request 0. The others, and all of request 1's, may be anything.
+    good = [[99, -5, 2**31 - 1, 0, 5, 77], [99] * 6]
+    bad = [[*good[0][:4], page, 77], good[1]]
+    build(device, bad)
+    monkeypatch.setenv("DSV4X_CHECK", "1")
+    build(device, good)
+    with pytest.raises(ValueError, match="swa_block_table: token 0 needs a page that is outside the pool"):
+        build(device, bad)
+
+
+def test_a_c128_page_outside_the_pool_is_named(device, monkeypatch):
+    def c128(page):
+        arguments = [torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 2], [129], [[0] * 3], [[page]])]
+        return dsv4x.AttentionMetadata.build(
+            *arguments, compress_ratio=128, swa_page_size=64, swa_pages=1, extra_page_size=2, extra_pages=2
+        )
+
+    monkeypatch.setenv("DSV4X_CHECK", "1")
+    c128(1)
+    with pytest.raises(ValueError, match="extra_block_table: token 0 needs a page that is outside the pool"):
+        c128(2)

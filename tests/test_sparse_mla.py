@@ -147,6 +147,14 @@ def test_prefill_reference_is_the_definition(lens, scale, prefill_case):
         check_close(name, a, b, absolute=1e-12, relative=1e-12)
 
 
+def test_entries_that_are_not_valid_may_hold_anything(rng):
+    q, kv = torch.randn(2, 3, 8, generator=rng), torch.randn(2, 5, 8, generator=rng)
+    valid = torch.tensor([[True, False, True, False, False], [False] * 5])
+    dirty = torch.where(valid[..., None], kv, torch.tensor([float("nan"), INF] * 4))
+    for clean, got in zip(reference.attend(q, kv, valid, None, 0.5), reference.attend(q, dirty, valid, None, 0.5)):
+        assert torch.equal(clean, got)
+
+
 def test_reference_in_chunks_is_the_reference(decode_case, monkeypatch):
     case = decode_case(tokens=5, heads=2, extra_width=9)
     whole = reference.sparse_mla_decode(**case)
@@ -280,7 +288,7 @@ def test_q_and_out_may_be_slices_of_wider_tensors(heads, decode, decode_case, at
     case = decode_case(tokens=2, heads=heads)
     wide = torch.full((2, 2 * heads, 600), float("nan"), dtype=torch.bfloat16)
     wide[:, heads:, 40:552] = case["q"]
-    case["q"] = wide.to(device)[:, heads:, 40:552].cpu() if device == "cpu" else wide[:, heads:, 40:552]
+    case["q"] = wide[:, heads:, 40:552]
     around = torch.full((2, 3 * heads, 640), 7.0, dtype=torch.bfloat16, device=device)
     out = around[:, heads : 2 * heads, 64:576]
     out.fill_(float("nan"))

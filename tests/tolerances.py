@@ -1,4 +1,4 @@
-"""How close an attention kernel must be to the float64 reference: FlashMLA's own bounds, for each of its two kernels."""
+"""How close an attention kernel must be to the float64 reference: FlashMLA's own bounds for its two kernels."""
 
 import torch
 

@@ -152,6 +152,8 @@ def decode(
         extra_view = _servers_view(extra_cache)
         e_indices, e_lens = _indices_for(extra_indices, extra_lens, extra_cache.capacity, DECODE_WIDTH, trusted_indices)
     step = max_batch(q.shape[1], platform.limits(q.device).shared_memory)
+    if out is None and q.shape[0] > step:
+        out = torch.empty(q.shape[0], heads, q.shape[2], dtype=q.dtype, device=q.device)
     parts = []
     for start in range(0, q.shape[0], step):
         rows = slice(start, start + step)
@@ -175,16 +177,10 @@ def decode(
             None if e_lens is None else e_lens[rows],
             **_options(function),
         )
-        parts.append((values[:, 0], lse[:, :, 0]))
-    if len(parts) == 1:
-        return _deliver(*parts[0], heads, out)
+        parts.append(_deliver(values[:, 0], lse[:, :, 0], heads, None if out is None else out[rows]))
     if out is None:
-        out = torch.empty(q.shape[0], heads, q.shape[2], dtype=q.dtype, device=q.device)
-    lses = [
-        _deliver(values, lse, heads, out[i * step : i * step + values.shape[0]])[1]
-        for i, (values, lse) in enumerate(parts)
-    ]
-    return out, torch.cat(lses)
+        return parts[0]
+    return out, torch.cat([lse for _, lse in parts])
 
 
 def _scheduler(

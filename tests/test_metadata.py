@@ -1,0 +1,412 @@
+"""AttentionMetadata and the entry point: mixed batches against loops over tokens, and one path against the other."""
+
+import dataclasses
+from functools import partial
+
+import numpy as np
+import pytest
+import slow
+import torch
+from tolerances import check_decode, check_prefill
+
+import dsv4x
+from dsv4x.common import attention
+from dsv4x.common.attention import choose_path, path_problems
+from dsv4x.common.layouts import DSV4, PagedCache
+
+GARBAGE = [-1, -2, -(2**31), 2**31 - 1, 1_000_000_007]
+int32 = partial(torch.tensor, dtype=torch.int32)
+
+# (query tokens, sequence length) a request.
+BATCHES = {
+    "prefill": [(9, 9), (5, 5)],
+    "prefill with a prefix": [(6, 70), (3, 17)],
+    "decode": [(1, 1), (1, 40), (1, 3)],
+    "verify": [(3, 33), (4, 4)],
+    "mixed": [(5, 5), (0, 12), (4, 50), (1, 30), (0, 0), (3, 19)],
+    "shorter than one compressed entry": [(2, 2), (1, 3)],
+}
+
+
+@dataclasses.dataclass
+class Step:
+    """One step of a server: caches, block tables and the metadata's arguments."""
+
+    requests: list
+    ratio: int
+    window: int
+    swa: PagedCache
+    extra: PagedCache | None
+    swa_table: list
+    extra_table: list | None
+    padding: int
+    topk: int
+
+    @property
+    def starts(self):
+        return [0, *np.cumsum([q for q, _ in self.requests]).tolist()]
+
+    @property
+    def tokens(self):
+        return self.starts[-1] + self.padding
+
+    def owners(self):
+        """(request, position) of each token, None for padding."""
+        owned = [(r, seq - q + j) for r, (q, seq) in enumerate(self.requests) for j in range(q)]
+        return owned + [None] * self.padding
+
+    def build(self, device="cpu", **changes):
+        arguments = {
+            "query_start_loc": int32(self.starts), "seq_lens": int32([s for _, s in self.requests]),
+            "swa_block_table": int32(self.swa_table), "compress_ratio": self.ratio,
+            "swa_page_size": self.swa.page_size, "swa_pages": self.swa.pages,
+            "topk": self.topk, "window_size": self.window, "num_tokens": self.tokens,
+        }  # fmt: skip
+        if self.extra is not None:
+            arguments |= {
+                "extra_block_table": int32(self.extra_table), "extra_page_size": self.extra.page_size,
+                "extra_pages": self.extra.pages,
+            }  # fmt: skip
+        arguments |= changes
+        on = {
+            k: v.to(device) if isinstance(v, torch.Tensor) and not k.endswith("_cpu") else v
+            for k, v in arguments.items()
+        }
+        return dsv4x.AttentionMetadata.build(**on)
+
+    def window_slots(self, owner):
+        r, p = owner
+        return [slot(self.swa_table, r, x, self.swa) for x in range(max(0, p - self.window + 1), p + 1)]
+
+    def visible(self, owner):
+        return 0 if owner is None else (owner[1] + 1) // self.ratio
+
+    def expected(self, q, topk_indices=None, sink=None):
+        """float64 attention of every token, read from the caches slot by slot."""
+        entries, compressed = slow.Entries(self.swa), self.extra and slow.Entries(self.extra)
+        rows = []
+        for t, owner in enumerate(self.owners()):
+            chosen = []
+            if owner is not None:
+                chosen = [entries[s] for s in self.window_slots(owner) if s >= 0]
+                if topk_indices is not None:
+                    row = topk_indices[t, : min(self.visible(owner), self.topk)].tolist()
+                    local = [e for e in row if 0 <= e < self.visible(owner)]
+                else:
+                    local = range(self.visible(owner)) if self.extra is not None else ()
+                slots = [slot(self.extra_table, owner[0], e, self.extra) for e in local]
+                chosen += [compressed[s] for s in slots if s >= 0]
+            rows.append(np.array(chosen).reshape(-1, 512))
+        return slow.attend(q, rows, sink)
+
+
+def slot(table, request, local, cache):
+    column, offset = divmod(local, cache.page_size)
+    page = table[request][column]
+    return page * cache.page_size + offset if 0 <= page < cache.pages else -1
+
+
+@pytest.fixture
+def make_step(make_cache, rng):
+    def pool(counts, first, page_size, spare=1):
+        """A cache whose live entries are those the requests may read, and its table with garbage elsewhere."""
+        needed = [-(-n // page_size) - f // page_size for n, f in zip(counts, first)]
+        pages = sum(needed) + spare
+        cache, _ = make_cache(pages, page_size, 0, spread=2)
+        free = torch.randperm(pages, generator=rng).tolist()
+        columns = max([-(-n // page_size) for n in counts], default=0) + 3
+        table, slots = [], []
+        for i, (count, start) in enumerate(zip(counts, first)):
+            row = [GARBAGE[(i + c) % len(GARBAGE)] for c in range(columns)]
+            for column in range(start // page_size, -(-count // page_size)):
+                row[column] = free.pop()
+            slots += [row[x // page_size] * page_size + x % page_size for x in range(start, count)]
+            table.append(row)
+        k = (torch.randn(len(slots), 512, generator=rng) / 10).bfloat16()
+        dsv4x.quantize_and_insert_k_cache(k, cache, torch.tensor(slots, dtype=torch.int64), kernel="reference")
+        return cache, table
+
+    def make(requests, ratio=4, window=16, page_size=4, extra_page_size=2, padding=0, topk=5):
+        # Only what some query's window reaches is live; pages wholly before are garbage in table and pool.
+        first = [max(0, seq - q - window + 1) if q else seq for q, seq in requests]
+        swa, swa_table = pool([seq for _, seq in requests], first, page_size)
+        extra = extra_table = None
+        if ratio > 1:
+            counts = [seq // ratio if q else 0 for q, seq in requests]
+            extra, extra_table = pool(counts, [0] * len(counts), extra_page_size)
+        return Step(requests, ratio, window, swa, extra, swa_table, extra_table, padding, topk)
+
+    return make
+
+
+def choose_topk(step, columns, rng):
+    """Top-k rows in random order with holes anywhere; some entries not visible yet, some indices no entries at all."""
+    rows = torch.full((step.tokens, columns), -1, dtype=torch.int32)
+    for t, owner in enumerate(step.owners()):
+        count = 0 if owner is None else step.requests[owner[0]][1] // step.ratio
+        order = torch.randperm(count, generator=rng)[:columns].int()
+        rows[t, : len(order)] = order
+    rows[torch.rand(rows.shape, generator=rng) < 0.2] = -1
+    rows[torch.rand(rows.shape, generator=rng) < 0.05] = 2**31 - 1
+    rows[torch.rand(rows.shape, generator=rng) < 0.05] = -(2**31)
+    return rows
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("page_size", [1, 4, 61])
+@pytest.mark.parametrize("name", BATCHES)
+def test_window_and_visible_follow_the_definition(name, page_size, padding, make_step):
+    step = make_step(BATCHES[name], page_size=page_size, padding=padding)
+    meta = step.build()
+    assert meta.num_tokens == step.tokens
+    assert meta.swa_indices.shape == (step.tokens, 16)
+    for t, owner in enumerate(step.owners()):
+        want = [] if owner is None else step.window_slots(owner)
+        assert -1 not in want
+        assert meta.request[t] == (-1 if owner is None else owner[0])
+        assert meta.visible[t] == step.visible(owner)
+        assert meta.swa_lens[t] == len(want)
+        assert meta.swa_indices[t].tolist() == want + [-1] * (16 - len(want))
+        assert meta.extra_lens[t] == min(step.visible(owner), step.topk)
+    assert meta.extra_indices is None, "C4's entries are each layer's own"
+
+
+@pytest.mark.parametrize("extra_page_size", [1, 2, 64])
+def test_c128_rows_are_every_visible_entry(extra_page_size, make_step):
+    step = make_step(
+        [(3, 700), (1, 127), (2, 129), (0, 256), (1, 384)], 128, extra_page_size=extra_page_size, padding=1
+    )
+    meta = step.build()
+    for t, owner in enumerate(step.owners()):
+        count = step.visible(owner)
+        want = [slot(step.extra_table, owner[0], e, step.extra) for e in range(count)]
+        assert -1 not in want
+        assert meta.extra_lens[t] == meta.visible[t] == count
+        row = meta.extra_indices[t].tolist()
+        assert row == want + [-1] * (len(row) - count)
+
+
+def test_window_only_layers_have_no_extra_rows(make_step):
+    meta = make_step(BATCHES["mixed"], ratio=1).build()
+    assert meta.extra_indices is meta.extra_lens is meta.extra_block_table is None
+
+
+def test_host_copies_spare_the_device_and_change_nothing(make_step):
+    step = make_step(BATCHES["mixed"])
+    lens = torch.tensor([s for _, s in step.requests])
+    with_copies = step.build(query_start_loc_cpu=int32(step.starts), seq_lens_cpu=lens)
+    plain = step.build()
+    assert with_copies.workspace_rows == plain.workspace_rows
+    assert torch.equal(with_copies.swa_indices, plain.swa_indices)
+
+
+@pytest.mark.parametrize("ratio", [1, 4, 128])
+@pytest.mark.parametrize("requests", [[], [(0, 9), (0, 0)]])
+def test_a_step_without_queries_is_empty_but_for_its_padding(requests, ratio, make_step):
+    for padding in (0, 2):
+        step = make_step(requests, ratio, padding=padding)
+        meta = step.build() if requests else step.build(
+            swa_block_table=torch.zeros(0, 3, dtype=torch.int32),
+            **({"extra_block_table": torch.zeros(0, 3, dtype=torch.int32)} if ratio > 1 else {}),
+        )  # fmt: skip
+        assert meta.swa_lens.tolist() == [0] * padding
+        assert (meta.swa_indices == -1).all()
+        q = torch.randn(padding, 2, 512).bfloat16()
+        topk = torch.zeros(padding, 4, dtype=torch.int32) if ratio == 4 else None
+        for path in (None, "direct", "gathered"):
+            out, lse = dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, topk, path=path)
+            assert not out.any()
+            assert (lse == float("inf")).all()
+
+
+def attention_case(step, rng, heads=3, columns=7):
+    q = (3 * torch.randn(step.tokens, heads, 512, generator=rng)).bfloat16()
+    topk = choose_topk(step, columns, rng) if step.ratio == 4 else None
+    sink = torch.randn(heads, generator=rng)
+    return q, topk, sink
+
+
+@pytest.mark.parametrize("path", ["direct", "gathered"])
+@pytest.mark.parametrize("ratio", [1, 4])
+@pytest.mark.parametrize("name", BATCHES)
+def test_attention_is_the_definition_on_either_path(name, ratio, path, kernel_device, make_step, on_device, rng):
+    kernel, device = kernel_device
+    step = make_step(BATCHES[name], ratio, padding=2)
+    run_and_check(step, path, kernel, device, on_device, rng)
+
+
+@pytest.mark.parametrize("path", ["direct", "gathered"])
+def test_c128_attention_is_the_definition_on_either_path(path, kernel_device, make_step, on_device, rng):
+    kernel, device = kernel_device
+    step = make_step([(3, 3), (2, 385), (0, 200), (1, 128), (1, 127)], 128, padding=1)
+    run_and_check(step, path, kernel, device, on_device, rng)
+
+
+@pytest.mark.parametrize("path", ["direct", "gathered"])
+@pytest.mark.parametrize(("columns", "topk"), [(0, 5), (3, 5), (5, 5), (12, 5), (12, 0), (200, 130)])
+def test_c4_reads_at_most_k_entries_whatever_the_rows_width(
+    columns, topk, path, kernel_device, make_step, on_device, rng
+):
+    kernel, device = kernel_device
+    requests = [(2, 40), (1, 90)] if topk < 100 else [(1, 800)]
+    run_and_check(make_step(requests, topk=topk), path, kernel, device, on_device, rng, columns)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", ["direct", "gathered"])
+@pytest.mark.parametrize("ratio", [1, 4, 128])
+@pytest.mark.parametrize("kernel", ["flash_mla", None])
+def test_attention_is_the_definition_with_the_models_window(kernel, ratio, path, make_step, on_device, rng):
+    if kernel == "flash_mla" and "flash_mla" not in {
+        k.name for k in dsv4x.common.registry.kernels("sparse_mla_decode")
+    }:
+        pytest.skip("not on this backend")
+    requests = [(7, 300), (0, 40), (1, 513), (3, 3), (2, 131)]
+    step = make_step(requests, ratio, window=128, page_size=64, extra_page_size=64, padding=2, topk=64)
+    run_and_check(step, path, kernel, "cuda", on_device, rng, columns=64)
+
+
+def run_and_check(step, path, kernel, device, on_device, rng, columns=7):
+    meta = step.build(device)
+    q, topk, sink = attention_case(step, rng, columns=columns)
+    want = step.expected(q, topk, sink)
+    swa, extra = on_device(step.swa, device), None if step.extra is None else on_device(step.extra, device)
+    topk = None if topk is None else topk.to(device)
+    out = torch.full((step.tokens, 5, 512), float("nan"), dtype=torch.bfloat16, device=device)[:, 1:4]
+    got, lse = dsv4x.sparse_mla_attention(
+        q.to(device), swa, extra, meta, topk, sink.to(device), out=out, path=path, kernel=kernel
+    )
+    assert got is out
+    (check_decode if path == "direct" else check_prefill)(got, lse, *want)
+    padded = slice(step.tokens - step.padding, None)
+    assert not got[padded].any()
+    assert (lse[padded] == float("inf")).all()
+    return got, lse
+
+
+def test_a_second_layer_shares_the_steps_plan(make_step, rng):
+    """Same metadata, another layer's caches: nothing of the first layer's may be kept."""
+    step = make_step(BATCHES["mixed"], 4)
+    meta = step.build()
+    other = dataclasses.replace(step, swa=other_layers(step.swa, rng), extra=other_layers(step.extra, rng))
+    for path in ("direct", "gathered"):
+        for layer in (step, other, step):
+            q, topk, sink = attention_case(layer, rng)
+            got = dsv4x.sparse_mla_attention(q, layer.swa, layer.extra, meta, topk, sink, path=path)
+            (check_decode if path == "direct" else check_prefill)(*got, *layer.expected(q, topk, sink))
+
+
+def other_layers(cache, rng):
+    """A cache of the same pages in which every entry is live."""
+    other = PagedCache.zeros(cache.pages, cache.layout, cache.page_size)
+    k = (torch.randn(cache.capacity, 512, generator=rng) / 10).bfloat16()
+    dsv4x.quantize_and_insert_k_cache(k, other, torch.arange(cache.capacity), kernel="reference")
+    return other
+
+
+@pytest.mark.parametrize("path", ["direct", "gathered"])
+@pytest.mark.parametrize("ratio", [1, 4, 128])
+def test_pages_outside_the_pool_are_no_entries_on_either_path(ratio, path, kernel_device, make_step, on_device, rng):
+    kernel, device = kernel_device
+    step = make_step([(3, 300), (1, 40)], ratio, window=16, page_size=4, extra_page_size=1)
+    step.swa_table[0][(300 - 8) // 4] = step.swa.pages
+    step.swa_table[1][8] = -1
+    if step.extra_table is not None:
+        step.extra_table[0][1] = 2**31 - 1
+    run_and_check(step, path, kernel, device, on_device, rng)
+
+
+@pytest.mark.parametrize("columns", [0, 3, 7])
+@pytest.mark.parametrize("ratio", [1, 4, 128])
+@pytest.mark.parametrize("name", BATCHES)
+def test_what_the_entry_point_vouches_for_is_true(name, ratio, columns, make_step, rng, monkeypatch):
+    """Indices and lengths go to the ops as trusted: FlashMLA would read past a row, or fault, if they were not."""
+    step = make_step(BATCHES[name], ratio, padding=2)
+    seen = []
+
+    def check(indices, lens, capacity):
+        assert bool(((lens >= 0) & (lens <= indices.shape[1])).all()), "a length past its row"
+        assert bool(((indices >= -1) & (indices < capacity)).all())
+        seen.append(indices.shape)
+
+    def decode(q, swa, swa_indices, swa_lens, extra, extra_indices, extra_lens, *rest, trusted_indices, **keywords):
+        assert trusted_indices
+        check(swa_indices, swa_lens, swa.capacity)
+        if extra is not None:
+            check(extra_indices, extra_lens, extra.capacity)
+
+    def prefill(q, kv, rows, lens, *rest, trusted_indices, **keywords):
+        assert trusted_indices
+        check(rows, lens, len(kv))
+        assert not kv[rows[rows >= 0].long()].isnan().any(), "an index points at a row that was never written"
+
+    monkeypatch.setattr(attention, "sparse_mla_decode", decode)
+    monkeypatch.setattr(attention, "sparse_mla_prefill", prefill)
+    q, topk, sink = attention_case(step, rng, columns=columns)
+    for path in ("direct", "gathered"):
+        dsv4x.sparse_mla_attention(q, step.swa, step.extra, step.build(), topk, sink, path=path)
+    assert len(seen) == 2 + (ratio > 1)
+
+
+def test_unread_garbage_does_not_reach_the_gathered_workspace(make_step, rng):
+    """Only rows some query may read are gathered: the pool around them is NaN."""
+    step = make_step([(2, 60), (0, 33), (1, 9)], 4)
+    meta = step.build()
+    plan = meta.gather_plan
+    assert len(plan.slots) == meta.workspace_rows
+    extra, swa = plan.slots[: plan.compressed_rows], plan.slots[plan.compressed_rows :]
+    assert len(swa) == (2 + 15) + 0 + 9
+    assert len(extra) == 60 // 4 + 0 + 9 // 4
+    for cache, slots in ((step.swa, swa), (step.extra, extra)):
+        assert not dsv4x.dequantize_k_cache_paged(cache, slots).isnan().any()
+    assert plan.gather_lens.tolist() == [17, 0, 9]
+
+
+def test_the_path_is_chosen_by_prediction_and_bounded_by_the_workspace(make_step, rng, monkeypatch):
+    step = make_step(BATCHES["prefill with a prefix"])
+    meta = step.build()
+    q, topk, _ = attention_case(step, rng)
+    arguments = (q, step.swa, step.extra, meta, topk)
+    direct, gathered = path_problems(*arguments)
+    assert (direct.op, direct.tokens, direct.heads, direct.width, direct.extra_width) == (
+        "sparse_mla_decode", 9, 3, 16, 7,
+    )  # fmt: skip
+    assert (gathered.op, gathered.rows, gathered.width) == ("sparse_mla_prefill", meta.workspace_rows, 128)
+
+    class Fixed:
+        def __init__(self, us):
+            self.us = us
+
+        def predicted_us(self, problem):
+            return self.us
+
+    times = {"sparse_mla_decode": 0.0, "sparse_mla_prefill": 0.0}
+    monkeypatch.setattr(attention, "select", lambda problem, kernel: Fixed(times[problem.op]))
+    assert choose_path(*arguments) == "direct"
+    times["sparse_mla_decode"] = 1e9
+    assert choose_path(*arguments) == "gathered"
+    monkeypatch.setattr(attention, "MAX_WORKSPACE_BYTES", meta.workspace_rows * 1024 - 1)
+    assert choose_path(*arguments) == "direct"
+    monkeypatch.setattr(attention, "MAX_WORKSPACE_BYTES", meta.workspace_rows * 1024)
+    assert choose_path(*arguments) == "gathered"
+
+
+def test_the_caches_may_have_more_pages_than_the_metadata(make_step, rng):
+    step = make_step(BATCHES["mixed"], 4)
+    meta = step.build(swa_pages=step.swa.pages - 1)
+    got_pages = [s // 4 for s in meta.swa_indices[meta.swa_indices >= 0].tolist()]
+    assert max(got_pages) < step.swa.pages - 1
+    q, topk, sink = attention_case(step, rng)
+    for path in ("direct", "gathered"):
+        dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, topk, sink, path=path)
+
+
+def test_the_layouts_of_the_default_step_are_the_models():
+    meta = dsv4x.AttentionMetadata.build(
+        int32([0, 1]), int32([200]), int32([[0, 1, 2, 3]]), compress_ratio=1, swa_page_size=64, swa_pages=4
+    )
+    assert (meta.window_size, meta.swa_indices.shape, meta.swa_lens.tolist()) == (128, (1, 128), [128])
+    cache = PagedCache.zeros(4, DSV4, 64)
+    out, lse = dsv4x.sparse_mla_attention(torch.ones(1, 1, 512, dtype=torch.bfloat16), cache, None, meta)
+    assert not out.any()
+    assert lse.item() == pytest.approx(np.log(128))

@@ -1,0 +1,524 @@
+"""Vendor libraries as dsv4x sees them, and FlashMLA's wiring against a double that asserts FlashMLA's own limits."""
+
+import dataclasses
+import inspect
+import sys
+import types
+
+import pytest
+import torch
+from tolerances import check_decode, check_prefill
+
+import dsv4x
+from dsv4x import reference
+from dsv4x.common import layouts
+from dsv4x.common.errors import BackendUnavailable
+from dsv4x.common.layouts import PagedCache
+from dsv4x.common.vendor import VendorLibrary
+from dsv4x.cuda import flash_mla
+
+NAME = "dsv4x_test_vendor_module"
+INF = float("inf")
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Put a module, and the metadata of a distribution, where imports look."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def put(text, distribution=None, version="1.0"):
+        (tmp_path / f"{NAME}.py").write_text(text)
+        if distribution:
+            info = tmp_path / f"{distribution.replace('-', '_')}-{version}.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+
+    yield put
+    sys.modules.pop(NAME, None)
+
+
+def library(**fields):
+    return VendorLibrary(NAME, ("dsv4x-right",), **{"hint": "pip install dsv4x-right", **fields})
+
+
+def test_a_library_that_is_not_there_says_how_to_get_it():
+    missing = library()
+    assert missing.reason == f"{NAME} is not installed (pip install dsv4x-right)"
+    assert missing.path is None
+    with pytest.raises(BackendUnavailable, match="is not installed") as raised:
+        missing.load()
+    assert raised.value.__cause__ is None
+
+
+def test_a_library_is_imported_on_first_use_and_once(install):
+    install(
+        "import builtins\nbuiltins.dsv4x_imports = getattr(builtins, 'dsv4x_imports', 0) + 1\n", "dsv4x-right", "2.5"
+    )
+    found = library()
+    assert found.distribution == ("dsv4x-right", "2.5")
+    assert found.path.endswith(f"{NAME}.py")
+    assert NAME not in sys.modules
+    assert found.reason is None
+    assert found.load() is found.load() is sys.modules[NAME]
+    assert found.describe() == {
+        "module": NAME, "distribution": "dsv4x-right", "version": "2.5", "path": found.path, "usable": True,
+        "reason": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("raises", "kind"),
+    [("OSError('libcuda.so.1: cannot open shared object file')", OSError), ("RuntimeError('no device')", RuntimeError),
+     ("ImportError('undefined symbol: _ZN3c10')", ImportError), ("ZeroDivisionError('x')", ZeroDivisionError)],
+)  # fmt: skip
+def test_whatever_an_import_raises_is_the_cause(raises, kind, install):
+    install(f"raise {raises}\n")
+    broken = library()
+    assert broken.reason.startswith(f"import {NAME} failed: {kind.__name__}: ")
+    with pytest.raises(BackendUnavailable) as raised:
+        broken.load()
+    assert type(raised.value.__cause__) is kind
+    assert str(raised.value.__cause__) in str(raised.value)
+
+
+def test_an_assertion_without_a_message_still_says_where(install):
+    install("HOME = None\nassert HOME is not None\n")
+    reason = library().reason
+    assert "AssertionError" in reason
+    assert "assert HOME is not None" in reason
+    assert f"{NAME}.py:2" in reason
+
+
+def test_a_look_alike_is_told_by_its_distribution_and_never_imported(install):
+    install("raise AssertionError('imported')\n", "dsv4x-wrong", "0.13")
+    wrong = library(wrong={"dsv4x-wrong": "an asyncio package"})
+    assert wrong.reason == f"{NAME} here is an asyncio package; pip install dsv4x-right"
+    assert wrong.describe()["distribution"] == "dsv4x-wrong"
+    assert NAME not in sys.modules
+
+
+def test_a_look_alike_without_metadata_is_told_by_what_it_lacks(install):
+    install("present = 1\n")
+    lacking = library(attributes=("present", "absent", "gone"))
+    assert "has no absent, gone" in lacking.reason
+    assert f"{NAME}.py" in lacking.reason
+    assert lacking.reason.endswith("pip install dsv4x-right")
+
+
+# FlashMLA.
+
+
+@dataclasses.dataclass
+class SchedMeta:
+    """FlashMLA's scheduler object: filled by the first call, reused by later ones of the same shapes *and lengths*."""
+
+    config: tuple | None = None
+    lengths: list | None = None
+
+
+class Double:
+    """FlashMLA as measured (formats.md, section 5): it takes nothing that the real one would not, and answers right."""
+
+    def __init__(self, generation):
+        self.calls, self.metas = [], []
+        if generation == "use_legacy":
+            self.flash_mla_with_kvcache = lambda *a, use_legacy=False, **k: self._decode(use_legacy, *a, **k)
+            self.flash_mla_sparse_fwd = lambda *a, use_legacy=False, **k: self._prefill(use_legacy, *a, **k)
+            self.has_legacy = lambda: True
+        else:
+            self.flash_mla_with_kvcache = lambda *a: self._decode(True, *a)
+            self.flash_mla_sparse_fwd = lambda *a: self._prefill(True, *a)
+
+    def get_mla_metadata(self, *args, **kwargs):
+        self.metas.append(SchedMeta())
+        return self.metas[-1], None
+
+    def _cache(self, k_cache):
+        pages, page_size, one, entry = k_cache.shape
+        assert k_cache.dtype == torch.uint8
+        assert pages > 0
+        assert (one, entry) == (1, 584)
+        assert k_cache.stride()[1:] == (584, 584, 1) or page_size == 1
+        assert k_cache.stride(3) == 1
+        assert pages == 1 or k_cache.stride(0) >= layouts.DSV4.page_stride(page_size)
+        return PagedCache(k_cache, layouts.DSV4, page_size)
+
+    def _indices(self, indices, lens, tokens, capacity, multiple):
+        assert indices.dtype == torch.int32
+        assert indices.shape[:2] == (tokens, 1)
+        assert indices.shape[2] > 0
+        assert indices.shape[2] % multiple == 0
+        assert indices.stride(2) == 1
+        assert bool(((indices == -1) | ((indices >= 0) & (indices < capacity))).all()), "an illegal access"
+        if lens is not None:
+            assert lens.dtype == torch.int32
+            assert lens.shape == (tokens,)
+            assert lens.is_contiguous()
+            assert bool(((lens >= 0) & (lens <= indices.shape[2])).all()), "a length past its row"
+        return indices[:, 0]
+
+    def _heads(self, q, attn_sink):
+        assert q.dtype == torch.bfloat16
+        assert q.shape[-2] in (64, 128)
+        assert q.shape[-1] == 512
+        assert q.stride(-1) == 1
+        assert q.shape[0] > 0
+        if attn_sink is not None:
+            assert attn_sink.dtype == torch.float32
+            assert attn_sink.shape == (q.shape[-2],)
+            assert attn_sink.is_contiguous()
+
+    def _decode(
+        self, use_legacy, q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits,
+        softmax_scale, causal, is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices, topk_length,
+        extra_topk_length,
+    ):  # fmt: skip
+        assert use_legacy, "only the legacy kernels read DSv4 pages"
+        tokens, one = q.shape[:2]
+        assert one == 1
+        self._heads(q[:, 0], attn_sink)
+        assert block_table is cache_seqlens is num_splits is None
+        assert (head_dim_v, causal, is_fp8_kvcache) == (512, False, True)
+        assert type(softmax_scale) is float
+        assert (extra_k_cache is None) == (extra_indices is None)
+        cache = self._cache(k_cache)
+        rows = self._indices(indices, topk_length, tokens, cache.capacity, 64)
+        extra = extra_rows = None
+        if extra_k_cache is not None:
+            extra = self._cache(extra_k_cache)
+            extra_rows = self._indices(extra_indices, extra_topk_length, tokens, extra.capacity, 64)
+        meta = tile_scheduler_metadata
+        assert isinstance(meta, SchedMeta)
+        config = (
+            q.shape, k_cache.shape[1:3], indices.shape[-1],
+            None if extra is None else extra_k_cache.shape[1], None if extra is None else extra_indices.shape[-1],
+        )  # fmt: skip
+        lengths = [None if x is None else x.tolist() for x in (topk_length, extra_topk_length)]
+        if meta.config is None:
+            meta.config, meta.lengths = config, lengths
+        assert meta.config == config, "FlashMLA asserts that shapes are those of the first call"
+        assert meta.lengths == lengths, "stale: FlashMLA would split this call by the first call's lengths"
+        self.calls.append(tokens)
+        out, lse = reference.sparse_mla_decode(
+            q[:, 0], cache, rows, topk_length, extra, extra_rows, extra_topk_length, attn_sink, softmax_scale
+        )
+        return out.bfloat16()[:, None], lse[:, None].contiguous().transpose(1, 2)
+
+    def _prefill(self, use_legacy, q, kv, indices, sm_scale, d_v, attn_sink, topk_length):
+        assert use_legacy
+        self._heads(q, attn_sink)
+        assert kv.dtype == torch.bfloat16
+        assert kv.shape[0] > 0
+        assert kv.shape[1:] == (1, 512)
+        assert kv.stride(2) == 1
+        assert d_v == 512
+        rows = self._indices(indices, topk_length, q.shape[0], kv.shape[0], 128)
+        if topk_length is not None:
+            past = torch.arange(rows.shape[1]) >= topk_length[:, None]
+            pointed = rows[past & (rows >= 0)].long()
+            assert not kv[pointed].isnan().any(), "a NaN row past topk_length can poison out"
+        self.calls.append(q.shape[0])
+        out, lse = reference.sparse_mla_prefill(q, kv[:, 0], rows, topk_length, attn_sink, sm_scale)
+        return out.bfloat16(), torch.full_like(lse, float("nan")), lse
+
+
+GENERATIONS = ["use_legacy", "before use_legacy"]
+
+
+@pytest.fixture(params=GENERATIONS)
+def double(request, monkeypatch):
+    return use_double(monkeypatch, request.param)
+
+
+@pytest.fixture
+def one_double(monkeypatch):
+    return use_double(monkeypatch, "use_legacy")
+
+
+def use_double(monkeypatch, generation, max_batch=1000):
+    double = Double(generation)
+
+    class Library:
+        reason, path = None, "/site/flash_mla"
+
+        def load(self):
+            return double
+
+    monkeypatch.setattr(flash_mla, "FLASH_MLA", Library())
+    # A CPU has no shared memory to bound a batch by.
+    monkeypatch.setattr(flash_mla, "max_batch", lambda heads, shared_memory: max_batch)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return double
+
+
+@pytest.fixture
+def decode_case(make_cache, index_rows, rng):
+    def make(tokens=3, heads=8, width=64, extra_width=None, page_size=64, spread=2, lens=True, sink=True):
+        q = 3 * torch.randn(tokens, heads, 512, generator=rng).bfloat16()
+        case = {"q": q, "swa_cache": None, "swa_indices": None, "swa_lens": None, "extra_cache": None,
+                "extra_indices": None, "extra_lens": None}  # fmt: skip
+        for scope, columns, size in (("swa", width, page_size), ("extra", extra_width, 2)):
+            if columns is not None:
+                cache, slots = make_cache(max(3, 40 // size), size, min(20, 3 * size), spread=spread)
+                case[f"{scope}_cache"], case[f"{scope}_indices"] = cache, index_rows(slots, tokens, columns)
+                if lens:
+                    case[f"{scope}_lens"] = torch.randint(0, columns + 1, (tokens,), dtype=torch.int32, generator=rng)
+        case["attn_sink"] = torch.randn(heads, generator=rng) if sink else None
+        return case
+
+    return make
+
+
+@pytest.fixture
+def prefill_case(index_rows, rng):
+    def make(tokens=3, heads=8, width=128, lens=True, sink=True):
+        kv = torch.full((40, 512), float("nan"), dtype=torch.bfloat16)
+        slots = torch.randperm(40, generator=rng)[:20]
+        kv[slots] = (torch.randn(20, 512, generator=rng) / 10).bfloat16()
+        return {
+            "q": 3 * torch.randn(tokens, heads, 512, generator=rng).bfloat16(),
+            "kv": kv,
+            "indices": index_rows(slots, tokens, width),
+            "lens": torch.randint(0, width + 1, (tokens,), dtype=torch.int32, generator=rng) if lens else None,
+            "attn_sink": torch.randn(heads, generator=rng) if sink else None,
+        }
+
+    return make
+
+
+def run_decode(case, out=None, **keywords):
+    got, lse = flash_mla.decode(*case.values(), 512**-0.5, out, **keywords)
+    check_decode(got, lse, *reference.sparse_mla_decode(**case, dtype=torch.float64))
+    assert lse.is_contiguous()
+    assert got is out if out is not None else got.is_contiguous()
+    return got, lse
+
+
+def run_prefill(case, out=None, **keywords):
+    got, lse = flash_mla.prefill(*case.values(), 512**-0.5, out, **keywords)
+    check_prefill(got, lse, *reference.sparse_mla_prefill(**case, dtype=torch.float64))
+    assert lse.is_contiguous()
+    assert got is out if out is not None else got.is_contiguous()
+    return got, lse
+
+
+def odd_out(tokens, heads):
+    around = torch.full((tokens, 2 * heads + 1, 600), 7.0, dtype=torch.bfloat16)
+    out = around[:, 1 : 1 + heads, 40:552]
+    out.fill_(float("nan"))
+    return around, out
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("heads", [1, 8, 20, 64, 100, 128])
+def test_decode_meets_flash_mlas_head_counts(heads, double, decode_case):
+    run_decode(decode_case(heads=heads, extra_width=40))
+    case = decode_case(heads=heads, sink=False)
+    around, out = odd_out(3, heads)
+    run_decode(case, out)
+    out.fill_(7)
+    assert (around == 7).all(), "wrote outside out"
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("width", [0, 1, 63, 64, 100])
+@pytest.mark.parametrize("extra_width", [None, 0, 1, 63, 64, 100])
+def test_decode_meets_flash_mlas_widths(width, extra_width, one_double, decode_case):
+    for lens in (False, True):
+        run_decode(decode_case(width=width, extra_width=extra_width, lens=lens))
+    assert one_double.calls == [3, 3]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("lens", [False, True])
+@pytest.mark.parametrize("width", [64, 100])
+def test_decode_hands_over_no_index_that_would_fault(width, lens, dtype, one_double, decode_case):
+    case = decode_case(tokens=6, width=width, extra_width=width)
+    for scope in ("swa", "extra"):
+        rows = case[f"{scope}_indices"] = case[f"{scope}_indices"].to(dtype)
+        capacity = case[f"{scope}_cache"].capacity
+        rows[:, 1], rows[:, 5], rows[:, 7], rows[:, 9] = capacity, -2, 2**31 - 1, -(2**31)
+        if dtype == torch.int64:
+            rows[:, 11], rows[:, 13] = 2**40, -(2**40)
+        case[f"{scope}_lens"] = None
+        if lens:
+            case[f"{scope}_lens"] = torch.tensor([0, 3, 10, width, width + 1000, -5], dtype=dtype)
+            rows[0] = 2**31 - 1
+            rows[1, 3:] = capacity + 12345
+    run_decode(case)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("tokens", [1, 4, 5, 8, 9])
+def test_decode_splits_batches_past_the_limit(tokens, given, double, decode_case, monkeypatch):
+    monkeypatch.setattr(flash_mla, "max_batch", lambda heads, shared_memory: 4)
+    case = decode_case(tokens=tokens, heads=5, width=30, extra_width=20)
+    around, out = odd_out(tokens, 5) if given else (None, None)
+    run_decode(case, out)
+    assert double.calls == [4] * (tokens // 4) + [tokens % 4] * (tokens % 4 > 0)
+    if given:
+        out.fill_(7)
+        assert (around == 7).all(), "wrote outside out"
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_schedule_is_filled_once_and_shared_by_layers(trusted, double, decode_case, monkeypatch):
+    monkeypatch.setattr(flash_mla, "max_batch", lambda heads, shared_memory: 2)
+    case = decode_case(tokens=5, width=64, extra_width=64)
+    schedule = {}
+    for _ in range(2):
+        run_decode(case, schedule=schedule, trusted_indices=trusted)
+    assert len(double.metas) == 3, "one scheduler for each part, not for each layer"
+    # Layers of one step may differ in page size, widths and heads; each kind has its own scheduler.
+    others = [
+        decode_case(tokens=5, width=128, extra_width=64),
+        decode_case(tokens=5, width=64, extra_width=128),
+        decode_case(tokens=5, width=64),
+        decode_case(tokens=5, width=64, extra_width=64, page_size=2),
+        decode_case(tokens=5, heads=128, width=64, extra_width=64),
+    ]
+    for other in others:
+        other["swa_lens"] = case["swa_lens"]
+        if other["extra_lens"] is not None:
+            other["extra_lens"] = case["extra_lens"]
+        run_decode(other, schedule=schedule, trusted_indices=trusted)
+
+
+@pytest.mark.interpreter
+def test_other_lengths_take_another_schedule(one_double, decode_case):
+    case = decode_case(tokens=4, width=64)
+    run_decode(case, schedule={})
+    run_decode({**case, "swa_lens": case["swa_lens"].flip(0) // 2}, schedule={})
+    for lens in (case["swa_lens"], case["swa_lens"].flip(0) // 2):
+        run_decode({**case, "swa_lens": lens})
+    assert len(one_double.metas) == 4, "without a schedule nothing is kept"
+
+
+def test_a_captured_call_keeps_no_scheduler(one_double, monkeypatch):
+    """A replay must plan for the lengths it then finds, not for those of the eager step that shared the dict."""
+    cache, indices = PagedCache.zeros(1, layouts.DSV4, 64), torch.zeros(4, 64, dtype=torch.int32)
+    q = types.SimpleNamespace(shape=(4, 64, 512), device=torch.device("cuda:0"), is_cuda=True)
+    schedule = {}
+
+    def scheduler():
+        return flash_mla._scheduler(schedule, q, cache, indices, None, None, 0)
+
+    eager = scheduler()
+    assert scheduler() is eager
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    captured = scheduler()
+    assert captured is not eager
+    assert scheduler() is not captured
+    assert list(schedule.values()) == [eager]
+
+
+@pytest.mark.interpreter
+def test_trusted_indices_of_the_right_shape_are_passed_as_they_are(one_double, decode_case, monkeypatch):
+    case = decode_case(tokens=3, width=64, extra_width=128)
+    untouched = (case["swa_indices"].data_ptr(), case["extra_indices"].data_ptr())
+    seen = []
+    inner = one_double.flash_mla_with_kvcache
+
+    def watch(*args, use_legacy=False):
+        seen.append((args[10].data_ptr(), args[13].data_ptr()))
+        return inner(*args, use_legacy=use_legacy)
+
+    one_double.flash_mla_with_kvcache = watch
+    assert "use_legacy" in inspect.signature(watch).parameters
+    run_decode(case, trusted_indices=True)
+    assert seen == [untouched]
+    run_decode(case)
+    assert seen[1] != untouched
+
+
+@pytest.mark.interpreter
+def test_trusted_indices_of_a_wrong_shape_are_still_padded(one_double, decode_case):
+    for width, extra_width in ((1, None), (100, 63), (0, 64)):
+        run_decode(decode_case(width=width, extra_width=extra_width), trusted_indices=True)
+    case = decode_case(width=64)
+    run_decode({**case, "swa_indices": case["swa_indices"].long(), "swa_lens": case["swa_lens"].long()},
+               trusted_indices=True)  # fmt: skip
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("pages", [0, 1])
+def test_a_cache_of_one_page_or_none_is_served(pages, one_double, decode_case):
+    case = decode_case(width=64, extra_width=64)
+    empty = PagedCache.zeros(pages, layouts.DSV4, 64)
+    run_decode({**case, "extra_cache": empty})
+    run_decode({**case, "swa_cache": empty})
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("page_size", [1, 2, 61, 64])
+def test_strided_pools_reach_flash_mla_by_their_stride(page_size, one_double, decode_case):
+    run_decode(decode_case(width=64, page_size=page_size, spread=3))
+
+
+@pytest.mark.interpreter
+def test_q_and_sinks_may_be_strided(one_double, decode_case):
+    case = decode_case(heads=64)
+    wide = torch.full((3, 192, 512), float("nan"), dtype=torch.bfloat16)
+    wide[:, 64:128] = case["q"]
+    run_decode({**case, "q": wide[:, 64:128], "attn_sink": torch.tensor([INF, -INF] * 32)})
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("heads", [1, 8, 20, 64, 100, 128])
+def test_prefill_meets_flash_mlas_head_counts(heads, double, prefill_case):
+    run_prefill(prefill_case(heads=heads))
+    case = prefill_case(heads=heads, sink=False)
+    around, out = odd_out(3, heads)
+    run_prefill(case, out)
+    out.fill_(7)
+    assert (around == 7).all(), "wrote outside out"
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("lens", [False, True])
+@pytest.mark.parametrize("width", [0, 1, 63, 64, 100, 128, 129])
+def test_prefill_meets_flash_mlas_widths(width, lens, one_double, prefill_case):
+    run_prefill(prefill_case(width=width, lens=lens))
+    run_prefill(prefill_case(width=width, lens=lens), trusted_indices=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_prefill_hands_over_no_row_that_would_fault_or_poison(dtype, one_double, prefill_case):
+    case = prefill_case(tokens=5, width=128)
+    rows = case["indices"] = case["indices"].to(dtype)
+    rows[:, 1], rows[:, 5], rows[:, 7], rows[:, 9] = 40, -2, 2**31 - 1, -(2**31)
+    case["lens"] = torch.tensor([0, 3, 12, 128, 129], dtype=dtype)
+    nan_row = int(case["kv"].isnan().any(1).nonzero()[0])
+    rows[0], rows[1, 3:] = nan_row, nan_row
+    run_prefill(case)
+    run_prefill({**case, "lens": -case["lens"]})
+
+
+@pytest.mark.interpreter
+def test_prefill_of_an_empty_workspace_is_served(one_double, prefill_case):
+    case = prefill_case()
+    run_prefill({**case, "kv": case["kv"][:0]})
+
+
+@pytest.mark.interpreter
+def test_the_wiring_is_what_the_registered_kernel_runs(one_double, decode_case, monkeypatch, request):
+    """From the public op down, on a machine that would choose FlashMLA."""
+    from dsv4x.common import registry
+
+    case = decode_case(tokens=2, heads=20, extra_width=9)
+    request.addfinalizer(registry.select.cache_clear)
+    monkeypatch.setattr(registry, "_kernels", {})
+    flash_mla.register_kernels()
+    record = registry._kernels["sparse_mla_decode"]["flash_mla"]
+    monkeypatch.setattr(registry, "_kernels", {
+        "sparse_mla_decode": {"flash_mla": dataclasses.replace(
+            record, devices=("cpu",), archs=(), further_reasons=lambda problem: (), library=None)}
+    })  # fmt: skip
+    registry.select.cache_clear()
+    got = dsv4x.sparse_mla_decode(**case, kernel="flash_mla")
+    check_decode(*got, *reference.sparse_mla_decode(**case, dtype=torch.float64))
+    assert one_double.calls == [2]
