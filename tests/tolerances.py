@@ -18,7 +18,7 @@ def check_prefill(out, lse, ref_out, ref_lse):
 def check_close(name, got, want, *, absolute, relative, cosine=None):
     """Each element within ``absolute`` or ``relative``, infinities in the same places, no NaN, and one direction."""
     assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, reference {tuple(want.shape)}"
-    got, want = got.detach().double(), want.detach().double()
+    got, want = got.detach().double(), want.detach().double().to(got.device)
     assert not want.isnan().any(), f"{name}: the reference holds {int(want.isnan().sum())} NaN"
     nan = got.isnan()
     assert not nan.any(), f"{name}: {int(nan.sum())} NaN, first at {_first(nan)}"
