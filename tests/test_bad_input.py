@@ -155,6 +155,8 @@ Q_CASES = [
 SINK_AND_OUT_CASES = [
     *wrong_tensors("attn_sink", zeros(H, dtype=F32), need="float32", dtype=F32, resize=[(H + 1,), (1, H)]),
     *wrong_tensors("out", zeros(T, H, 512), need="bfloat16", dtype=BF16, resize=[(T, H + 1, 512), (T + 1, H, 512)]),
+    *[("softmax_scale", scale, ValueError, [str(scale), "> 0"]) for scale in (0.0, -0.05, float("inf"), float("nan"))],
+    ("softmax_scale", "1", TypeError, ["str", "float"]),
 ]
 CHOICE_CASES = [("kernel", "cutlass", ValueError, ["cutlass", "flash_mla", "triton", "reference"])]
 

@@ -43,7 +43,7 @@ def sparse_mla_decode(
         swa_lens: int32 (or int64) ``[T]`` scan spans, clamped to the width; None means the whole width.
         extra_cache, extra_indices, extra_lens: the same for the compressed cache; all None without one.
         attn_sink: float32 ``[H]`` or None; -inf has no effect, +inf makes out 0.
-        softmax_scale: None means 512 ** -0.5.
+        softmax_scale: finite and > 0; None means 512 ** -0.5.
         out: bf16 ``[T, H, 512]``, any strides with the last 1; None allocates a contiguous one.
         kernel: ``"flash_mla"``, ``"triton"``, ``"aiter"`` or ``"reference"``, which runs or raises; None picks.
         trusted_indices: the caller vouches that lengths lie in ``[0, width]`` and that every index within them is -1
@@ -87,6 +87,7 @@ def sparse_mla_decode(
         extra_width=extra_indices.shape[1] if extra_indices is not None else 0,
         caches=tuple(cache.spec for _, cache, _, _ in scopes),
     )
+    scale = _scale(softmax_scale)
     record = select(problem, kernel)
     if tokens == 0:
         return _empty(q, out)
@@ -100,7 +101,7 @@ def sparse_mla_decode(
         extra_indices,
         extra_lens,
         attn_sink,
-        HEAD_DIM**-0.5 if softmax_scale is None else float(softmax_scale),
+        scale,
         out,
         trusted_indices=trusted_indices,
         schedule=schedule,
@@ -127,7 +128,7 @@ def sparse_mla_prefill(
         indices: int32 (or int64) ``[T, any]``, index space *workspace row*, -1 (or anything outside 0..S-1) for none.
         lens: int32 (or int64) ``[T]`` scan spans, clamped to the width; None means the whole width.
         attn_sink: float32 ``[H]`` or None.
-        softmax_scale: None means 512 ** -0.5.
+        softmax_scale: finite and > 0; None means 512 ** -0.5.
         out: bf16 ``[T, H, 512]``, any strides with the last 1; None allocates a contiguous one.
         kernel: ``"flash_mla"``, ``"triton"``, ``"aiter"`` or ``"reference"``, which runs or raises; None picks.
         trusted_indices: the caller vouches that lengths lie in ``[0, width]`` and no index past a span points at a NaN.
@@ -160,6 +161,7 @@ def sparse_mla_prefill(
         width=indices.shape[1],
         rows=kv.shape[0],
     )
+    scale = _scale(softmax_scale)
     record = select(problem, kernel)
     if tokens == 0:
         return _empty(q, out)
@@ -170,7 +172,7 @@ def sparse_mla_prefill(
         indices,
         lens,
         attn_sink,
-        HEAD_DIM**-0.5 if softmax_scale is None else float(softmax_scale),
+        scale,
         out,
         trusted_indices=trusted_indices,
     )
@@ -197,6 +199,17 @@ def _check_rest(q: torch.Tensor, attn_sink: torch.Tensor | None, out: torch.Tens
     if out is not None:
         checks.tensor("out", out, tuple(q.shape), torch.bfloat16, q.device)
     return out
+
+
+def _scale(softmax_scale: object) -> float:
+    if softmax_scale is None:
+        return HEAD_DIM**-0.5
+    if not isinstance(softmax_scale, (int, float)):
+        raise TypeError(f"softmax_scale: got {type(softmax_scale).__name__}, need a float or None")
+    # FlashMLA takes the maximum before it scales, which only a positive scale allows.
+    if not 0 < softmax_scale < float("inf"):
+        raise ValueError(f"softmax_scale: got {softmax_scale}, need a finite number > 0")
+    return float(softmax_scale)
 
 
 def _empty(q: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -77,6 +77,8 @@ def _decode_reasons(problem: Problem) -> list[str]:
     for cache in problem.caches:
         if cache.pages * cache.page_size > 2**31 - 1:
             reasons.append(f"cache has {cache.pages * cache.page_size} slots, need < 2**31")
+        if cache.page_stride > 2**31 - 1:
+            reasons.append(f"page stride is {cache.page_stride} bytes, need < 2**31")
         if problem.arch != "sm_90" and cache.page_stride % SM100_PAGE_ALIGNMENT:
             reasons.append(f"page stride is {cache.page_stride}, need a multiple of {SM100_PAGE_ALIGNMENT} on SM100")
     return reasons + _triton_missing()
