@@ -207,3 +207,23 @@ def test_a_c128_page_outside_the_pool_is_named(device, monkeypatch):
     c128(1)
     with pytest.raises(ValueError, match="extra_block_table: token 0 needs a page that is outside the pool"):
         c128(2)
+
+
+def test_a_local_entry_a_token_may_not_see_is_named_by_the_entry_point(monkeypatch):
+    """Position 19 sees entries 0 to 4; what padding brings, and what stands past a span, may be anything."""
+    ints = [torch.tensor(x, dtype=torch.int32) for x in ([0, 1], [20], [[0, 1, 2]], [[0]])]
+    meta = dsv4x.AttentionMetadata.build(
+        *ints, compress_ratio=4, swa_page_size=8, swa_pages=3, extra_page_size=8, extra_pages=1, topk=8, num_tokens=2
+    )
+    caches = [PagedCache.zeros(pages, DSV4, 8) for pages in (3, 1)]
+    q = torch.zeros(2, 4, 512, dtype=torch.bfloat16)
+
+    def attend(entry):
+        topk = torch.tensor([[4, -1, entry, 0, 1, 99, 99, 99], [99] * 8], dtype=torch.int32)
+        return dsv4x.sparse_mla_attention(q, *caches, meta, topk)
+
+    attend(5)
+    monkeypatch.setenv("DSV4X_CHECK", "1")
+    attend(3)
+    with pytest.raises(ValueError, match="topk_indices: local entry 5 in row 0, column 2, need -1 or 0 to 4"):
+        attend(5)

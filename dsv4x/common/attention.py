@@ -281,7 +281,8 @@ def sparse_mla_attention(
         ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``.
 
     Raises:
-        TypeError, ValueError: an argument's type, dtype, shape, stride, device, layout or page size.
+        TypeError, ValueError: an argument's type, dtype, shape, stride, device, layout or page size; under
+            ``DSV4X_CHECK=1`` also a local entry its token may not see, or a NaN in q, with its row.
         KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
     """
     checks.tensor("q", q, (meta.num_tokens, None, HEAD_DIM), torch.bfloat16, meta.seq_lens.device)
@@ -292,7 +293,10 @@ def sparse_mla_attention(
     else:
         _check_cache("extra_cache", extra_cache, q.device, meta.extra_page_size, meta.extra_pages)
     if meta.compress_ratio == 4:
-        checks.tensor("topk_indices", topk_indices, (meta.num_tokens, None), torch.int32, q.device)
+        topk_indices = checks.tensor("topk_indices", topk_indices, (meta.num_tokens, None), torch.int32, q.device)
+        if checks.check_values_enabled():
+            spans = meta.visible.clamp_max(min(meta.topk, topk_indices.shape[1]))
+            checks.index_values("topk_indices", topk_indices, spans, meta.visible, "local entry")
     elif topk_indices is not None:
         raise ValueError(f"topk_indices: given, need None for compress_ratio {meta.compress_ratio}")
     if path not in (*PATHS, None):
