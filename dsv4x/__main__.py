@@ -1,4 +1,4 @@
-"""``python -m dsv4x info | demo``."""
+"""``python -m dsv4x info | demo | layout``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from . import Problem, __version__, cuda, demo, platform, rocm
+from . import Problem, __version__, cuda, demo, layouts, platform, rocm
+from .common import drawing
 from .common.layer import Layer
 from .common.registry import KERNEL_NAMES, explain, ops
 from .common.vendor import TRITON
@@ -83,6 +84,31 @@ def print_info(facts: dict[str, Any]) -> None:
         print(f"\nself test: {'passed' if facts['self_test']['passed'] else 'FAILED'} {facts['self_test']}")
 
 
+def show_layout(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Print one layout's byte map, draw it, or write the documentation of all."""
+    if arguments.docs is not None:
+        (arguments.docs / "layouts").mkdir(parents=True, exist_ok=True)
+        (arguments.docs / "layouts.md").write_text(drawing.document(arguments.page_size))
+        for member in layouts.MLAKVCacheLayout:
+            picture = arguments.docs / "layouts" / f"{member.name.lower()}.svg"
+            picture.write_text(drawing.svg(member.value, arguments.page_size))
+        return 0
+    if arguments.name is None:
+        for member in layouts.MLAKVCacheLayout:
+            print(f"{member.name:<15} {member.value.name}")
+        return 0
+    if arguments.page_size < 1:
+        parser.error(f"--page-size: got {arguments.page_size}, need > 0")
+    try:
+        layout = layouts.by_name(arguments.name)
+    except ValueError as error:
+        parser.error(str(error))
+    print(drawing.table(layout, arguments.page_size))
+    if arguments.svg is not None:
+        arguments.svg.write_text(drawing.svg(layout, arguments.page_size))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dsv4x", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -95,9 +121,16 @@ def main(argv: list[str] | None = None) -> int:
     show.add_argument("--heads", type=int, help="query heads (default 64 on a GPU, 8 on a CPU)")
     show.add_argument("--topk", type=int, default=512, help="compressed entries a C4 query reads (default 512)")
     show.add_argument("--kernel", choices=KERNEL_NAMES, help="run this attention kernel or fail (default: the chosen)")
+    draw = commands.add_parser("layout", help="the byte map of a cache layout's page, as a table and as an SVG")
+    draw.add_argument("name", nargs="?", help="a layout, such as DSV4 or 'DSv3.2'; without one, their names")
+    draw.add_argument("--page-size", type=int, default=64, help="entries a page (default 64)")
+    draw.add_argument("--svg", type=Path, help="also draw it here")
+    draw.add_argument("--docs", type=Path, help="write layouts.md and layouts/*.svg of every layout under this folder")
     arguments = parser.parse_args(argv)
     if arguments.command == "demo":
         return demo.main(arguments)
+    if arguments.command == "layout":
+        return show_layout(arguments, draw)
     facts = collect(arguments.self_test)
     print(json.dumps(facts, indent=2)) if arguments.json else print_info(facts)
     return int(not facts.get("self_test", {"passed": True})["passed"])

@@ -65,29 +65,29 @@ class Case:
         return f"{self.kernel.__name__}{self.label}"
 
 
+def cache_layouts() -> list[layouts.CacheLayout]:
+    """Every named layout, and DSv4 in gfx942's FP8 flavour."""
+    return [member.value for member in layouts.MLAKVCacheLayout] + [layouts.DSV4.with_flavour("e4m3fnuz")]
+
+
 def cases(arch: str) -> list[Case]:
     """Every kernel, and every configuration of the attention kernels, that ``arch`` would launch."""
     found = []
-    for layout in (layouts.DSV4, layouts.DSV32):
-        shared = layout_constexprs(layout)
+    for layout in cache_layouts():
         label = f"[{layout.name}]"
-        found += [
-            Case(
-                cache.dequantize_kernel,
-                {"BLOCK_N": cache.DEQUANTIZE_ROWS, "BLOCK_D": triton.next_power_of_2(layout.head_dim), **shared},
-                types={"out_ptr": "*bf16"},
-                label=label,
-            ),
-            Case(
-                cache.quantize_insert_kernel,
-                {
-                    "MIN_SCALE_BYTE": layout.min_scale_byte,
-                    "BLOCK_D": triton.next_power_of_2(layout.nope_dim),
-                    **shared,
-                },
-                label=label,
-            ),
-        ]
+        shared = {
+            **cache.cache_constexprs(layout),
+            "NATIVE": cache.native_fp8(layout, arch),
+            "WIDE": layout is layouts.DSV32,
+        }
+        rows, warps = cache.DEQUANTIZE_SHAPE
+        types = {"out_ptr": "*bf16", "k_scale": "fp32"}
+        found.append(
+            Case(cache.dequantize_kernel, {**shared, "BLOCK_N": rows}, {"num_warps": warps}, types, label=label)
+        )
+        rows, warps = cache.QUANTIZE_SHAPE
+        constants = {**shared, **cache.quantize_constexprs(layout), "BLOCK_N": rows}
+        found.append(Case(cache.quantize_insert_kernel, constants, {"num_warps": warps}, types, label=label))
     integers = {"lens_ptr": "*i32", "out_ptr": "*i32"}
     found += [
         Case(indices.window_slots_kernel, {"BLOCK": 128}, {"num_warps": 1}, integers),

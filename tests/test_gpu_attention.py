@@ -139,6 +139,23 @@ def test_slots_past_four_gib(kernel):
         check_decode(*dsv4x.sparse_mla_decode(q, cache, indices, lens, kernel=attention), *expected)
 
 
+@pytest.mark.parametrize("kernel", ["triton", "reference"])
+def test_one_page_past_two_gib(kernel):
+    """A flat pool is one page: offsets inside a page pass 2**31 too."""
+    page_size = 2**31 // 576 + 100
+    cache = PagedCache.zeros(1, layouts.DSV4, page_size, "cuda")
+    slots = torch.tensor([0, page_size - 1, page_size // 2], device="cuda")
+    k = (torch.randn(3, 512, device="cuda") / 10).bfloat16()
+    dsv4x.quantize_and_insert_k_cache(k, cache, slots, kernel=kernel)
+    small = PagedCache.zeros(1, layouts.DSV4, 3, "cuda")
+    dsv4x.quantize_and_insert_k_cache(k, small, torch.arange(3, device="cuda"), kernel="reference")
+    want = dsv4x.dequantize_k_cache_paged(small, torch.arange(3, device="cuda"), kernel="reference")
+    assert torch.equal(dsv4x.dequantize_k_cache_paged(cache, slots, kernel=kernel), want)
+    q, indices = random_q(2, 64), slots.int().expand(2, 3)
+    expected = reference.sparse_mla_decode(q, small, torch.arange(3, device="cuda").expand(2, 3), None)
+    check_decode(*dsv4x.sparse_mla_decode(q, cache, indices, None, kernel="triton"), *expected)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_captured_step_follows_its_lengths(kernel):
     """Replays must not use splits scheduled from the lengths at capture."""

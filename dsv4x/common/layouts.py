@@ -7,6 +7,8 @@ A page is a run of ``page_size`` entries. ``soa`` pages hold all data rows, then
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import functools
 import struct
 from dataclasses import dataclass
@@ -14,7 +16,12 @@ from typing import Literal
 
 import torch
 
-E4M3FN_MAX = 448.0
+ValueEncoding = Literal["e4m3fn", "e4m3fnuz", "e2m1", "bf16"]
+ScaleEncoding = Literal["ue8m0", "float32", "e4m3fn", "none"]
+
+VALUE_MAX = {"e4m3fn": 448.0, "e4m3fnuz": 240.0, "e2m1": 6.0}
+_VALUE_BITS = {"e4m3fn": 8, "e4m3fnuz": 8, "e2m1": 4, "bf16": 16}
+_SCALE_BYTES = {"ue8m0": 1, "float32": 4, "e4m3fn": 1, "none": 0}
 
 
 @dataclass(frozen=True)
@@ -23,11 +30,14 @@ class CacheLayout:
 
     Attributes:
         name: the field's name.
-        nope_dim: leading values, stored as ``value_encoding`` with one scale per ``scale_tile`` values.
+        nope_dim: leading values, stored as ``value_encoding`` with one scale per ``scale_tile`` values. Where a format
+            encodes the RoPE values like the others, this is the whole head dimension.
         rope_dim: trailing values, stored as bf16 without a scale.
         arrangement: ``"soa"`` or ``"aos"``, see the module docstring.
-        value_encoding: ``"e4m3fn"`` (OCP, max 448).
-        scale_encoding: ``"ue8m0"`` (byte b means 2**(b-127); 255 is NaN) or ``"float32"`` (a power of two).
+        value_encoding: ``"e4m3fn"`` (OCP, max 448), ``"e4m3fnuz"`` (gfx942's, max 240) or ``"e2m1"`` (max 6, two to a
+            byte, the even one in the low nibble). ``"bf16"`` where nope_dim is 0.
+        scale_encoding: ``"ue8m0"`` (byte b means 2**(b-127); 255 is NaN), ``"float32"`` (a power of two), ``"e4m3fn"``,
+            or ``"none"``: no scale is stored, one ``k_scale`` for the whole tensor is an argument of the ops.
         scale_tile: values sharing one scale.
         scale_pad: unused bytes after an entry's scales, written as zero.
         rope_after_scales: in ``aos`` entries, whether the RoPE values stand behind the scales.
@@ -40,8 +50,8 @@ class CacheLayout:
     nope_dim: int
     rope_dim: int
     arrangement: Literal["soa", "aos"]
-    value_encoding: Literal["e4m3fn"]
-    scale_encoding: Literal["ue8m0", "float32"]
+    value_encoding: ValueEncoding
+    scale_encoding: ScaleEncoding
     scale_tile: int
     scale_pad: int = 0
     rope_after_scales: bool = False
@@ -56,17 +66,22 @@ class CacheLayout:
 
     @functools.cached_property
     def num_scales(self) -> int:
-        return self.nope_dim // self.scale_tile
+        return 0 if self.scale_encoding == "none" else self.nope_dim // self.scale_tile
 
     @functools.cached_property
     def scale_bytes(self) -> int:
         """Bytes of an entry's scales, padding included."""
-        return self.num_scales * (1 if self.scale_encoding == "ue8m0" else 4) + self.scale_pad
+        return self.num_scales * _SCALE_BYTES[self.scale_encoding] + self.scale_pad
+
+    @functools.cached_property
+    def nope_bytes(self) -> int:
+        """Bytes of an entry's encoded values."""
+        return self.nope_dim * _VALUE_BITS[self.value_encoding] // 8
 
     @functools.cached_property
     def data_bytes(self) -> int:
         """Bytes of an entry's values."""
-        return self.nope_dim + 2 * self.rope_dim
+        return self.nope_bytes + 2 * self.rope_dim
 
     @functools.cached_property
     def entry_bytes(self) -> int:
@@ -88,33 +103,61 @@ class CacheLayout:
 
     def scale_base(self, page_size: int) -> int:
         """Offset of entry 0's scales inside its page."""
-        return page_size * self.data_bytes if self.arrangement == "soa" else self._first_bytes
+        if self.arrangement == "soa":
+            return page_size * self.data_bytes
+        return self.nope_bytes if self.rope_after_scales else self.data_bytes
 
     @functools.cached_property
     def rope_base(self) -> int:
         """Offset of the RoPE values from the entry's own start."""
-        return self.nope_dim + (self.scale_bytes if self.rope_after_scales else 0)
+        return self.nope_bytes + (self.scale_bytes if self.rope_after_scales else 0)
 
     @functools.cached_property
-    def _first_bytes(self) -> int:
-        return self.nope_dim if self.rope_after_scales else self.data_bytes
+    def value_max(self) -> float:
+        """The largest value the encoding holds."""
+        return VALUE_MAX[self.value_encoding]
 
     @functools.cached_property
     def min_scale_byte(self) -> int:
-        """The smallest scale a writer emits, as a biased exponent.
+        """The smallest power-of-two scale a writer emits, as a biased exponent.
 
         A tile's scale grows with its amax, so both floors are one lower bound on the result.
         """
-        return max(ceil_scale_byte(self.amax_floor), _ceil_log2(self.scale_floor) + 127 if self.scale_floor else 0)
+        smallest = ceil_scale_byte(self.amax_floor, self.value_max)
+        return max(smallest, _ceil_log2(self.scale_floor) + 127 if self.scale_floor else 0)
+
+    def with_flavour(self, flavour: Literal["e4m3fn", "e4m3fnuz"]) -> CacheLayout:
+        """The same layout with its FP8 values in ``flavour``: a gfx942 server mixes both, a cache has one.
+
+        Raises ValueError for a layout without FP8 values, or for another flavour.
+        """
+        if flavour not in ("e4m3fn", "e4m3fnuz"):
+            raise ValueError(f"flavour: got {flavour!r}, need 'e4m3fn' or 'e4m3fnuz'")
+        if self.value_encoding not in ("e4m3fn", "e4m3fnuz"):
+            raise ValueError(f"flavour: {self.name} holds {self.value_encoding}, need a layout of FP8 values")
+        base = self.name.removesuffix(_FNUZ)
+        name = base + _FNUZ if flavour == "e4m3fnuz" else base
+        return dataclasses.replace(self, name=name, value_encoding=flavour)
 
 
-def ceil_scale_byte(amax: float) -> int:
-    """ceil(log2(amax / 448)) + 127, exact: read from the bits of float32(amax), never from a rounded log2.
+_FNUZ = " fnuz"
 
-    448 is 1.75 * 2**8, so the ceiling only asks whether amax's significand is above 1.75.
+
+def scale_carry(value_max: float) -> tuple[int, int]:
+    """(addend, exponent) such that ((bits(amax) + addend) >> 23) - exponent is the biased exponent of the scale.
+
+    value_max is m * 2**e with 1 <= m < 2, so ceil(log2(amax / value_max)) only asks whether amax's significand is above
+    m: the addend carries into the exponent exactly then.
     """
+    bits = struct.unpack("<I", struct.pack("<f", value_max))[0]
+    return 0x7FFFFF - (bits & 0x7FFFFF), (bits >> 23) - 127
+
+
+def ceil_scale_byte(amax: float, value_max: float = 448.0) -> int:
+    """ceil(log2(amax / value_max)) + 127, exact: read from float32(amax)'s bits, never from a rounded log2."""
+    addend, exponent = scale_carry(value_max)
     bits = struct.unpack("<I", struct.pack("<f", amax))[0]
-    return max(((bits + 0x1FFFFF) >> 23) - 8, 0)
+    return max(((bits + addend) >> 23) - exponent, 0)
 
 
 def _ceil_log2(value: float) -> int:
@@ -122,30 +165,69 @@ def _ceil_log2(value: float) -> int:
     return ((bits + 0x7FFFFF) >> 23) - 127
 
 
-DSV4 = CacheLayout(
-    name="DSv4",
-    nope_dim=448,
-    rope_dim=64,
-    arrangement="soa",
-    value_encoding="e4m3fn",
-    scale_encoding="ue8m0",
-    scale_tile=64,
-    scale_pad=1,
-    page_alignment=576,
-)
+DSV4 = CacheLayout("DSv4", 448, 64, "soa", "e4m3fn", "ue8m0", 64, scale_pad=1, page_alignment=576)
 """DeepSeek-V4 ``fp8_ds_mla`` (FlashMLA "MODEL1"): 448 e4m3 + 64 bf16 = 576 B, 7 ue8m0 + 1 pad = 8 B."""
 
-DSV32 = CacheLayout(
-    name="DSv3.2",
-    nope_dim=512,
-    rope_dim=64,
-    arrangement="aos",
-    value_encoding="e4m3fn",
-    scale_encoding="float32",
-    scale_tile=128,
-    rope_after_scales=True,
-)
-"""DeepSeek-V3.2 ``fp8_ds_mla``: 512 e4m3 + 4 float32 scales + 64 bf16 = 656 B. Cache ops only."""
+DSV32 = CacheLayout("DSv3.2", 512, 64, "aos", "e4m3fn", "float32", 128, rope_after_scales=True)
+"""DeepSeek-V3.2 ``fp8_ds_mla``: 512 e4m3 + 4 float32 scales + 64 bf16 = 656 B."""
+
+TRTLLM_NATIVE = CacheLayout("trtllm-native", 576, 0, "aos", "e4m3fn", "none", 64)
+"""trtllm-gen's V3.2 cache: 576 e4m3, RoPE included, one k_scale for the whole tensor."""
+
+UNIFORM_FP8 = CacheLayout("uniform fp8", 512, 0, "aos", "e4m3fn", "none", 64)
+"""trtllm-gen's V4 cache: 512 e4m3, RoPE included, one k_scale for the whole tensor."""
+
+BF16_512 = CacheLayout("bf16 512", 0, 512, "aos", "bf16", "none", 64)
+"""512 bf16: V4's sparse prefill workspaces and bf16 caches."""
+
+BF16_576 = CacheLayout("bf16 576", 0, 576, "aos", "bf16", "none", 64)
+"""576 bf16: V3.2's."""
+
+DSV41_FP8 = CacheLayout("DSv4.1 fp8", 512, 0, "aos", "e4m3fn", "ue8m0", 32)
+"""DeepSeek-V4.1: 512 e4m3, RoPE included, and 16 ue8m0, each entry's together: 528 B."""
+
+DSV41_FP8_SOA = CacheLayout("DSv4.1 fp8 soa", 512, 0, "soa", "e4m3fn", "ue8m0", 32, page_alignment=512)
+"""The same with all values of a page before all its scales, pages aligned to 512 B."""
+
+DSV41_FP4 = CacheLayout("DSv4.1 fp4", 512, 0, "aos", "e2m1", "e4m3fn", 16)
+"""DeepSeek-V4.1's extra cache: 512 e2m1 (256 B) and 32 e4m3 scales: 288 B."""
+
+INDEXER_FP8 = CacheLayout("indexer fp8", 128, 0, "soa", "e4m3fn", "float32", 128)
+"""The indexer's K: 128 e4m3 and one float32 scale: 132 B, values of a page before its scales."""
+
+INDEXER_FP4 = CacheLayout("indexer fp4", 128, 0, "soa", "e2m1", "ue8m0", 32)
+"""The indexer's K: 128 e2m1 (64 B) and 4 ue8m0: 68 B, values of a page before its scales."""
+
+
+class MLAKVCacheLayout(enum.Enum):
+    """The named layouts."""
+
+    DSV4 = DSV4
+    DSV32 = DSV32
+    TRTLLM_NATIVE = TRTLLM_NATIVE
+    UNIFORM_FP8 = UNIFORM_FP8
+    BF16_512 = BF16_512
+    BF16_576 = BF16_576
+    DSV41_FP8 = DSV41_FP8
+    DSV41_FP8_SOA = DSV41_FP8_SOA
+    DSV41_FP4 = DSV41_FP4
+    INDEXER_FP8 = INDEXER_FP8
+    INDEXER_FP4 = INDEXER_FP4
+
+
+def by_name(name: str) -> CacheLayout:
+    """The layout of a record's name, such as ``"DSv4"`` or ``"DSv4 fnuz"``, or of an enum member's, ``"DSV4"``.
+
+    Raises ValueError naming the layouts there are.
+    """
+    if name in MLAKVCacheLayout.__members__:
+        return MLAKVCacheLayout[name].value
+    for member in MLAKVCacheLayout:
+        if name == member.value.name:
+            return member.value
+        if name == member.value.name + _FNUZ and member.value.value_encoding == "e4m3fn":
+            return member.value.with_flavour("e4m3fnuz")
+    raise ValueError(f"layout: got {name!r}, need one of {', '.join(m.value.name for m in MLAKVCacheLayout)}")
 
 
 @dataclass(frozen=True)

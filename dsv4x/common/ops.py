@@ -11,15 +11,11 @@ import torch
 from . import cache, layouts, sparse_mla
 from .layouts import PagedCache
 
-_LAYOUTS = {layout.name: layout for layout in (layouts.DSV4, layouts.DSV32)}
-
 _library = torch.library.Library("dsv4x", "DEF")
 
 
 def _paged(data: torch.Tensor, layout: str, page_size: int) -> PagedCache:
-    if layout not in _LAYOUTS:
-        raise ValueError(f"layout: got {layout!r}, need one of {', '.join(_LAYOUTS)}")
-    return PagedCache(data, _LAYOUTS[layout], page_size)
+    return PagedCache(data, layouts.by_name(layout), page_size)
 
 
 def _define(schema: str, run, fake) -> None:  # type: ignore[no-untyped-def]
@@ -29,16 +25,16 @@ def _define(schema: str, run, fake) -> None:  # type: ignore[no-untyped-def]
     torch.library.register_fake(f"dsv4x::{name}", fake, lib=_library)
 
 
-def _quantize_and_insert(k, data, layout, page_size, slots):  # type: ignore[no-untyped-def]
-    cache.quantize_and_insert_k_cache(k, _paged(data, layout, page_size), slots)
+def _quantize_and_insert(k, data, layout, page_size, slots, k_scale=1.0):  # type: ignore[no-untyped-def]
+    cache.quantize_and_insert_k_cache(k, _paged(data, layout, page_size), slots, k_scale=k_scale)
 
 
-def _dequantize(data, layout, page_size, slots):  # type: ignore[no-untyped-def]
-    return cache.dequantize_k_cache_paged(_paged(data, layout, page_size), slots)
+def _dequantize(data, layout, page_size, slots, k_scale=1.0):  # type: ignore[no-untyped-def]
+    return cache.dequantize_k_cache_paged(_paged(data, layout, page_size), slots, k_scale=k_scale)
 
 
-def _dequantize_fake(data, layout, page_size, slots):  # type: ignore[no-untyped-def]
-    return data.new_empty(slots.shape[0], _LAYOUTS[layout].head_dim, dtype=torch.bfloat16)
+def _dequantize_fake(data, layout, page_size, slots, k_scale=1.0):  # type: ignore[no-untyped-def]
+    return data.new_empty(slots.shape[0], layouts.by_name(layout).head_dim, dtype=torch.bfloat16)
 
 
 def _decode(  # type: ignore[no-untyped-def]
@@ -61,12 +57,13 @@ def _lse_fake(q, *rest):  # type: ignore[no-untyped-def]
 
 
 _define(
-    "quantize_and_insert_k_cache(Tensor k, Tensor(a!) cache, str layout, int page_size, Tensor slots) -> ()",
+    "quantize_and_insert_k_cache(Tensor k, Tensor(a!) cache, str layout, int page_size, Tensor slots, "
+    "float k_scale=1.0) -> ()",
     _quantize_and_insert,
     lambda *args: None,
 )
 _define(
-    "dequantize_k_cache_paged(Tensor cache, str layout, int page_size, Tensor slots) -> Tensor",
+    "dequantize_k_cache_paged(Tensor cache, str layout, int page_size, Tensor slots, float k_scale=1.0) -> Tensor",
     _dequantize,
     _dequantize_fake,
 )

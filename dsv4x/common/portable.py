@@ -98,9 +98,8 @@ def _pair(op: str, module: str, *, attention: bool = False, needs_layouts: tuple
 
 def register_portable() -> None:
     """Register the Triton and reference kernels of every op; Triton's are left out under DSV4X_BACKEND=reference."""
-    both = (layouts.DSV4.name, layouts.DSV32.name)
-    _pair("quantize_and_insert_k_cache", "cache", needs_layouts=both)
-    _pair("dequantize_k_cache_paged", "cache", needs_layouts=both)
+    _pair("quantize_and_insert_k_cache", "cache")
+    _pair("dequantize_k_cache_paged", "cache")
     _pair("combine_topk_swa_indices", "indices")
     _pair("window_slots", "indices")
     _pair("local_to_slots", "indices")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from . import encodings
-from .layouts import PagedCache
+from .layouts import CacheLayout, PagedCache
 
 # Gathered entries held at once, in elements: bounds the oracle's memory, not its results.
 _CHUNK_ELEMENTS = 1 << 28
@@ -24,7 +24,21 @@ def _entry_bytes(cache: PagedCache, slots: torch.Tensor, offset: torch.Tensor, c
     ]
 
 
-def dequantize_slots(cache: PagedCache, slots: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+_DECODE = {
+    "e4m3fn": encodings.decode_e4m3fn,
+    "e4m3fnuz": encodings.decode_e4m3fnuz,
+    "e2m1": encodings.decode_e2m1,
+}
+_ENCODE = {
+    "e4m3fn": encodings.encode_e4m3fn,
+    "e4m3fnuz": encodings.encode_e4m3fnuz,
+    "e2m1": encodings.encode_e2m1,
+}
+
+
+def dequantize_slots(
+    cache: PagedCache, slots: torch.Tensor, dtype: torch.dtype = torch.bfloat16, k_scale: float = 1.0
+) -> torch.Tensor:
     """slots ``[N]``, all in ``[0, cache.capacity)`` -> ``[N, head_dim]``.
 
     Values pass through bf16, the type every kernel multiplies in, whatever ``dtype`` is returned.
@@ -32,50 +46,77 @@ def dequantize_slots(cache: PagedCache, slots: torch.Tensor, dtype: torch.dtype 
     layout, slots = cache.layout, slots.long()
     entry = slots % cache.page_size
     data = entry * layout.data_pitch
-    codes = _entry_bytes(cache, slots, data, layout.nope_dim)
-    rope = _entry_bytes(cache, slots, data + layout.rope_base, 2 * layout.rope_dim).contiguous().view(torch.bfloat16)
-    scale_offset = layout.scale_base(cache.page_size) + entry * layout.scale_pitch
-    if layout.scale_encoding == "ue8m0":
-        scales = encodings.decode_ue8m0(_entry_bytes(cache, slots, scale_offset, layout.num_scales))
+    parts = []
+    if layout.rope_dim:
+        rope = _entry_bytes(cache, slots, data + layout.rope_base, 2 * layout.rope_dim).contiguous()
+        parts.append(rope.view(torch.bfloat16))
+    if not layout.nope_dim:
+        return parts[0].to(dtype)
+    values = _DECODE[layout.value_encoding](_entry_bytes(cache, slots, data, layout.nope_bytes).contiguous())
+    codes = _entry_bytes(
+        cache, slots, layout.scale_base(cache.page_size) + entry * layout.scale_pitch, layout.scale_bytes
+    ).contiguous()
+    if layout.scale_encoding == "none":
+        nope = values * torch.tensor(k_scale, dtype=torch.float32)
     else:
-        scales = _entry_bytes(cache, slots, scale_offset, 4 * layout.num_scales).contiguous().view(torch.float32)
-    nope = encodings.decode_e4m3fn(codes.contiguous()) * scales.repeat_interleave(layout.scale_tile, dim=1)
-    return torch.cat([nope.to(torch.bfloat16), rope], dim=1).to(dtype)
+        if layout.scale_encoding == "float32":
+            scales = codes.view(torch.float32)
+        elif layout.scale_encoding == "e4m3fn":
+            scales = encodings.decode_e4m3fn(codes)
+        else:
+            scales = encodings.decode_ue8m0(codes)
+        nope = values * scales[:, : layout.num_scales].repeat_interleave(layout.scale_tile, dim=1)
+    return torch.cat([nope.to(torch.bfloat16), *parts], dim=1).to(dtype)
 
 
-def dequantize_k_cache_paged(cache: PagedCache, slots: torch.Tensor, out: torch.Tensor) -> None:
+def dequantize_k_cache_paged(cache: PagedCache, slots: torch.Tensor, out: torch.Tensor, k_scale: float = 1.0) -> None:
     """Rows of ``out`` whose slot is invalid are left alone."""
     valid = (slots >= 0) & (slots < cache.capacity)
-    out[valid] = dequantize_slots(cache, slots[valid])
+    out[valid] = dequantize_slots(cache, slots[valid], k_scale=k_scale)
 
 
-def quantize_and_insert_k_cache(k: torch.Tensor, cache: PagedCache, slots: torch.Tensor) -> None:
+def quantize_and_insert_k_cache(k: torch.Tensor, cache: PagedCache, slots: torch.Tensor, k_scale: float = 1.0) -> None:
     """Rows of ``k`` whose slot is invalid are skipped."""
     layout = cache.layout
     valid = (slots >= 0) & (slots < cache.capacity)
     k, slots = k[valid], slots[valid].long()
-    tiles = k[:, : layout.nope_dim].float().unflatten(1, (layout.num_scales, layout.scale_tile))
-    amax = tiles.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=2)
-    scale_bytes = encodings.tile_scale_byte(amax, layout.min_scale_byte)
-    scales = encodings.decode_ue8m0(scale_bytes.to(torch.uint8))
-    codes = encodings.encode_e4m3fn(tiles / scales[..., None]).flatten(1)
-    if layout.scale_encoding == "ue8m0":
-        scale_codes = torch.zeros(len(k), layout.scale_bytes, dtype=torch.uint8, device=k.device)
-        scale_codes[:, : layout.num_scales] = scale_bytes.to(torch.uint8)
-    else:
-        scale_codes = scales.view(torch.uint8)
-    rope = k[:, layout.nope_dim :].contiguous().view(torch.uint8)
-
     entry = slots % cache.page_size
     data = entry * layout.data_pitch
-    pages = cache.page_bytes
-    for offset, values in (
-        (data, codes),
-        (data + layout.rope_base, rope),
-        (layout.scale_base(cache.page_size) + entry * layout.scale_pitch, scale_codes),
-    ):
-        columns = offset[:, None] + torch.arange(values.shape[1], device=k.device)
-        pages[(slots // cache.page_size)[:, None], columns] = values
+    pieces = []
+    if layout.rope_dim:
+        pieces.append((data + layout.rope_base, k[:, layout.nope_dim :].contiguous().view(torch.uint8)))
+    if layout.nope_dim:
+        values, scale_codes = _quantize(k[:, : layout.nope_dim].float(), layout, k_scale)
+        pieces.append((data, values))
+        pieces.append((layout.scale_base(cache.page_size) + entry * layout.scale_pitch, scale_codes))
+    for offset, written in pieces:
+        columns = offset[:, None] + torch.arange(written.shape[1], device=k.device)
+        cache.page_bytes[(slots // cache.page_size)[:, None], columns] = written
+
+
+def _quantize(x: torch.Tensor, layout: CacheLayout, k_scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 ``[N, nope_dim]`` -> uint8 value codes ``[N, nope_bytes]`` and uint8 scale bytes ``[N, scale_bytes]``."""
+    tiles = x.unflatten(1, (-1, layout.scale_tile))
+    amax = tiles.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=2)
+    scale_codes = torch.zeros(len(x), layout.scale_bytes, dtype=torch.uint8, device=x.device)
+    # e2m1 has no NaN, so a tile that holds one says so in its scale.
+    lost = tiles.isnan().any(dim=2) if layout.value_encoding == "e2m1" else torch.zeros_like(amax, dtype=torch.bool)
+    if layout.scale_encoding == "none":
+        scales = torch.full_like(amax, k_scale)
+    elif layout.scale_encoding == "e4m3fn":
+        codes = encodings.encode_scale_e4m3(amax)
+        scales = encodings.decode_e4m3fn(codes)
+        scale_codes[:] = torch.where(lost, 0x7F, codes)
+    else:
+        scale_bytes = encodings.tile_scale_byte(amax, layout.min_scale_byte, layout.value_max)
+        scales = encodings.decode_ue8m0(scale_bytes.to(torch.uint8))
+        stored = torch.where(lost, 255, scale_bytes).to(torch.uint8)
+        if layout.scale_encoding == "float32":
+            scale_codes = encodings.decode_ue8m0(stored).view(torch.uint8)
+        else:
+            scale_codes[:, : layout.num_scales] = stored
+    values = tiles / scales[..., None]
+    return _ENCODE[layout.value_encoding](values.flatten(1)), scale_codes
 
 
 def attend(

@@ -1,45 +1,11 @@
-"""Reading one cache entry: FP8 and UE8M0 from bytes, because not every arch has the native types.
-
-Everything here is inlined into the kernels that use it.
-"""
+"""Reading cache entries as the attention kernels want them: whole, bf16, a row each."""
 
 import triton
 import triton.language as tl
 
 from ..layouts import CacheLayout
+from .encodings import e4m3fn_to_f32, ue8m0_to_f32
 from .portability import to_bf16
-
-
-@triton.jit
-def e4m3fn_to_f32(code):
-    """uint8 -> float32, exact. The 7 low bits read as float16 are the value times 2**-8, subnormals included."""
-    half = ((code & 0x80).to(tl.uint16) << 8) | ((code & 0x7F).to(tl.uint16) << 7)
-    value = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
-
-
-@triton.jit
-def f32_to_e4m3fn(value):
-    """float32 -> uint8: nearest even, saturating at +-448, NaN kept."""
-    bits = value.to(tl.uint32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    # Adding half of the last kept bit, plus one where that bit is set, rounds to nearest even.
-    rounded = (magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20
-    normal = tl.minimum(rounded - (120 << 3), 0x7E)
-    # 2**14 has the subnormals' spacing (2**-9) as its last bit, so the float adder does the rounding.
-    subnormal = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
-    code = tl.where(magnitude < 0x3C800000, subnormal, normal)
-    code = tl.where(magnitude > 0x7F800000, 0x7F, code)
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
-
-
-@triton.jit
-def ue8m0_to_f32(code):
-    """uint8 -> float32: 2**(code-127), byte 0 is 2**-127, byte 255 is NaN."""
-    bits = code.to(tl.uint32) << 23
-    bits = tl.where(code == 0, 0x00400000, bits)
-    bits = tl.where(code == 255, 0x7FC00000, bits)
-    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -59,7 +25,7 @@ def entry_pointers(
     DATA_BYTES: tl.constexpr = NOPE_DIM + 2 * ROPE_DIM
     if SOA:
         data = page + entry * DATA_BYTES
-        return data, data + NOPE_DIM, page + page_size * DATA_BYTES + entry * SCALE_BYTES
+        return data, data + NOPE_DIM, page + tl.cast(page_size, tl.int64) * DATA_BYTES + entry * SCALE_BYTES
     else:
         data = page + entry * (DATA_BYTES + SCALE_BYTES)
         return data, data + NOPE_DIM + SCALE_BYTES, data + NOPE_DIM
