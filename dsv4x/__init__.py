@@ -18,10 +18,15 @@ __version__ = "0.1.0"
 
 from .common import layouts, ops, reference
 from .common.attention import AttentionMetadata, sparse_mla_attention
-from .common.cache import dequantize_k_cache_paged, quantize_and_insert_k_cache
+from .common.cache import (
+    convert_cache,
+    dequantize_k_cache_paged,
+    quantize_and_insert_k_cache,
+    requantize_fp8_to_block_scale,
+)
 from .common.errors import BackendUnavailable, KernelNotSupported
 from .common.indices import combine_topk_swa_indices, combined_topk_width
-from .common.layouts import CacheLayout, CacheSpec, PagedCache
+from .common.layouts import CacheLayout, CacheSpec, MLAKVCacheLayout, PagedCache
 from .common.platform import platform
 from .common.portable import register_portable
 from .common.registry import Problem, explain
@@ -43,10 +48,12 @@ __all__ = [
     "CacheLayout",
     "CacheSpec",
     "KernelNotSupported",
+    "MLAKVCacheLayout",
     "PagedCache",
     "Problem",
     "combine_topk_swa_indices",
     "combined_topk_width",
+    "convert_cache",
     "dequantize_k_cache_paged",
     "explain",
     "layouts",
@@ -54,6 +61,7 @@ __all__ = [
     "platform",
     "quantize_and_insert_k_cache",
     "reference",
+    "requantize_fp8_to_block_scale",
     "sparse_mla_attention",
     "sparse_mla_decode",
     "sparse_mla_prefill",

@@ -13,7 +13,7 @@ from triton.compiler import ASTSource
 
 import dsv4x.common.kernels as kernels_package
 from dsv4x import layouts
-from dsv4x.common.kernels import cache, config, decode, indices, prefill
+from dsv4x.common.kernels import cache, config, convert, decode, indices, prefill
 from dsv4x.common.kernels.entries import layout_constexprs
 
 TARGETS = {
@@ -88,6 +88,16 @@ def cases(arch: str) -> list[Case]:
         rows, warps = cache.QUANTIZE_SHAPE
         constants = {**shared, **cache.quantize_constexprs(layout), "BLOCK_N": rows}
         found.append(Case(cache.quantize_insert_kernel, constants, {"num_warps": warps}, types, label=label))
+    found.append(
+        Case(
+            convert.requantize_kernel,
+            {
+                "NOPE_DIM": 512, "ROPE_DIM": 64, "SRC_PITCH": 576, "DST_PITCH": 656, "SCALES": 4,
+                "BLOCK_N": convert.ENTRIES, "HAS_PAGES": True, "FNUZ": arch == "gfx942",
+            },
+            types={"src_ptr": "*u8", "dst_ptr": "*u8", "k_scale": "fp32"},
+        )
+    )  # fmt: skip
     integers = {"lens_ptr": "*i32", "out_ptr": "*i32"}
     found += [
         Case(indices.window_slots_kernel, {"BLOCK": 128}, {"num_warps": 1}, integers),

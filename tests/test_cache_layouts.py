@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import dsv4x
 from dsv4x import PagedCache, layouts
@@ -206,3 +208,53 @@ def test_the_documents_drawings_are_the_records(pytestconfig):
     for member in layouts.MLAKVCacheLayout:
         drawn = (docs / "layouts" / f"{member.name.lower()}.svg").read_text()
         assert drawn == drawing.svg(member.value, 64), member.name
+
+
+@st.composite
+def stored_rows(draw):
+    """A layout, a page size, distinct slots with skipped ones among them, and rows of values from tiny to NaN."""
+    layout = draw(st.sampled_from(LAYOUTS))
+    page_size = draw(st.sampled_from([1, 2, 61, 64]))
+    capacity = 3 * page_size if page_size > 2 else 8 * page_size
+    slots = draw(st.lists(st.integers(-1, capacity - 1), max_size=5, unique=True))
+    special = [0.0, -0.0, 1e-5, 1e-4, 0.0448, 1.75, 448.0, 3e38, float("inf"), -float("inf"), float("nan")]
+    kinds = draw(st.lists(st.sampled_from(special), min_size=len(slots), max_size=len(slots)))
+    seed = draw(st.integers(0, 2**16))
+    return layout, page_size, capacity // page_size, slots, kinds, seed
+
+
+@given(stored_rows())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_stored_is_what_is_read_and_nothing_else(kernel_device, case):
+    kernel, device = kernel_device
+    layout, page_size, pages, slots, kinds, seed = case
+    generator = torch.Generator().manual_seed(seed)
+    k = torch.randn(len(slots), layout.head_dim, generator=generator) / 10
+    for row, kind in enumerate(kinds):
+        k[row, torch.randperm(layout.head_dim, generator=generator)[:7]] = kind
+    k = k.bfloat16()
+    cache = pool(layout, page_size, pages, device)
+    before = cache.data.clone()
+    where = torch.tensor(slots, dtype=torch.int64, device=device)
+    dsv4x.quantize_and_insert_k_cache(k.to(device), cache, where, kernel=kernel)
+    read = dsv4x.dequantize_k_cache_paged(cache, where, kernel=kernel).cpu()
+    stored = torch.tensor([s >= 0 for s in slots], dtype=torch.bool)
+    assert not read[~stored].any()
+    assert read[stored][k[stored].isnan()].isnan().all()
+    plain = stored & torch.tensor([abs(kind) < 1e30 for kind in kinds], dtype=torch.bool)
+    amax = k[plain].float().abs().amax(1, keepdim=True).clamp_min(1e-4)
+    # An ulp of the coarsest encoding at the largest scale the row can have.
+    step = 0.5 if layout.value_encoding == "e2m1" else 2.0**-3
+    if layout.scale_encoding == "none" and layout.nope_dim:
+        amax = amax.clamp_max(layout.value_max)  # without a tile scale larger values saturate
+        k = k.float().clamp(-layout.value_max, layout.value_max)
+    assert ((read[plain].float() - k[plain].float()).abs() <= amax * step).all()
+    entries = {s for s in slots if s >= 0}
+    touched = (cache.data != before).cpu()
+    for page in range(pages):
+        mine = torch.zeros(touched.shape[1], dtype=torch.bool)
+        for region in drawing.byte_map(layout, page_size):
+            for slot in entries:
+                if slot // page_size == page:
+                    mine[region.offset + slot % page_size * region.pitch :][: region.size] = True
+        assert not (touched[page] & ~mine).any()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from . import checks
+from . import checks, layouts
 from .layouts import PagedCache
 from .registry import Problem, select
+
+CONVERT_ROWS = 1 << 16
+"""Rows :func:`convert_cache` holds as bf16 at once: 64 MiB of 512 values each."""
 
 
 def quantize_and_insert_k_cache(
@@ -87,6 +90,118 @@ def dequantize_k_cache_paged(
     if slots.shape[0]:
         record.launch(device, cache, slots, out, k_scale)
     return out
+
+
+def requantize_fp8_to_block_scale(
+    cache: PagedCache,
+    k_scale: float,
+    out: PagedCache | None = None,
+    *,
+    pages: torch.Tensor | None = None,
+    kernel: str | None = None,
+) -> PagedCache:
+    """trtllm-native pages (576 B an entry) to DSv3.2 pages (656 B), which FlashMLA reads: nothing is rounded twice.
+
+    The 512 leading codes are copied as they are and ``k_scale`` becomes each of their four block scales; the 64 RoPE
+    codes are decoded, times ``k_scale``, to bf16.
+
+    Args:
+        cache: layout trtllm-native, either FP8 flavour.
+        k_scale: the tensor scale the server stored the cache with (1.0 where it has none), finite and > 0.
+        out: layout DSv3.2 of the same flavour, page size and at least as many pages; None allocates a zeroed one.
+        pages: int32 or int64 ``[P]`` page numbers to convert, the same in both caches; one outside the pool is
+            skipped. None converts every page.
+        kernel: ``"triton"`` or ``"reference"``; None picks.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device, layout or value; under ``DSV4X_CHECK=1`` also a
+            page outside the pool, with its row.
+        KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
+
+    Source: the layouts are FlashMLA's V3.2 (``tests/quant.py``) and trtllm-gen's.
+    """
+    device = cache.device if isinstance(cache, PagedCache) else torch.device("cpu")
+    cache = checks.cache("cache", cache, device)
+    flavour = cache.layout.value_encoding
+    native = layouts.TRTLLM_NATIVE.with_flavour(flavour) if flavour in layouts.FLAVOURS else layouts.TRTLLM_NATIVE
+    if cache.layout != native:
+        raise ValueError(f"cache: layout is {cache.layout.name}, need {layouts.TRTLLM_NATIVE.name}")
+    _check_scale(k_scale, cache)
+    needed = layouts.DSV32.with_flavour(native.value_encoding)
+    if out is None:
+        out = PagedCache.zeros(cache.pages, needed, cache.page_size, device)
+    else:
+        out = checks.cache("out", out, device)
+        if out.layout.name != needed.name:
+            raise ValueError(f"out: layout is {out.layout.name}, need {needed.name}")
+        if out.page_size != cache.page_size or out.pages < cache.pages:
+            raise ValueError(
+                f"out: {out.pages} pages of {out.page_size}, need >= {cache.pages} pages of {cache.page_size}"
+            )
+    if pages is not None:
+        checks.tensor("pages", pages, (None,), checks.INDEX_DTYPES, device)
+        if checks.check_values_enabled():
+            checks.index_values("pages", pages, None, cache.pages, "page")
+    count = cache.pages if pages is None else pages.shape[0]
+    problem = Problem.on(
+        "requantize_fp8_to_block_scale", device, tokens=count * cache.page_size, caches=(cache.spec, out.spec)
+    )
+    record = select(problem, kernel)
+    if count:
+        record.launch(device, cache, out, pages, k_scale)
+    return out
+
+
+def convert_cache(
+    src: PagedCache,
+    dst: PagedCache,
+    slots: torch.Tensor | None = None,
+    *,
+    src_k_scale: float = 1.0,
+    dst_k_scale: float = 1.0,
+    kernel: str | None = None,
+) -> PagedCache:
+    """Store the entries of one cache in another, each at its own slot, from any layout to any of the same head dim.
+
+    Values pass through bf16, a bounded number of rows at a time. Where that would round a value twice although it need
+    not (trtllm-native to DSv3.2), :func:`requantize_fp8_to_block_scale` is the exact way.
+
+    Args:
+        src, dst: caches of the same head dimension, on one device, that share no bytes; any page sizes.
+        slots: int32 or int64 ``[N]``, index space *slot*, the same in both; -1, and any slot outside either cache, is
+            skipped. None converts every slot of ``src``, which ``dst`` must have room for.
+        src_k_scale, dst_k_scale: whole-tensor scales, where a layout stores none.
+        kernel: ``"triton"`` or ``"reference"``; None picks.
+
+    Returns:
+        ``dst``.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device, layout or value.
+        KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
+    """
+    device = src.device if isinstance(src, PagedCache) else torch.device("cpu")
+    src, dst = checks.cache("src", src, device), checks.cache("dst", dst, device)
+    if src.layout.head_dim != dst.layout.head_dim:
+        raise ValueError(f"dst: head dim is {dst.layout.head_dim} ({dst.layout.name}), need {src.layout.head_dim}")
+    if slots is None:
+        if dst.capacity < src.capacity:
+            raise ValueError(f"dst: {dst.capacity} slots, need >= {src.capacity}")
+        count = src.capacity
+    else:
+        checks.tensor("slots", slots, (None,), checks.INDEX_DTYPES, device)
+        count = slots.shape[0]
+    for start in range(0, count, CONVERT_ROWS):
+        end = min(start + CONVERT_ROWS, count)
+        part = torch.arange(start, end, device=device) if slots is None else slots[start:end]
+        # A slot src does not have must not reach dst, which may be larger.
+        part = torch.where(part < src.capacity, part, -1)
+        rows = dequantize_k_cache_paged(src, part, k_scale=src_k_scale, kernel=kernel)
+        quantize_and_insert_k_cache(rows, dst, part, k_scale=dst_k_scale, kernel=kernel)
+    return dst
 
 
 def _problem(op: str, cache: PagedCache, slots: torch.Tensor) -> Problem:

@@ -19,6 +19,9 @@ import torch
 ValueEncoding = Literal["e4m3fn", "e4m3fnuz", "e2m1", "bf16"]
 ScaleEncoding = Literal["ue8m0", "float32", "e4m3fn", "none"]
 
+FLAVOURS = ("e4m3fn", "e4m3fnuz")
+"""The two FP8 encodings: OCP's, and gfx942's own."""
+
 VALUE_MAX = {"e4m3fn": 448.0, "e4m3fnuz": 240.0, "e2m1": 6.0}
 _VALUE_BITS = {"e4m3fn": 8, "e4m3fnuz": 8, "e2m1": 4, "bf16": 16}
 _SCALE_BYTES = {"ue8m0": 1, "float32": 4, "e4m3fn": 1, "none": 0}
@@ -126,18 +129,19 @@ class CacheLayout:
         smallest = ceil_scale_byte(self.amax_floor, self.value_max)
         return max(smallest, _ceil_log2(self.scale_floor) + 127 if self.scale_floor else 0)
 
-    def with_flavour(self, flavour: Literal["e4m3fn", "e4m3fnuz"]) -> CacheLayout:
+    def with_flavour(self, flavour: str) -> CacheLayout:
         """The same layout with its FP8 values in ``flavour``: a gfx942 server mixes both, a cache has one.
 
         Raises ValueError for a layout without FP8 values, or for another flavour.
         """
-        if flavour not in ("e4m3fn", "e4m3fnuz"):
+        if flavour not in FLAVOURS:
             raise ValueError(f"flavour: got {flavour!r}, need 'e4m3fn' or 'e4m3fnuz'")
-        if self.value_encoding not in ("e4m3fn", "e4m3fnuz"):
+        if self.value_encoding not in FLAVOURS:
             raise ValueError(f"flavour: {self.name} holds {self.value_encoding}, need a layout of FP8 values")
         base = self.name.removesuffix(_FNUZ)
-        name = base + _FNUZ if flavour == "e4m3fnuz" else base
-        return dataclasses.replace(self, name=name, value_encoding=flavour)
+        if flavour == "e4m3fnuz":
+            return dataclasses.replace(self, name=base + _FNUZ, value_encoding="e4m3fnuz")
+        return dataclasses.replace(self, name=base, value_encoding="e4m3fn")
 
 
 _FNUZ = " fnuz"
@@ -195,8 +199,8 @@ DSV41_FP4 = CacheLayout("DSv4.1 fp4", 512, 0, "aos", "e2m1", "e4m3fn", 16)
 INDEXER_FP8 = CacheLayout("indexer fp8", 128, 0, "soa", "e4m3fn", "float32", 128)
 """The indexer's K: 128 e4m3 and one float32 scale: 132 B, values of a page before its scales."""
 
-INDEXER_FP4 = CacheLayout("indexer fp4", 128, 0, "soa", "e2m1", "ue8m0", 32)
-"""The indexer's K: 128 e2m1 (64 B) and 4 ue8m0: 68 B, values of a page before its scales."""
+INDEXER_FP4 = CacheLayout("indexer fp4", 128, 0, "soa", "e2m1", "ue8m0", 32, amax_floor=6 * 2.0**-126)
+"""The indexer's K: 128 e2m1 (64 B) and 4 ue8m0: 68 B, values of a page before its scales; DeepSeek's floor."""
 
 
 class MLAKVCacheLayout(enum.Enum):

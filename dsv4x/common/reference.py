@@ -119,6 +119,19 @@ def _quantize(x: torch.Tensor, layout: CacheLayout, k_scale: float) -> tuple[tor
     return _ENCODE[layout.value_encoding](values.flatten(1)), scale_codes
 
 
+def requantize_fp8_to_block_scale(src: PagedCache, dst: PagedCache, pages: torch.Tensor | None, k_scale: float) -> None:
+    """Codes copied, ``k_scale`` in every block scale, RoPE decoded; pages outside the pool are skipped."""
+    which = torch.arange(src.pages, device=src.device) if pages is None else pages.long()
+    which = which[(which >= 0) & (which < src.pages)]
+    size, nope = src.page_size, dst.layout.nope_dim
+    entries = src.page_bytes[which].view(len(which), size, src.layout.entry_bytes)
+    scale = torch.tensor(k_scale, dtype=torch.float32, device=src.device)
+    rope = _DECODE[src.layout.value_encoding](entries[..., nope:].contiguous()) * scale
+    scales = scale.expand(len(which), size, dst.layout.num_scales).contiguous()
+    written = [entries[..., :nope], scales.view(torch.uint8), rope.to(torch.bfloat16).view(torch.uint8)]
+    dst.page_bytes[which] = torch.cat(written, dim=2).flatten(1)
+
+
 def attend(
     q: torch.Tensor,
     kv: torch.Tensor,

@@ -1,0 +1,77 @@
+"""Cache ops beside the device's own copy of as many bytes, on one GPU in one run.
+
+262 144 rows; medians of ``triton.testing.do_bench``. ``of_copy`` is the copy's time over the op's: it reads half of
+the op's bytes (an entry and its bf16 row) and writes as many, so both move the same number.
+
+Usage: python benchmarks/cache.py --out benchmarks/results/cache-<gpu>.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import triton
+
+import dsv4x
+from dsv4x import MLAKVCacheLayout, PagedCache, layouts
+
+ROWS = 262144
+PAGE_SIZES = (2, 64, 256)
+
+
+def median_us(run) -> float:
+    return 1e3 * triton.testing.do_bench(run, warmup=30, rep=120, return_mode="median")
+
+
+def copy_us(moved: int) -> float:
+    source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda").random_(0, 256)
+    target = torch.empty_like(source)
+    return median_us(lambda: target.copy_(source))
+
+
+def measure(layout: layouts.CacheLayout, page_size: int) -> list[dict]:
+    head_dim = layout.head_dim
+    k = (torch.randn(ROWS, head_dim, device="cuda") / 10).bfloat16()
+    out = torch.empty_like(k)
+    cache = PagedCache.zeros(ROWS // page_size, layout, page_size, "cuda")
+    copy = copy_us(ROWS * (layout.entry_bytes + 2 * head_dim))
+    rows = []
+    for order, slots in (
+        ("sequential", torch.arange(ROWS, device="cuda")),
+        ("random", torch.randperm(ROWS, device="cuda")),
+    ):
+        for op, run in (
+            ("insert", lambda slots=slots: dsv4x.quantize_and_insert_k_cache(k, cache, slots)),
+            ("dequantize", lambda slots=slots: dsv4x.dequantize_k_cache_paged(cache, slots, out)),
+        ):
+            us = median_us(run)
+            row = {"layout": layout.name, "page_size": page_size, "op": op, "slots": order, "us": us, "copy_us": copy}
+            rows.append({**row, "of_copy": copy / us})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the rows as JSON here")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    rows = [row for page_size in PAGE_SIZES for row in measure(layouts.DSV4, page_size)]
+    rows += [row for m in MLAKVCacheLayout if m is not MLAKVCacheLayout.DSV4 for row in measure(m.value, 64)]
+    print(f"{'layout':<18}{'page':>5} {'op':<12}{'slots':<12}{'us':>8}{'copy':>8}{'of copy':>9}")
+    for row in rows:
+        print(
+            f"{row['layout']:<18}{row['page_size']:>5} {row['op']:<12}{row['slots']:<12}"
+            f"{row['us']:>8.1f}{row['copy_us']:>8.1f}{row['of_copy']:>9.2f}"
+        )
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        versions = {"torch": torch.__version__, "triton": triton.__version__, "dsv4x": dsv4x.__version__}
+        result = {"device": torch.cuda.get_device_name(), **versions, "rows_per_call": ROWS, "rows": rows}
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
