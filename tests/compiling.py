@@ -86,7 +86,7 @@ def cases(arch: str) -> list[Case]:
             Case(cache.dequantize_kernel, {**shared, "BLOCK_N": rows}, {"num_warps": warps}, types, label=label)
         )
         rows, warps = cache.QUANTIZE_SHAPE
-        constants = {**shared, **cache.quantize_constexprs(layout), "BLOCK_N": rows}
+        constants = {**shared, **cache.quantize_constexprs(layout), "BLOCK_N": rows, "UNIT_SCALE": False}
         found.append(Case(cache.quantize_insert_kernel, constants, {"num_warps": warps}, types, label=label))
     found.append(
         Case(

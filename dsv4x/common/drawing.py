@@ -75,7 +75,7 @@ def svg(layout: CacheLayout, page_size: int) -> str:
     if stride > used:
         page.append(("page pad", used, stride - used))
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH + 2 * _MARGIN}" height="250" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH + 2 * _MARGIN}" height="265" '
         'font-family="sans-serif" font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="{_MARGIN}" y="22" font-size="15">{escape(layout.name)}: a page of {page_size} entries, '
@@ -92,11 +92,12 @@ def svg(layout: CacheLayout, page_size: int) -> str:
     parts.append(f'<text x="{_MARGIN}" y="132" font-size="15">entry 0: {layout.entry_bytes} B</text>')
     left = float(_MARGIN)
     # A floor on the width keeps a region of a few bytes readable beside one of hundreds.
-    shares = [max(region.size / layout.entry_bytes, 0.12) for region in regions]
+    shares = [max(region.size / layout.entry_bytes, 0.16) for region in regions]
     for region, share in zip(regions, shares):
         width = _WIDTH * share / sum(shares)
         parts.append(_box(left, 144, width, region.name, region.name))
-        for line, text in enumerate((region.encoding, f"at {region.offset}", f"{region.size} B, next +{region.pitch}")):
+        texts = [*region.encoding.split(", "), f"at {region.offset}", f"{region.size} B, next +{region.pitch}"]
+        for line, text in enumerate(texts):
             parts.append(f'<text x="{left + 2:.1f}" y="{206 + 15 * line}" font-size="10">{escape(text)}</text>')
         left += width
     return "\n".join([*parts, "</svg>", ""])

@@ -105,6 +105,7 @@ def dequantize_kernel(
 def quantize_insert_kernel(
     k_ptr, cache_ptr, slots_ptr, k_scale, rows, capacity, page_size, page_stride, k_stride,
     MIN_SCALE_BYTE: tl.constexpr, CARRY: tl.constexpr, EXPONENT: tl.constexpr, SCALE_BYTES: tl.constexpr,
+    UNIT_SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, ROPE_BLOCK: tl.constexpr,
     NOPE_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, ROPE_BASE: tl.constexpr,
     DATA_PITCH: tl.constexpr, DATA_BYTES: tl.constexpr, SCALE_PITCH: tl.constexpr, SCALE_BASE: tl.constexpr,
@@ -142,7 +143,7 @@ def quantize_insert_kernel(
             values = tl.div_rn(values, tl.broadcast_to(e4m3fn_to_f32(code)[:, :, None], (BLOCK_N, TILES, TILE)))
             code = tl.where(tl.min(number.to(tl.int32), axis=2) == 1, code, 0x7F)
             tl.store(scale[:, None] + tile[None, :], code, mask=present)
-        else:
+        elif not UNIT_SCALE:
             values = tl.div_rn(values, tl.zeros((BLOCK_N, TILES, TILE), tl.float32) + k_scale)
         if VALUE == "e2m1":
             low, high = tl.split(tl.reshape(f32_to_e2m1(values), (BLOCK_N, TILES, TILE // 2, 2)))
@@ -220,5 +221,6 @@ def quantize_and_insert_k_cache(k: torch.Tensor, cache: PagedCache, slots: torch
     block_n, num_warps = QUANTIZE_SHAPE
     quantize_insert_kernel[(triton.cdiv(rows, block_n),)](
         k, cache.data, slots, k_scale, rows, cache.capacity, cache.page_size, cache.page_stride, k.stride(0),
-        BLOCK_N=block_n, num_warps=num_warps, **quantize_constexprs(cache.layout), **_shared(cache),
+        UNIT_SCALE=k_scale == 1, BLOCK_N=block_n, num_warps=num_warps,
+        **quantize_constexprs(cache.layout), **_shared(cache),
     )  # fmt: skip
