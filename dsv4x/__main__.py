@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import Problem, __version__, cuda, demo, layouts, platform, rocm
+from . import BackendUnavailable, KernelNotSupported, Problem, __version__, cuda, demo, layouts, platform, rocm
 from .common import drawing
 from .common.layer import Layer
 from .common.registry import KERNEL_NAMES, explain, ops
@@ -128,7 +128,11 @@ def main(argv: list[str] | None = None) -> int:
     draw.add_argument("--docs", type=Path, help="write layouts.md and layouts/*.svg of every layout under this folder")
     arguments = parser.parse_args(argv)
     if arguments.command == "demo":
-        return demo.main(arguments)
+        try:
+            return demo.main(arguments)
+        except (BackendUnavailable, KernelNotSupported, OSError) as error:
+            print(f"demo: {error}", file=sys.stderr)
+            return 1
     if arguments.command == "layout":
         return show_layout(arguments, draw)
     facts = collect(arguments.self_test)
