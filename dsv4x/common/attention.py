@@ -213,21 +213,18 @@ class AttentionMetadata:
         gathered = torch.minimum(self.seq_lens, query_lens + (self.window_size - 1))
         gathered = torch.where(query_lens > 0, gathered, 0)
         compressed_rows, swa_rows = sum(self._compressed_counts), sum(self._gather_counts)
-        slots = [
-            _ragged_slots(
-                self.swa_block_table, self.seq_lens - gathered, gathered, swa_rows, self.swa_page_size, self.swa_pages
-            )
-        ]
+        swa_slots = _ragged_slots(
+            self.swa_block_table, self.seq_lens - gathered, gathered, swa_rows, self.swa_page_size, self.swa_pages
+        )
+        slots = swa_slots
         if self.extra_block_table is not None:
             first = torch.zeros_like(compressed)
-            slots.insert(
-                0,
-                _ragged_slots(
-                    self.extra_block_table, first, compressed, compressed_rows, self.extra_page_size, self.extra_pages
-                ),
+            compressed_slots = _ragged_slots(
+                self.extra_block_table, first, compressed, compressed_rows, self.extra_page_size, self.extra_pages
             )
+            slots = torch.cat([compressed_slots, swa_slots])
         return GatherPlan(
-            torch.cat(slots),
+            slots,
             compressed_rows,
             _exclusive_sum(compressed),
             _exclusive_sum(gathered) + compressed_rows,
@@ -338,7 +335,7 @@ def choose_path(
     direct, gathered = path_problems(q, swa_cache, extra_cache, meta, topk_indices)
     if gathered.capturing or meta.workspace_rows * HEAD_DIM * 2 > MAX_WORKSPACE_BYTES or not meta.workspace_rows:
         return "direct"
-    # Medians on an H200: the gather's and remap's launches, and 1608 bytes a gathered row.
+    # An estimate: the gather's and the remap's launches, and 1608 bytes a gathered row.
     gather_us = 50.0 + meta.workspace_rows * 1608 / 3e6
     faster = select(direct, kernel).predicted_us(direct) <= gather_us + select(gathered, kernel).predicted_us(gathered)
     return "direct" if faster else "gathered"

@@ -241,7 +241,7 @@ def prefill(
     return _deliver(values, lse, heads, out)
 
 
-# Medians on an H200: a floor for the launches, and the rate long batches reach.
+# Rough H200 figures (benchmarks/results/attention-h200.json has medians): a short call, and the rate of long batches.
 def _decode_us(problem: Problem) -> float:
     return 17.0 + _padded_flops(problem) / 300e6
 

@@ -20,6 +20,7 @@ from .encodings import (
     scale_e4m3,
     ue8m0_to_f32,
 )
+from .entries import layout_constexprs, locate
 from .portability import to_bf16
 
 # (rows a program, warps): the best of a sweep on an H200 at 262 144 DSv4 rows.
@@ -28,27 +29,20 @@ QUANTIZE_SHAPE = (8, 1)
 
 
 @triton.jit
-def _locate(
+def _locate_rows(
     cache_ptr, slots_ptr, row, rows, capacity, page_size, page_stride,
-    DATA_PITCH: tl.constexpr, DATA_BYTES: tl.constexpr, SCALE_PITCH: tl.constexpr, SCALE_BASE: tl.constexpr,
-    SOA: tl.constexpr, WIDE: tl.constexpr,
+    DATA_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, SCALE_BASE: tl.constexpr, SOA: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """(validity, data pointer, scale pointer) of each row's entry."""
+    """(validity, values pointer, scales pointer) of each row's entry."""
     slots = tl.load(slots_ptr + row, mask=row < rows, other=-1)
     valid = (slots >= 0) & (slots < capacity)
     slots = tl.where(valid, slots, 0)
     if not WIDE:
         # Dividing 32-bit slots is several times cheaper; only a pool of 2**31 slots needs more.
         slots = slots.to(tl.int32)
-    page = slots // page_size
-    entry = (slots - page * page_size).to(tl.int64)
-    base = cache_ptr + page.to(tl.int64) * page_stride
-    scale = base + entry * SCALE_PITCH
-    if SOA:
-        scale += tl.cast(page_size, tl.int64) * DATA_BYTES
-    else:
-        scale += SCALE_BASE
-    return valid, base + entry * DATA_PITCH, scale
+    data, scale = locate(cache_ptr, slots, page_size, page_stride, DATA_BYTES, SCALE_BYTES, SCALE_BASE, SOA)
+    return valid, data, scale
 
 
 @triton.jit
@@ -56,13 +50,13 @@ def dequantize_kernel(
     cache_ptr, slots_ptr, out_ptr, k_scale, rows, capacity, page_size, page_stride, out_stride,
     BLOCK_N: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, ROPE_BLOCK: tl.constexpr,
     NOPE_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, ROPE_BASE: tl.constexpr,
-    DATA_PITCH: tl.constexpr, DATA_BYTES: tl.constexpr, SCALE_PITCH: tl.constexpr, SCALE_BASE: tl.constexpr,
+    DATA_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, SCALE_BASE: tl.constexpr,
     SOA: tl.constexpr, VALUE: tl.constexpr, SCALE: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid, data, scale = _locate(
+    valid, data, scale = _locate_rows(
         cache_ptr, slots_ptr, row, rows, capacity, page_size, page_stride,
-        DATA_PITCH, DATA_BYTES, SCALE_PITCH, SCALE_BASE, SOA, WIDE,
+        DATA_BYTES, SCALE_BYTES, SCALE_BASE, SOA, WIDE,
     )  # fmt: skip
     out = out_ptr + row.to(tl.int64) * out_stride
     if NOPE_DIM > 0:
@@ -104,17 +98,16 @@ def dequantize_kernel(
 @triton.jit
 def quantize_insert_kernel(
     k_ptr, cache_ptr, slots_ptr, k_scale, rows, capacity, page_size, page_stride, k_stride,
-    MIN_SCALE_BYTE: tl.constexpr, CARRY: tl.constexpr, EXPONENT: tl.constexpr, SCALE_BYTES: tl.constexpr,
-    UNIT_SCALE: tl.constexpr,
+    MIN_SCALE_BYTE: tl.constexpr, CARRY: tl.constexpr, EXPONENT: tl.constexpr, UNIT_SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, ROPE_BLOCK: tl.constexpr,
     NOPE_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, ROPE_BASE: tl.constexpr,
-    DATA_PITCH: tl.constexpr, DATA_BYTES: tl.constexpr, SCALE_PITCH: tl.constexpr, SCALE_BASE: tl.constexpr,
+    DATA_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, SCALE_BASE: tl.constexpr,
     SOA: tl.constexpr, VALUE: tl.constexpr, SCALE: tl.constexpr, NATIVE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid, data, scale = _locate(
+    valid, data, scale = _locate_rows(
         cache_ptr, slots_ptr, row, rows, capacity, page_size, page_stride,
-        DATA_PITCH, DATA_BYTES, SCALE_PITCH, SCALE_BASE, SOA, WIDE,
+        DATA_BYTES, SCALE_BYTES, SCALE_BASE, SOA, WIDE,
     )  # fmt: skip
     k = k_ptr + row.to(tl.int64) * k_stride
     if NOPE_DIM > 0:
@@ -169,17 +162,9 @@ def quantize_insert_kernel(
 def cache_constexprs(layout: CacheLayout) -> dict[str, object]:
     """What both kernels take from the record."""
     return {
+        **layout_constexprs(layout),
         "TILES": triton.next_power_of_2(max(1, layout.nope_dim // layout.scale_tile)),
-        "TILE": layout.scale_tile,
         "ROPE_BLOCK": triton.next_power_of_2(max(1, layout.rope_dim)),
-        "NOPE_DIM": layout.nope_dim,
-        "ROPE_DIM": layout.rope_dim,
-        "ROPE_BASE": layout.rope_base,
-        "DATA_PITCH": layout.data_pitch,
-        "DATA_BYTES": layout.data_bytes,
-        "SCALE_PITCH": layout.scale_pitch,
-        "SCALE_BASE": 0 if layout.arrangement == "soa" else layout.scale_base(1),
-        "SOA": layout.arrangement == "soa",
         "VALUE": layout.value_encoding,
         "SCALE": layout.scale_encoding,
     }
@@ -189,7 +174,7 @@ def quantize_constexprs(layout: CacheLayout) -> dict[str, object]:
     """What only the writer takes from the record."""
     carry, exponent = scale_carry(layout.value_max) if layout.nope_dim else (0, 0)
     smallest = layout.min_scale_byte if layout.nope_dim else 0
-    return {"MIN_SCALE_BYTE": smallest, "CARRY": carry, "EXPONENT": exponent, "SCALE_BYTES": layout.scale_bytes}
+    return {"MIN_SCALE_BYTE": smallest, "CARRY": carry, "EXPONENT": exponent}
 
 
 def native_fp8(layout: CacheLayout, arch: str) -> bool:

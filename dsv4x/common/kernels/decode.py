@@ -20,7 +20,8 @@ from .softmax import LN2, LOG2E, apply_sink, attend_block, finish
 def _attend_scope(
     q, m, l, acc, scale, cache_ptr, indices_ptr, span, first, last, capacity, page_size, page_stride,
     BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr, NOPE_DIM: tl.constexpr, ROPE_DIM: tl.constexpr,
-    SCALE_TILE: tl.constexpr, SCALE_BYTES: tl.constexpr, SOA: tl.constexpr, UE8M0: tl.constexpr,
+    ROPE_BASE: tl.constexpr, TILE: tl.constexpr, DATA_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr,
+    SCALE_BASE: tl.constexpr, SOA: tl.constexpr,
 ):  # fmt: skip
     """Fold blocks ``first`` to ``last`` of one scope into the running softmax."""
     for block in range(first, last):
@@ -29,7 +30,7 @@ def _attend_scope(
         valid = (slots >= 0) & (slots < capacity)
         k = load_entries(
             cache_ptr, slots, valid, page_size, page_stride,
-            HEAD_DIM, NOPE_DIM, ROPE_DIM, SCALE_TILE, SCALE_BYTES, SOA, UE8M0,
+            HEAD_DIM, NOPE_DIM, ROPE_DIM, ROPE_BASE, TILE, DATA_BYTES, SCALE_BYTES, SCALE_BASE, SOA,
         )  # fmt: skip
         m, l, acc = attend_block(q, k, valid, scale, m, l, acc)
     return m, l, acc
@@ -45,8 +46,8 @@ def decode_kernel(
     extra_width, extra_indices_stride, extra_capacity, extra_page_size, extra_page_stride,
     HAS_SWA_LENS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_EXTRA_LENS: tl.constexpr, HAS_SINK: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr,
-    NOPE_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, SCALE_TILE: tl.constexpr, SCALE_BYTES: tl.constexpr,
-    SOA: tl.constexpr, UE8M0: tl.constexpr,
+    NOPE_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, ROPE_BASE: tl.constexpr, TILE: tl.constexpr,
+    DATA_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, SCALE_BASE: tl.constexpr, SOA: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
@@ -77,13 +78,13 @@ def decode_kernel(
     m, l, acc = _attend_scope(
         q, m, l, acc, scale * LOG2E, swa_ptr, swa_indices_ptr + token * swa_indices_stride, swa_span,
         first, tl.minimum(last, swa_blocks), swa_capacity, swa_page_size, swa_page_stride,
-        BLOCK_K, HEAD_DIM, NOPE_DIM, ROPE_DIM, SCALE_TILE, SCALE_BYTES, SOA, UE8M0,
+        BLOCK_K, HEAD_DIM, NOPE_DIM, ROPE_DIM, ROPE_BASE, TILE, DATA_BYTES, SCALE_BYTES, SCALE_BASE, SOA,
     )  # fmt: skip
     if HAS_EXTRA:
         m, l, acc = _attend_scope(
             q, m, l, acc, scale * LOG2E, extra_ptr, extra_indices_ptr + token * extra_indices_stride, extra_span,
             tl.maximum(first - swa_blocks, 0), last - swa_blocks, extra_capacity, extra_page_size, extra_page_stride,
-            BLOCK_K, HEAD_DIM, NOPE_DIM, ROPE_DIM, SCALE_TILE, SCALE_BYTES, SOA, UE8M0,
+            BLOCK_K, HEAD_DIM, NOPE_DIM, ROPE_DIM, ROPE_BASE, TILE, DATA_BYTES, SCALE_BYTES, SCALE_BASE, SOA,
         )  # fmt: skip
 
     out, lse = finish(m, l, acc)
