@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 import dsv4x.common.kernels as kernels_package
 from dsv4x import layouts
 from dsv4x.common.kernels import cache, config, convert, decode, indices, prefill
-from dsv4x.common.kernels.entries import layout_constexprs
+from dsv4x.common.kernels.entries import entry_format
 
 TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -45,7 +45,7 @@ POINTERS = {
     "partial_ptr": "*fp32",
     "partial_lse_ptr": "*fp32",
 }
-SCALARS = {"scale": "fp32"}
+SCALARS = {"scale": "fp32", "k_scale": "fp32", "swa_k_scale": "fp32", "extra_k_scale": "fp32"}
 ATTENTION_OUT = {"out_ptr": "*bf16"}
 
 
@@ -76,18 +76,19 @@ def cases(arch: str) -> list[Case]:
     for layout in cache_layouts():
         label = f"[{layout.name}]"
         shared = {
-            **cache.cache_constexprs(layout),
-            "NATIVE": cache.native_fp8(layout, arch),
+            **cache.cache_constexprs(layout, arch),
             "WIDE": layout is layouts.DSV32,
         }
-        rows, warps = cache.DEQUANTIZE_SHAPE
-        types = {"out_ptr": "*bf16", "k_scale": "fp32"}
-        found.append(
-            Case(cache.dequantize_kernel, {**shared, "BLOCK_N": rows}, {"num_warps": warps}, types, label=label)
-        )
-        rows, warps = cache.QUANTIZE_SHAPE
-        constants = {**shared, **cache.quantize_constexprs(layout), "BLOCK_N": rows, "UNIT_SCALE": False}
-        found.append(Case(cache.quantize_insert_kernel, constants, {"num_warps": warps}, types, label=label))
+        for kernel, shape, more in (
+            (cache.dequantize_kernel, cache.DEQUANTIZE_SHAPE, {}),
+            (
+                cache.quantize_insert_kernel,
+                cache.QUANTIZE_SHAPE,
+                {**cache.quantize_constexprs(layout), "UNIT_SCALE": False},
+            ),
+        ):
+            constants = {**shared, **more, "BLOCK_N": cache.block_rows(shape, layout)}
+            found.append(Case(kernel, constants, {"num_warps": shape[1]}, ATTENTION_OUT, label=label))
     found.append(
         Case(
             convert.requantize_kernel,
@@ -95,7 +96,7 @@ def cases(arch: str) -> list[Case]:
                 "NOPE_DIM": 512, "ROPE_DIM": 64, "SRC_PITCH": 576, "DST_PITCH": 656, "SCALES": 4,
                 "BLOCK_N": convert.ENTRIES, "HAS_PAGES": True, "FNUZ": arch == "gfx942",
             },
-            types={"src_ptr": "*u8", "dst_ptr": "*u8", "k_scale": "fp32"},
+            types={"src_ptr": "*u8", "dst_ptr": "*u8"},
         )
     )  # fmt: skip
     integers = {"lens_ptr": "*i32", "out_ptr": "*i32"}
@@ -104,27 +105,41 @@ def cases(arch: str) -> list[Case]:
         Case(indices.local_to_slots_kernel, {"BLOCK": 512}, types=integers),
         Case(indices.combine_kernel, {"BLOCK": 512, "HAS_ROW_SLOTS": True}, types=integers),
         Case(indices.sanitize_kernel, {"BLOCK": 512, "HAS_LENS": True}, types=integers),
-        Case(decode.reduce_kernel, {"HEAD_DIM": 512, "HAS_SINK": True}, types=ATTENTION_OUT),
+        Case(decode.reduce_kernel, {"VALUE_DIM": 512, "HAS_SINK": True}, types=ATTENTION_OUT),
     ]
     for heads in (8, 64):
         shape = config.attention_config(arch, heads)
-        block = {"BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k, "HEAD_DIM": 512, "HAS_SINK": True}
-        found.append(
-            Case(
-                prefill.prefill_kernel, {**block, "HAS_LENS": True}, shape.options, ATTENTION_OUT, label=f"[H={heads}]"
-            )
-        )
-        for split in (False, True):
-            flags = {"HAS_SWA_LENS": True, "HAS_EXTRA": True, "HAS_EXTRA_LENS": True, "SPLIT": split}
-            found.append(
-                Case(
-                    decode.decode_kernel,
-                    {**block, **flags, **layout_constexprs(layouts.DSV4)},
-                    shape.options,
-                    ATTENTION_OUT,
-                    label=f"[H={heads},split={split}]",
-                )
-            )
+        block = {"BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k, "VALUE_DIM": 512, "HAS_SINK": True}
+        for tail in (0, 64):
+            constants = {**block, "TAIL": tail, "HAS_LENS": True}
+            label = f"[H={heads},tail={tail}]"
+            found.append(Case(prefill.prefill_kernel, constants, shape.options, ATTENTION_OUT, label=label))
+        flags = {"HAS_SWA_LENS": True, "HAS_EXTRA": True, "HAS_EXTRA_LENS": True}
+        for swa, extra, split in decode_scopes(heads):
+            shape = config.decode_config(arch, heads, (swa, extra))
+            block["BLOCK_K"] = shape.block_k
+            constants = {
+                **block, **flags, "SPLIT": split, "TAIL": swa.head_dim - 512,
+                "SWA": entry_format(swa, arch), "EXTRA": entry_format(extra, arch),
+            }  # fmt: skip
+            label = f"[H={heads},{swa.name}+{extra.name},split={split}]"
+            found.append(Case(decode.decode_kernel, constants, shape.options, ATTENTION_OUT, label=label))
+    return found
+
+
+def decode_scopes(heads: int) -> list[tuple[layouts.CacheLayout, layouts.CacheLayout, bool]]:
+    """(window layout, extra layout, split) of the decode compilations: every layout in one scope at least."""
+    found = [(layouts.DSV4, layouts.DSV4, False), (layouts.DSV4, layouts.DSV4, True)]
+    if heads > 8:
+        fnuz = layouts.DSV4.with_flavour("e4m3fnuz")
+        found += [
+            (fnuz, layouts.DSV4, True),
+            (layouts.DSV41_FP8, layouts.DSV41_FP4, True),
+            (layouts.DSV41_FP8_SOA, layouts.UNIFORM_FP8, True),
+            (layouts.BF16_512, layouts.BF16_512, True),
+            (layouts.DSV32, layouts.TRTLLM_NATIVE, True),
+            (layouts.BF16_576, layouts.BF16_576, True),
+        ]
     return found
 
 

@@ -90,7 +90,7 @@ def make_cache(rng):
     ``spread`` is stride(0) in pages: more than one leaves other bytes between a cache's pages.
     """
 
-    def make(pages, page_size, live, layout=layouts.DSV4, device="cpu", spread=1):
+    def make(pages, page_size, live, layout=layouts.DSV4, device="cpu", spread=1, k_scale=1.0):
         stride = -(-layout.page_stride(page_size) // 16) * 16
         block = torch.randint(0, 256, (pages, spread, stride), dtype=torch.uint8, generator=rng)
         cache = dsv4x.PagedCache(block[:, spread // 2], layout, page_size)
@@ -101,7 +101,7 @@ def make_cache(rng):
             / 10
             * 2.0 ** torch.randint(-2, 2, (live, 1), generator=rng)
         )
-        dsv4x.quantize_and_insert_k_cache(k.bfloat16(), cache, slots, kernel="reference")
+        dsv4x.quantize_and_insert_k_cache(k.bfloat16(), cache, slots, k_scale=k_scale, kernel="reference")
         return on_device(cache, device), slots
 
     return make

@@ -51,15 +51,15 @@ class Entries:
 
 
 def attend_token(q, entries, sink, scale):
-    """One token: float64 ``q [H, 512]``, ``entries [n, 512]`` -> ``out [H, 512]``, ``lse [H]``."""
-    out, lse = np.zeros(q.shape), np.full(q.shape[0], np.inf)
+    """One token: float64 ``q [H, D]``, ``entries [n, D]`` -> ``out [H, min(D, 512)]``, ``lse [H]``."""
+    out, lse = np.zeros((len(q), min(q.shape[1], 512))), np.full(q.shape[0], np.inf)
     for h in range(q.shape[0] if len(entries) else 0):
         logits = entries @ q[h] * scale
         weights = np.exp(logits - logits.max())
         lse[h] = math.log(weights.sum()) + logits.max()
         with np.errstate(over="ignore"):
             share = 1.0 if sink is None else 1.0 / (1.0 + np.exp(float(sink[h]) - lse[h]))
-        out[h] = weights @ entries / weights.sum() * share
+        out[h] = weights @ entries[:, :512] / weights.sum() * share
     return out, lse
 
 
@@ -68,7 +68,7 @@ def attend(q, rows, sink=None, scale=512**-0.5):
     q = q.detach().cpu().double().numpy()
     sink = None if sink is None else sink.cpu().double().numpy()
     results = [attend_token(q[t], rows[t], sink, scale) for t in range(len(q))]
-    out = np.array([r[0] for r in results]).reshape(q.shape)
+    out = np.array([r[0] for r in results]).reshape(*q.shape[:2], -1)
     return torch.from_numpy(out), torch.from_numpy(np.array([r[1] for r in results]).reshape(q.shape[:2]))
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import dsv4x
@@ -170,11 +170,10 @@ def test_both_flavours_live_side_by_side(kernel_device):
     assert not torch.equal(ocp.data, fnuz.data)
 
 
-def test_attention_refuses_what_it_has_no_kernel_for():
+def test_attention_refuses_entries_of_another_width():
     q = torch.zeros(1, 1, 512, dtype=torch.bfloat16)
-    cache = pool(layouts.DSV4.with_flavour("e4m3fnuz"), 2)
-    with pytest.raises(ValueError, match="swa_cache: layout is DSv4 fnuz, need DSv4"):
-        dsv4x.sparse_mla_decode(q, cache, torch.zeros(1, 1, dtype=torch.int32), None)
+    with pytest.raises(ValueError, match=r"swa_cache: entries of 128 values \(indexer fp8\), need 512"):
+        dsv4x.sparse_mla_decode(q, pool(layouts.INDEXER_FP8, 2), torch.zeros(1, 1, dtype=torch.int32), None)
 
 
 @pytest.mark.parametrize("k_scale", [0, -1.0, float("inf"), float("nan")])
@@ -224,6 +223,7 @@ def stored_rows(draw):
 
 
 @given(stored_rows())
+@example((layouts.INDEXER_FP8, 2, 2, [-1], [0.0], 0))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_stored_is_what_is_read_and_nothing_else(kernel_device, case):
     kernel, device = kernel_device

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dsv4x
-from dsv4x.common.layouts import DSV4, DSV32, PagedCache
+from dsv4x.common.layouts import DSV4, DSV32, UNIFORM_FP8, PagedCache
 
 ops = torch.ops.dsv4x
 WITH_GPU = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -39,7 +39,8 @@ def arguments(device, make_cache, index_rows, rng, on_device):
         "quantize_and_insert_k_cache": (k, swa.data.clone(), "DSv4", 64, torch.arange(5, device=device)),
         "dequantize_k_cache_paged": (swa.data, "DSv4", 64, slots.to(device)),
         "sparse_mla_decode": (
-            q, swa.data, 64, indices, lens, extra.data, 2, extra_indices, lens, sink, None, "DSv4", torch.zeros_like(q),
+            q, swa.data, "DSv4", 64, indices, lens, extra.data, "DSv4", 2, extra_indices, lens, sink, None,
+            torch.zeros_like(q),
         ),
         "sparse_mla_prefill": (q, kv, rows, lens, sink, 0.05, torch.zeros_like(q)),
     }  # fmt: skip
@@ -55,7 +56,7 @@ def eager(name, args):
         data, _, page_size, slots = args
         return [dsv4x.dequantize_k_cache_paged(PagedCache(data, DSV4, page_size), slots)]
     if name == "sparse_mla_decode":
-        q, swa, swa_page, indices, lens, extra, extra_page, extra_indices, extra_lens, sink, scale, _, out = args
+        q, swa, _, swa_page, indices, lens, extra, _, extra_page, extra_indices, extra_lens, sink, scale, out = args
         extra = None if extra is None else PagedCache(extra, DSV4, extra_page)
         swa = PagedCache(swa, DSV4, swa_page)
         return list(dsv4x.sparse_mla_decode(q, swa, indices, lens, extra, extra_indices, extra_lens, sink, scale, out))
@@ -92,8 +93,8 @@ def test_the_schema_and_the_fake_tell_the_truth(name, arguments):
 
 
 def test_the_fakes_hold_without_optional_arguments(arguments):
-    q, swa, page, indices, *_ = arguments["sparse_mla_decode"]
-    alone = (q, swa, page, indices, None, None, 0, None, None, None, None, "DSv4", torch.zeros_like(q))
+    q, swa, layout, page, indices, *_ = arguments["sparse_mla_decode"]
+    alone = (q, swa, layout, page, indices, None, None, "", 0, None, None, None, None, torch.zeros_like(q))
     torch.library.opcheck(ops.sparse_mla_decode.default, alone, test_utils=CHECKS)
     q, kv, rows, *_ = arguments["sparse_mla_prefill"]
     bare = (q, kv, rows, None, None, None, torch.zeros_like(q))
@@ -130,7 +131,7 @@ def test_a_compiled_step_sees_what_the_op_before_it_wrote(backend, device, rng):
 
     def step(k, q, data, slots, indices, out):
         ops.quantize_and_insert_k_cache(k * 0.5, data, "DSv4", 64, slots)
-        lse = ops.sparse_mla_decode(q * 2, data, 64, indices, None, None, 0, None, None, None, None, "DSv4", out)
+        lse = ops.sparse_mla_decode(q * 2, data, "DSv4", 64, indices, None, None, "", 0, None, None, None, None, out)
         return out + 1, lse, ops.dequantize_k_cache_paged(data, "DSv4", 64, slots)
 
     def fresh():
@@ -158,6 +159,20 @@ def test_a_compiled_op_takes_other_batch_sizes(device, rng):
         want = dsv4x.sparse_mla_prefill(q, kv, rows, None)
         assert torch.equal(compiled(q, kv, rows, None, None, None, out), want[1])
         assert torch.equal(out, want[0])
+
+
+def test_each_cache_has_its_own_layout_and_scale(device, rng):
+    swa, extra = (PagedCache.zeros(2, layout, 64, device) for layout in (DSV4, UNIFORM_FP8))
+    k = (torch.randn(20, 512, generator=rng) / 10).bfloat16().to(device)
+    for cache, k_scale in ((swa, 1.0), (extra, 0.02)):
+        dsv4x.quantize_and_insert_k_cache(k, cache, torch.arange(20, device=device), k_scale=k_scale)
+    q = torch.randn(2, 4, 512, generator=rng).bfloat16().to(device)
+    rows = torch.arange(40, dtype=torch.int32, device=device).view(2, 20) % 20
+    args = (q, swa.data, "DSv4", 64, rows, None, extra.data, "uniform fp8", 64, rows, None, None, None)
+    args = (*args, torch.zeros_like(q), 1.0, 0.02)
+    torch.library.opcheck(ops.sparse_mla_decode.default, args, test_utils=CHECKS)
+    want = dsv4x.sparse_mla_decode(q, swa, rows, None, extra, rows, None, extra_k_scale=0.02)
+    assert torch.equal(ops.sparse_mla_decode(*args), want[1])
 
 
 def test_an_unknown_layout_is_named(arguments):

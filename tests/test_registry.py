@@ -80,11 +80,13 @@ def test_the_interpreter_is_never_chosen_over_the_reference():
 
 def test_every_reason_is_listed_at_once():
     bad = problem(caches=(V4, CacheSpec("DSv3.2", 64, 4, 41984)), capturing=True, device="xpu", arch="xe")
-    reasons = explain(bad).reasons["reference"]
-    assert len(reasons) == 3
+    record = dataclasses.replace(registry._kernels[bad.op]["reference"], layouts=("DSv4",), max_heads=32)
+    reasons = record.not_supported_reasons(bad)
+    assert len(reasons) == 4
     assert any("xpu" in r and "cuda or cpu" in r for r in reasons)
     assert any("DSv3.2" in r and "DSv4" in r for r in reasons)
     assert any("captured" in r for r in reasons)
+    assert any("64 heads" in r and "32" in r for r in reasons)
 
 
 def test_no_kernel_at_all_raises_with_every_kernels_reasons():
@@ -256,15 +258,14 @@ def test_flash_mla_needs_aligned_pages_on_sm_100_only(flash_reasons):
 
 
 def test_flash_mla_lists_all_its_reasons(flash_reasons):
-    bad = problem(
-        arch="sm_100", heads=200, caches=(CacheSpec("DSv3.2", 64, 4, 41984), CacheSpec("DSv4", 1 << 16, 1 << 15, 576))
-    )
-    reasons = flash_reasons(bad)
-    assert any("DSv3.2" in r for r in reasons)
+    native, pool = CacheSpec("trtllm-native", 64, 4, 36864), CacheSpec("DSv4", 1 << 16, 1 << 15, 584)
+    reasons = flash_reasons(problem(arch="sm_100", heads=200, caches=(native, pool)))
+    assert any("cache layout is trtllm-native" in r for r in reasons)
+    assert any("trtllm-native and DSv4" in r for r in reasons)
     assert "200 heads, need <= 128" in reasons
     assert any(str(1 << 31) in r and "2**31" in r for r in reasons)
-    assert any("41984" in r and "576" in r for r in reasons)
-    assert len(reasons) == 4
+    assert any("584" in r and "576" in r for r in reasons)
+    assert len(reasons) == 5
 
 
 @pytest.mark.parametrize(

@@ -137,11 +137,12 @@ class Double:
         pages, page_size, one, entry = k_cache.shape
         assert k_cache.dtype == torch.uint8
         assert pages > 0
-        assert (one, entry) == (1, 584)
-        assert k_cache.stride()[1:] == (584, 584, 1) or page_size == 1
+        layout = {584: layouts.DSV4, 656: layouts.DSV32}[entry]
+        assert one == 1
+        assert k_cache.stride()[1:] == (entry, entry, 1) or page_size == 1
         assert k_cache.stride(3) == 1
-        assert pages == 1 or k_cache.stride(0) >= layouts.DSV4.page_stride(page_size)
-        return PagedCache(k_cache, layouts.DSV4, page_size)
+        assert pages == 1 or k_cache.stride(0) >= layout.page_stride(page_size)
+        return PagedCache(k_cache, layout, page_size)
 
     def _indices(self, indices, lens, tokens, capacity, multiple):
         assert indices.dtype == torch.int32
@@ -160,7 +161,7 @@ class Double:
     def _heads(self, q, attn_sink):
         assert q.dtype == torch.bfloat16
         assert q.shape[-2] in (64, 128)
-        assert q.shape[-1] == 512
+        assert q.shape[-1] in (512, 576)
         assert q.stride(-1) == 1
         assert q.shape[0] > 0
         if attn_sink is not None:
@@ -182,6 +183,9 @@ class Double:
         assert type(softmax_scale) is float
         assert (extra_k_cache is None) == (extra_indices is None)
         cache = self._cache(k_cache)
+        assert cache.layout.head_dim == q.shape[-1]
+        if cache.layout is layouts.DSV32:
+            assert topk_length is extra_k_cache is None, "the V3.2 kernel asserts both"
         rows = self._indices(indices, topk_length, tokens, cache.capacity, 64)
         extra = extra_rows = None
         if extra_k_cache is not None:
@@ -209,7 +213,7 @@ class Double:
         self._heads(q, attn_sink)
         assert kv.dtype == torch.bfloat16
         assert kv.shape[0] > 0
-        assert kv.shape[1:] == (1, 512)
+        assert kv.shape[1:] == (1, q.shape[-1])
         assert kv.stride(2) == 1
         assert d_v == 512
         rows = self._indices(indices, topk_length, q.shape[0], kv.shape[0], 128)
@@ -253,13 +257,15 @@ def use_double(monkeypatch, generation, max_batch=1000):
 
 @pytest.fixture
 def decode_case(make_cache, index_rows, rng):
-    def make(tokens=3, heads=8, width=64, extra_width=None, page_size=64, spread=2, lens=True, sink=True):
-        q = 3 * torch.randn(tokens, heads, 512, generator=rng).bfloat16()
+    def make(
+        tokens=3, heads=8, width=64, extra_width=None, page_size=64, spread=2, lens=True, sink=True, layout=layouts.DSV4
+    ):
+        q = 3 * torch.randn(tokens, heads, layout.head_dim, generator=rng).bfloat16()
         case = {"q": q, "swa_cache": None, "swa_indices": None, "swa_lens": None, "extra_cache": None,
                 "extra_indices": None, "extra_lens": None}  # fmt: skip
         for scope, columns, size in (("swa", width, page_size), ("extra", extra_width, 2)):
             if columns is not None:
-                cache, slots = make_cache(max(3, 40 // size), size, min(20, 3 * size), spread=spread)
+                cache, slots = make_cache(max(3, 40 // size), size, min(20, 3 * size), layout, spread=spread)
                 case[f"{scope}_cache"], case[f"{scope}_indices"] = cache, index_rows(slots, tokens, columns)
                 if lens:
                     case[f"{scope}_lens"] = torch.randint(0, columns + 1, (tokens,), dtype=torch.int32, generator=rng)
@@ -288,7 +294,8 @@ def prefill_case(index_rows, rng):
 
 def run_decode(case, out=None, **keywords):
     got, lse = flash_mla.decode(*case.values(), 512**-0.5, out, **keywords)
-    check_decode(got, lse, *reference.sparse_mla_decode(**case, dtype=torch.float64))
+    want = reference.sparse_mla_decode(**case, softmax_scale=512**-0.5, dtype=torch.float64)
+    check_decode(got, lse, *want)
     assert lse.is_contiguous()
     assert got is out if out is not None else got.is_contiguous()
     return got, lse
@@ -496,6 +503,22 @@ def test_prefill_hands_over_no_row_that_would_fault_or_poison(dtype, one_double,
     rows[0], rows[1, 3:] = nan_row, nan_row
     run_prefill(case)
     run_prefill({**case, "lens": -case["lens"]})
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize("lens", [False, True])
+@pytest.mark.parametrize("layout", [layouts.DSV32, layouts.BF16_512, layouts.BF16_576], ids=lambda x: x.name)
+def test_other_layouts_are_served(layout, lens, trusted, double, decode_case):
+    """Lengths reach the V3.2 kernel as -1; a NaN row past a length does not reach the prefill kernel."""
+    case = decode_case(width=64 if layout.nope_dim else 128, spread=1, lens=lens, layout=layout)
+    if lens:
+        past = torch.arange(case["swa_indices"].shape[1]) >= case["swa_lens"][:, None]
+        garbage = torch.arange(int(past.sum()), dtype=torch.int32) % case["swa_cache"].capacity
+        case["swa_indices"][past] = garbage
+    run_decode(case, trusted_indices=trusted)
+    run_decode(decode_case(width=9, heads=65, spread=1, layout=layout), trusted_indices=trusted)
+    assert double.calls == [3, 3]
 
 
 @pytest.mark.interpreter

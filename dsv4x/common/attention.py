@@ -13,7 +13,10 @@ from . import checks, indices, reference
 from .cache import dequantize_k_cache_paged
 from .layouts import PagedCache
 from .registry import Problem, select
-from .sparse_mla import HEAD_DIM, check_cache, sparse_mla_decode, sparse_mla_prefill
+from .sparse_mla import check_cache, sparse_mla_decode, sparse_mla_prefill
+
+HEAD_DIM = 512
+"""DeepSeek-V4's values of K, all of which are V."""
 
 COMPRESS_RATIOS = (1, 4, 128)
 PATHS = ("direct", "gathered")
@@ -259,12 +262,15 @@ def sparse_mla_attention(
     *,
     path: str | None = None,
     kernel: str | None = None,
+    swa_k_scale: float = 1.0,
+    extra_k_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one layer over one step's batch; the entries of the step are in the caches already.
 
     Args:
         q: bf16 ``[T, H, 512]``, T = ``meta.num_tokens``, request after request.
-        swa_cache: the layer's window cache, of the page size and at least the pages ``meta`` was built for.
+        swa_cache: the layer's window cache, any layout of 512 values, of the page size and at least the pages ``meta``
+            was built for.
         extra_cache: the layer's compressed cache; None for compress_ratio 1.
         meta: the step's :class:`AttentionMetadata` for this layer's compress ratio.
         topk_indices: int32 ``[T, any]``, index space *local* (compressed entries of the token's own request), -1 for
@@ -273,6 +279,7 @@ def sparse_mla_attention(
         path: ``"direct"`` reads fp8 pages in place; ``"gathered"`` dequantizes what the step reads into a bf16
             workspace (``meta.workspace_rows`` KiB) first; None picks the faster by prediction.
         kernel: the attention kernel, as in :func:`~dsv4x.sparse_mla_decode`; None picks.
+        swa_k_scale, extra_k_scale: as in :func:`~dsv4x.sparse_mla_decode`.
 
     Returns:
         ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``.
@@ -284,11 +291,13 @@ def sparse_mla_attention(
     """
     checks.tensor("q", q, (meta.num_tokens, None, HEAD_DIM), torch.bfloat16, meta.seq_lens.device)
     _check_cache("swa_cache", swa_cache, q.device, meta.swa_page_size, meta.swa_pages)
+    checks.k_scale("swa_k_scale", swa_k_scale, swa_cache)
     if meta.compress_ratio == 1:
         if extra_cache is not None:
             raise ValueError("extra_cache: given, need None for compress_ratio 1")
     else:
-        _check_cache("extra_cache", extra_cache, q.device, meta.extra_page_size, meta.extra_pages)
+        extra_cache = _check_cache("extra_cache", extra_cache, q.device, meta.extra_page_size, meta.extra_pages)
+        checks.k_scale("extra_k_scale", extra_k_scale, extra_cache)
     if meta.compress_ratio == 4:
         topk_indices = checks.tensor("topk_indices", topk_indices, (meta.num_tokens, None), torch.int32, q.device)
         if checks.check_values_enabled():
@@ -311,14 +320,15 @@ def sparse_mla_attention(
         return sparse_mla_decode(
             q, swa_cache, meta.swa_indices, meta.swa_lens, extra_cache, extra_indices, extra_lens,
             attn_sink, softmax_scale, out, kernel, trusted_indices=True, schedule=meta._schedule,
+            swa_k_scale=swa_k_scale, extra_k_scale=extra_k_scale,
         )  # fmt: skip
     plan = meta.gather_plan
     # Not filled: rows without a slot stay unwritten, and no index points at them.
     workspace = torch.empty(plan.slots.shape[0], HEAD_DIM, dtype=torch.bfloat16, device=q.device)
     compressed = plan.compressed_rows
     if extra_cache is not None:
-        dequantize_k_cache_paged(extra_cache, plan.slots[:compressed], workspace[:compressed])
-    dequantize_k_cache_paged(swa_cache, plan.slots[compressed:], workspace[compressed:])
+        dequantize_k_cache_paged(extra_cache, plan.slots[:compressed], workspace[:compressed], k_scale=extra_k_scale)
+    dequantize_k_cache_paged(swa_cache, plan.slots[compressed:], workspace[compressed:], k_scale=swa_k_scale)
     rows, lens = meta._shared_rows if topk_indices is None else meta._combined_rows(_causal(topk_indices, meta))
     return sparse_mla_prefill(q, workspace, rows, lens, attn_sink, softmax_scale, out, kernel, trusted_indices=True)
 
@@ -372,12 +382,13 @@ def _causal(topk_indices: torch.Tensor, meta: AttentionMetadata) -> torch.Tensor
     return torch.where(topk_indices < meta.visible[:, None], topk_indices, -1)
 
 
-def _check_cache(name: str, value: object, device: torch.device, page_size: int, pages: int) -> None:
-    cache = check_cache(name, value, device)
+def _check_cache(name: str, value: object, device: torch.device, page_size: int, pages: int) -> PagedCache:
+    cache = check_cache(name, value, device, HEAD_DIM)
     if cache.page_size != page_size:
         raise ValueError(f"{name}: page_size is {cache.page_size}, need {page_size} as in the metadata")
     if cache.pages < pages:
         raise ValueError(f"{name}: {cache.pages} pages, need >= {pages} as in the metadata")
+    return cache
 
 
 def _host(name: str, value: torch.Tensor, copy: torch.Tensor | None) -> list[int]:

@@ -57,6 +57,17 @@ def cache(name: str, value: object, device: torch.device) -> PagedCache:
     return value
 
 
+def k_scale(name: str, value: object, cache: PagedCache) -> float:
+    """A scale of the whole tensor, which only a layout that stores none takes."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {type(value).__name__}, need a float")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: got {value}, need a finite number > 0")
+    if value != 1 and (cache.layout.scale_encoding != "none" or not cache.layout.nope_dim):
+        raise ValueError(f"{name}: got {value}, need 1: {cache.layout.name} has no scale of the whole tensor")
+    return float(value)
+
+
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: got {type(value).__name__}, need an int")

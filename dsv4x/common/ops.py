@@ -38,14 +38,15 @@ def _dequantize_fake(data, layout, page_size, slots, k_scale=1.0):  # type: igno
 
 
 def _decode(  # type: ignore[no-untyped-def]
-    q, swa, swa_page_size, swa_indices, swa_lens, extra, extra_page_size, extra_indices, extra_lens,
-    attn_sink, softmax_scale, layout, out,
+    q, swa, swa_layout, swa_page_size, swa_indices, swa_lens,
+    extra, extra_layout, extra_page_size, extra_indices, extra_lens,
+    attn_sink, softmax_scale, out, swa_k_scale=1.0, extra_k_scale=1.0,
 ):  # fmt: skip
-    swa_cache = _paged(swa, layout, swa_page_size)
-    extra_cache = None if extra is None else _paged(extra, layout, extra_page_size)
     return sparse_mla.sparse_mla_decode(
-        q, swa_cache, swa_indices, swa_lens, extra_cache, extra_indices, extra_lens, attn_sink, softmax_scale, out
-    )[1]
+        q, _paged(swa, swa_layout, swa_page_size), swa_indices, swa_lens,
+        None if extra is None else _paged(extra, extra_layout, extra_page_size), extra_indices, extra_lens,
+        attn_sink, softmax_scale, out, swa_k_scale=swa_k_scale, extra_k_scale=extra_k_scale,
+    )[1]  # fmt: skip
 
 
 def _prefill(q, kv, indices, lens, attn_sink, softmax_scale, out):  # type: ignore[no-untyped-def]
@@ -68,9 +69,10 @@ _define(
     _dequantize_fake,
 )
 _define(
-    "sparse_mla_decode(Tensor q, Tensor swa_cache, int swa_page_size, Tensor swa_indices, Tensor? swa_lens, "
-    "Tensor? extra_cache, int extra_page_size, Tensor? extra_indices, Tensor? extra_lens, Tensor? attn_sink, "
-    "float? softmax_scale, str layout, Tensor(a!) out) -> Tensor",
+    "sparse_mla_decode(Tensor q, Tensor swa_cache, str swa_layout, int swa_page_size, Tensor swa_indices, "
+    "Tensor? swa_lens, Tensor? extra_cache, str extra_layout, int extra_page_size, Tensor? extra_indices, "
+    "Tensor? extra_lens, Tensor? attn_sink, float? softmax_scale, Tensor(a!) out, float swa_k_scale=1.0, "
+    "float extra_k_scale=1.0) -> Tensor",
     _decode,
     _lse_fake,
 )

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from . import layouts, reference
+from . import reference
 from .platform import platform
 from .registry import Kernel, Problem, register
+from .sparse_mla import VALUE_DIM
 from .vendor import TRITON
 
 # Microseconds a call and FLOP a microsecond. Triton's are an H200's (benchmarks/results/attention-h200.json); the
@@ -47,26 +48,28 @@ def _triton_reasons(problem: Problem) -> list[str]:
 def _attention(run: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """Give a launcher, which writes into ``out`` and returns lse, the op's whole argument list."""
 
-    def call(q: torch.Tensor, *args: Any, **ignored: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def call(
+        q: torch.Tensor, *args: Any, trusted_indices: bool = False, schedule: Any = None, **scales: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         *inputs, out = args
         if out is None:
-            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        return out, run(q, *inputs, out)
+            out = torch.empty(*q.shape[:2], VALUE_DIM, dtype=q.dtype, device=q.device)
+        return out, run(q, *inputs, out, **scales)
 
     return call
 
 
 def _reference_attention(name: str) -> Callable[..., torch.Tensor]:
-    def run(*args: Any) -> torch.Tensor:
+    def run(*args: Any, **scales: float) -> torch.Tensor:
         *inputs, out = args
-        values, lse = getattr(reference, name)(*inputs)
+        values, lse = getattr(reference, name)(*inputs, **scales)
         out.copy_(values)
         return lse
 
     return run
 
 
-def _pair(op: str, module: str, *, attention: bool = False, needs_layouts: tuple[str, ...] = ()) -> None:
+def _pair(op: str, module: str, *, attention: bool = False) -> None:
     triton_run, reference_run = _lazy(module, op), getattr(reference, op)
     if attention:
         triton_run, reference_run = _attention(triton_run), _attention(_reference_attention(op))
@@ -79,7 +82,6 @@ def _pair(op: str, module: str, *, attention: bool = False, needs_layouts: tuple
                 _triton_us,
                 library=TRITON,
                 devices=("cuda", "cpu"),
-                layouts=needs_layouts,
                 further_reasons=_triton_reasons,
             )
         )
@@ -90,7 +92,6 @@ def _pair(op: str, module: str, *, attention: bool = False, needs_layouts: tuple
             reference_run,
             _reference_us,
             devices=("cuda", "cpu"),
-            layouts=needs_layouts,
             capture_safe=False,
         )
     )
@@ -104,5 +105,5 @@ def register_portable() -> None:
     _pair("combine_topk_swa_indices", "indices")
     _pair("window_slots", "indices")
     _pair("local_to_slots", "indices")
-    _pair("sparse_mla_decode", "decode", attention=True, needs_layouts=(layouts.DSV4.name,))
+    _pair("sparse_mla_decode", "decode", attention=True)
     _pair("sparse_mla_prefill", "prefill", attention=True)

@@ -13,6 +13,8 @@ import torch
 from . import encodings
 from .layouts import CacheLayout, PagedCache
 
+_VALUE_DIM = 512
+
 # Gathered entries held at once, in elements: bounds the oracle's memory, not its results.
 _CHUNK_ELEMENTS = 1 << 28
 
@@ -79,6 +81,8 @@ def quantize_and_insert_k_cache(k: torch.Tensor, cache: PagedCache, slots: torch
     """Rows of ``k`` whose slot is invalid are skipped."""
     layout = cache.layout
     valid = (slots >= 0) & (slots < cache.capacity)
+    if not valid.any():
+        return
     k, slots = k[valid], slots[valid].long()
     entry = slots % cache.page_size
     data = entry * layout.data_pitch
@@ -140,7 +144,7 @@ def attend(
     softmax_scale: float,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of each token over its own entries; the value is the whole of K.
+    """Attention of each token over its own entries; the value is the first 512 of K.
 
     Args:
         q: ``[T, H, D]``.
@@ -151,7 +155,8 @@ def attend(
         dtype: float32 or float64.
 
     Returns:
-        ``out [T, H, D]`` and ``lse [T, H]`` (natural log) in ``dtype``. Without valid entries out is 0, lse +inf.
+        ``out [T, H, min(D, 512)]`` and ``lse [T, H]`` (natural log) in ``dtype``. Without valid entries out is 0 and
+        lse +inf.
     """
     kv = torch.where(valid[..., None], kv, 0).to(dtype)
     logits = torch.einsum("thd,tnd->thn", q.to(dtype), kv) * softmax_scale
@@ -159,7 +164,7 @@ def attend(
     lse = torch.logsumexp(logits, dim=-1)
     empty = ~valid.any(dim=1)
     weights = torch.exp(logits - torch.where(empty[:, None], 0.0, lse)[..., None])
-    out = torch.einsum("thn,tnd->thd", weights, kv)
+    out = torch.einsum("thn,tnd->thd", weights, kv[..., :_VALUE_DIM])
     if attn_sink is not None:
         out = out / (1 + torch.exp(attn_sink.to(dtype) - lse))[..., None]
     out = out.masked_fill(empty[:, None, None], 0.0)
@@ -183,7 +188,7 @@ def _attend_chunks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`attend` over as many tokens at a time as ``_CHUNK_ELEMENTS`` allows."""
     tokens, heads, head_dim = q.shape
-    out = torch.empty(tokens, heads, head_dim, dtype=dtype, device=q.device)
+    out = torch.empty(tokens, heads, min(head_dim, _VALUE_DIM), dtype=dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=dtype, device=q.device)
     step = max(1, _CHUNK_ELEMENTS // max(1, width * head_dim))
     for start in range(0, tokens, step):
@@ -204,24 +209,27 @@ def sparse_mla_decode(
     attn_sink: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     dtype: torch.dtype = torch.float32,
+    *,
+    swa_k_scale: float = 1.0,
+    extra_k_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`dsv4x.sparse_mla_decode` in ``dtype``, neither rounded to bf16 nor written to a given buffer."""
-    scopes = [(swa_cache, swa_indices, swa_lens)]
+    scopes = [(swa_cache, swa_indices, swa_lens, swa_k_scale)]
     if extra_cache is not None and extra_indices is not None:
-        scopes.append((extra_cache, extra_indices, extra_lens))
+        scopes.append((extra_cache, extra_indices, extra_lens, extra_k_scale))
 
     def gather(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         kv, masks = [], []
-        for cache, indices, lens in scopes:
+        for cache, indices, lens, k_scale in scopes:
             part = indices[rows]
             valid = _valid_span(part, None if lens is None else lens[rows], cache.capacity)
             entries = torch.zeros(*part.shape, cache.layout.head_dim, dtype=torch.bfloat16, device=q.device)
-            entries[valid] = dequantize_slots(cache, part[valid])
+            entries[valid] = dequantize_slots(cache, part[valid], k_scale=k_scale)
             kv.append(entries)
             masks.append(valid)
         return torch.cat(kv, dim=1), torch.cat(masks, dim=1)
 
-    width = sum(indices.shape[1] for _, indices, _ in scopes)
+    width = sum(indices.shape[1] for _, indices, *_ in scopes)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     return _attend_chunks(q, gather, width, attn_sink, scale, dtype)
 

@@ -1,4 +1,4 @@
-"""The two attention ops: decode over paged fp8 caches in place, prefill over gathered bf16 rows."""
+"""The two attention ops: decode over paged caches in place, prefill over gathered bf16 rows."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ from typing import Any
 
 import torch
 
-from . import checks, layouts
+from . import checks
 from .layouts import PagedCache
 from .registry import Problem, select
 
-HEAD_DIM = 512
+VALUE_DIM = 512
+"""V is the first 512 values of K."""
+
+HEAD_DIMS = (512, 576)
+"""Values of K: DeepSeek-V4's, and V3.2's, whose 64 RoPE values are not part of V."""
+
 MAX_HEADS = 128
 
 
@@ -29,27 +34,36 @@ def sparse_mla_decode(
     *,
     trusted_indices: bool = False,
     schedule: dict[Any, Any] | None = None,
+    swa_k_scale: float = 1.0,
+    extra_k_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One softmax over a token's window entries and its extra (compressed) entries, fp8 pages read in place.
+    """One softmax over a token's window entries and its extra (compressed) entries, pages read in place.
 
     With s = q . k * softmax_scale over the valid entries: lse = logsumexp(s), natural log, sink excluded;
-    out = softmax(s) @ k / (1 + exp(sink - lse)). The value is all 512 values of K. A token without valid entries gets
+    out = softmax(s) @ v / (1 + exp(sink - lse)), v the first 512 values of k. A token without valid entries gets
     out = 0 and lse = +inf. An index below 0 or past its cache is no entry, wherever it stands in its row.
 
+    DeepSeek-V3.2 has one cache: give it as ``swa_cache``, its top-k slots as ``swa_indices``, and q of 576.
+
     Args:
-        q: bf16 ``[T, H, 512]``, T >= 0, H in 1..128, any strides with the last 1.
-        swa_cache: the window's :class:`~dsv4x.PagedCache`, layout DSv4.
+        q: bf16 ``[T, H, D]``, D 512 (V4) or 576 (V3.2), T >= 0, H in 1..128, any strides with the last 1.
+        swa_cache: the window's :class:`~dsv4x.PagedCache`, any layout of head dim D; kernels differ in those they read.
         swa_indices: int32 (or int64) ``[T, any]``, index space *slot* of ``swa_cache``, -1 for none.
         swa_lens: int32 (or int64) ``[T]`` scan spans, clamped to the width; None means the whole width.
-        extra_cache, extra_indices, extra_lens: the same for the compressed cache; all None without one.
+        extra_cache, extra_indices, extra_lens: the same for the compressed cache, whose layout may be another; all None
+            without one.
         attn_sink: float32 ``[H]`` or None; -inf has no effect, +inf makes out 0.
-        softmax_scale: finite and > 0; None means 512 ** -0.5.
+        softmax_scale: finite and > 0; None means 512 ** -0.5, and is refused for D = 576, whose model scales by
+            192 ** -0.5 times its YaRN factor.
         out: bf16 ``[T, H, 512]``, any strides with the last 1; None allocates a contiguous one.
-        kernel: ``"flash_mla"``, ``"triton"``, ``"aiter"`` or ``"reference"``, which runs or raises; None picks.
+        kernel: ``"flash_mla"``, ``"flashinfer"``, ``"triton"``, ``"aiter"`` or ``"reference"``, which runs or raises;
+            None picks.
         trusted_indices: the caller vouches that lengths lie in ``[0, width]`` and that every index within them is -1
             or in range, which spares kernels that would fault on others (FlashMLA) a pass over the indices.
         schedule: a dict that lives as long as these lengths do, in which a kernel keeps what depends on lengths and
             shapes alone; :class:`~dsv4x.AttentionMetadata` owns one. None: nothing is kept.
+        swa_k_scale, extra_k_scale: the tensor scale a cache was stored with, finite and > 0; other than 1 only where
+            its layout stores no scales (trtllm-native, uniform fp8).
 
     Returns:
         ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``.
@@ -69,7 +83,8 @@ def sparse_mla_decode(
     elif extra_lens is not None:
         raise ValueError("extra_lens: given, need extra_cache and extra_indices with it")
     for scope, cache, indices, lens in scopes:
-        cache = check_cache(f"{scope}_cache", cache, q.device)
+        cache = check_cache(f"{scope}_cache", cache, q.device, q.shape[2])
+        checks.k_scale(f"{scope}_k_scale", swa_k_scale if scope == "swa" else extra_k_scale, cache)
         checks.tensor(f"{scope}_indices", indices, (tokens, None), checks.INDEX_DTYPES, q.device)
         if lens is not None:
             checks.tensor(f"{scope}_lens", lens, (tokens,), checks.INDEX_DTYPES, q.device)
@@ -83,11 +98,12 @@ def sparse_mla_decode(
         q.device,
         tokens=tokens,
         heads=q.shape[1],
+        head_dim=q.shape[2],
         width=swa_indices.shape[1],
         extra_width=extra_indices.shape[1] if extra_indices is not None else 0,
         caches=tuple(cache.spec for _, cache, _, _ in scopes),
     )
-    scale = _scale(softmax_scale)
+    scale = _scale(softmax_scale, q.shape[2])
     record = select(problem, kernel)
     if tokens == 0:
         return _empty(q, out)
@@ -105,6 +121,8 @@ def sparse_mla_decode(
         out,
         trusted_indices=trusted_indices,
         schedule=schedule,
+        swa_k_scale=swa_k_scale,
+        extra_k_scale=extra_k_scale,
     )
 
 
@@ -123,12 +141,13 @@ def sparse_mla_prefill(
     """One softmax over a token's rows of a bf16 workspace; out, lse and sink as in :func:`sparse_mla_decode`.
 
     Args:
-        q: bf16 ``[T, H, 512]``, T >= 0, H in 1..128, any strides with the last 1.
-        kv: bf16 ``[S, 512]``, rows contiguous; a row nothing points at may hold anything.
+        q: bf16 ``[T, H, D]``, D 512 (V4) or 576 (V3.2), T >= 0, H in 1..128, any strides with the last 1.
+        kv: bf16 ``[S, D]``, rows contiguous; a row nothing points at may hold anything.
         indices: int32 (or int64) ``[T, any]``, index space *workspace row*, -1 (or anything outside 0..S-1) for none.
         lens: int32 (or int64) ``[T]`` scan spans, clamped to the width; None means the whole width.
         attn_sink: float32 ``[H]`` or None.
-        softmax_scale: finite and > 0; None means 512 ** -0.5.
+        softmax_scale: finite and > 0; None means 512 ** -0.5, and is refused for D = 576, whose model scales by
+            192 ** -0.5 times its YaRN factor.
         out: bf16 ``[T, H, 512]``, any strides with the last 1; None allocates a contiguous one.
         kernel: ``"flash_mla"``, ``"triton"``, ``"aiter"`` or ``"reference"``, which runs or raises; None picks.
         trusted_indices: the caller vouches that lengths lie in ``[0, width]`` and no index past a span points at a NaN.
@@ -145,7 +164,7 @@ def sparse_mla_prefill(
     """
     check_values = checks.check_values_enabled()
     tokens = _check_q(q)
-    checks.tensor("kv", kv, (None, HEAD_DIM), torch.bfloat16, q.device)
+    checks.tensor("kv", kv, (None, q.shape[2]), torch.bfloat16, q.device)
     checks.tensor("indices", indices, (tokens, None), checks.INDEX_DTYPES, q.device)
     if lens is not None:
         checks.tensor("lens", lens, (tokens,), checks.INDEX_DTYPES, q.device)
@@ -158,10 +177,11 @@ def sparse_mla_prefill(
         q.device,
         tokens=tokens,
         heads=q.shape[1],
+        head_dim=q.shape[2],
         width=indices.shape[1],
         rows=kv.shape[0],
     )
-    scale = _scale(softmax_scale)
+    scale = _scale(softmax_scale, q.shape[2])
     record = select(problem, kernel)
     if tokens == 0:
         return _empty(q, out)
@@ -178,16 +198,20 @@ def sparse_mla_prefill(
     )
 
 
-def check_cache(name: str, value: object, device: torch.device) -> PagedCache:
-    """A cache that attention reads: on ``device``, of a layout that has kernels."""
+def check_cache(name: str, value: object, device: torch.device, head_dim: int) -> PagedCache:
+    """A cache that attention may read with q of ``head_dim`` values, on ``device``."""
     cache = checks.cache(name, value, device)
-    if cache.layout.name != layouts.DSV4.name:
-        raise ValueError(f"{name}: layout is {cache.layout.name}, need {layouts.DSV4.name}")
+    if cache.layout.head_dim != head_dim:
+        raise ValueError(
+            f"{name}: entries of {cache.layout.head_dim} values ({cache.layout.name}), need {head_dim} as q has"
+        )
     return cache
 
 
 def _check_q(q: torch.Tensor) -> int:
-    checks.tensor("q", q, (None, None, HEAD_DIM), torch.bfloat16)
+    checks.tensor("q", q, (None, None, None), torch.bfloat16)
+    if q.shape[2] not in HEAD_DIMS:
+        raise ValueError(f"q: head dim is {q.shape[2]}, need {' or '.join(map(str, HEAD_DIMS))}")
     if not 1 <= q.shape[1] <= MAX_HEADS:
         raise ValueError(f"q: {q.shape[1]} heads, need 1 to {MAX_HEADS}")
     return q.shape[0]
@@ -197,13 +221,15 @@ def _check_rest(q: torch.Tensor, attn_sink: torch.Tensor | None, out: torch.Tens
     if attn_sink is not None:
         checks.tensor("attn_sink", attn_sink, (q.shape[1],), torch.float32, q.device)
     if out is not None:
-        checks.tensor("out", out, tuple(q.shape), torch.bfloat16, q.device)
+        checks.tensor("out", out, (*q.shape[:2], VALUE_DIM), torch.bfloat16, q.device)
     return out
 
 
-def _scale(softmax_scale: object) -> float:
+def _scale(softmax_scale: object, head_dim: int) -> float:
     if softmax_scale is None:
-        return HEAD_DIM**-0.5
+        if head_dim != VALUE_DIM:
+            raise ValueError(f"softmax_scale: got None, need the model's scale for q of {head_dim}")
+        return VALUE_DIM**-0.5
     if not isinstance(softmax_scale, (int, float)):
         raise TypeError(f"softmax_scale: got {type(softmax_scale).__name__}, need a float or None")
     # FlashMLA takes the maximum before it scales, which only a positive scale allows.
@@ -213,5 +239,6 @@ def _scale(softmax_scale: object) -> float:
 
 
 def _empty(q: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    lse = torch.empty(0, q.shape[1], dtype=torch.float32, device=q.device)
-    return torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out, lse
+    if out is None:
+        out = torch.empty(0, q.shape[1], VALUE_DIM, dtype=q.dtype, device=q.device)
+    return out, torch.empty(0, q.shape[1], dtype=torch.float32, device=q.device)

@@ -2,7 +2,8 @@
 
 Read from FlashMLA 9241ae3 and the ``sgl-flash-mla`` 1.0.0 wheel, and measured on an H200:
 64 or 128 heads; index widths in multiples of 64 (decode) and 128 (prefill); int32 indices of which only -1 is invalid
-(decode); at least one token, page and row; a scheduler kernel whose shared memory grows with the batch.
+(decode); at least one token, page and row; a scheduler kernel whose shared memory grows with the batch. DSv3.2 pages
+are read without lengths and without an extra cache. bf16 pages are rows to the prefill kernel.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ..common import layouts
 from ..common.layouts import PagedCache
 from ..common.platform import platform
 from ..common.registry import Kernel, Problem, register
+from ..common.sparse_mla import VALUE_DIM
 from ..common.vendor import TRITON, VendorLibrary
 
 FLASH_MLA = VendorLibrary(
@@ -31,7 +33,9 @@ ARCHS = ("sm_90", "sm_100", "sm_103")
 HEADS = (64, 128)
 DECODE_WIDTH = 64
 PREFILL_WIDTH = 128
-SM100_PAGE_ALIGNMENT = 576
+SM100_PAGE_ALIGNMENT = {layouts.DSV4.name: 576, layouts.DSV32.name: 656}
+BF16_LAYOUTS = (layouts.BF16_512.name, layouts.BF16_576.name)
+DECODE_LAYOUTS = (layouts.DSV4.name, layouts.DSV32.name, *BF16_LAYOUTS)
 
 # FlashMLA holds one float32 partial output a token and head; this bounds that buffer to 1 GiB.
 _MAX_PARTIAL_ELEMENTS = 1 << 28
@@ -47,7 +51,7 @@ def scheduler_limit(shared_memory: int) -> int:
 
 def max_batch(heads: int, shared_memory: int) -> int:
     """Tokens one decode call may take: the scheduler's limit and the partial outputs' memory."""
-    return min(scheduler_limit(shared_memory), _MAX_PARTIAL_ELEMENTS // (heads * 512))
+    return min(scheduler_limit(shared_memory), _MAX_PARTIAL_ELEMENTS // (heads * VALUE_DIM))
 
 
 @functools.cache
@@ -74,13 +78,22 @@ def _wheel_reasons(problem: Problem) -> list[str]:
 
 def _decode_reasons(problem: Problem) -> list[str]:
     reasons = _wheel_reasons(problem)
+    if len(problem.caches) == 2 and any(cache.layout != layouts.DSV4.name for cache in problem.caches):
+        names = " and ".join(cache.layout for cache in problem.caches)
+        reasons.append(f"two caches of {names}, need {layouts.DSV4.name} for both, or one cache")
     for cache in problem.caches:
         if cache.pages * cache.page_size > 2**31 - 1:
             reasons.append(f"cache has {cache.pages * cache.page_size} slots, need < 2**31")
+        if cache.layout in BF16_LAYOUTS:
+            packed = layouts.by_name(cache.layout).page_stride(cache.page_size)
+            if cache.page_stride != packed:
+                reasons.append(f"page stride is {cache.page_stride}, need {packed}: it reads bf16 pages as rows")
+            continue
         if cache.page_stride > 2**31 - 1:
             reasons.append(f"page stride is {cache.page_stride} bytes, need < 2**31")
-        if problem.arch != "sm_90" and cache.page_stride % SM100_PAGE_ALIGNMENT:
-            reasons.append(f"page stride is {cache.page_stride}, need a multiple of {SM100_PAGE_ALIGNMENT} on SM100")
+        alignment = SM100_PAGE_ALIGNMENT.get(cache.layout, 1)
+        if problem.arch != "sm_90" and cache.page_stride % alignment:
+            reasons.append(f"page stride is {cache.page_stride}, need a multiple of {alignment} on SM100")
     return reasons + _triton_missing()
 
 
@@ -143,19 +156,34 @@ def decode(
     *,
     trusted_indices: bool = False,
     schedule: dict[Any, Any] | None = None,
+    swa_k_scale: float = 1.0,
+    extra_k_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``flash_mla_with_kvcache``, batches past its limits split. Arguments as in :func:`dsv4x.sparse_mla_decode`."""
+    """``flash_mla_with_kvcache``, batches past its limits split. Arguments as in :func:`dsv4x.sparse_mla_decode`.
+
+    bf16 pages go to ``flash_mla_sparse_fwd``, to which slots are rows. Every layout it reads stores its scales.
+    """
+    if swa_cache.layout.name in BF16_LAYOUTS:
+        kv = swa_cache.page_bytes.view(torch.bfloat16).view(-1, q.shape[2])
+        # Decode's promise says nothing of what stands past a span, and there a NaN row would poison this kernel.
+        trusted = trusted_indices and swa_lens is None
+        return prefill(q, kv, swa_indices, swa_lens, attn_sink, softmax_scale, out, trusted_indices=trusted)
     function = FLASH_MLA.load().flash_mla_with_kvcache
     heads = q.shape[1]
     q, attn_sink = _pad_heads(q, attn_sink)
+    takes_lens = swa_cache.layout.name != layouts.DSV32.name
+    # Where the kernel takes no lengths, the pass over the indices makes -1 of what stands past them.
+    trusted_indices = trusted_indices and (takes_lens or swa_lens is None)
     indices, lens = _indices_for(swa_indices, swa_lens, swa_cache.capacity, DECODE_WIDTH, trusted_indices)
+    if not takes_lens:
+        lens = None
     extra_view = e_indices = e_lens = None
     if extra_cache is not None and extra_indices is not None:
         extra_view = _servers_view(extra_cache)
         e_indices, e_lens = _indices_for(extra_indices, extra_lens, extra_cache.capacity, DECODE_WIDTH, trusted_indices)
     step = max_batch(q.shape[1], platform.limits(q.device).shared_memory)
     if out is None and q.shape[0] > step:
-        out = torch.empty(q.shape[0], heads, q.shape[2], dtype=q.dtype, device=q.device)
+        out = torch.empty(q.shape[0], heads, VALUE_DIM, dtype=q.dtype, device=q.device)
     parts = []
     for start in range(0, q.shape[0], step):
         rows = slice(start, start + step)
@@ -165,7 +193,7 @@ def decode(
             _servers_view(swa_cache),
             None,
             None,
-            q.shape[2],
+            VALUE_DIM,
             _scheduler(schedule, part, swa_cache, indices, extra_cache, e_indices, start),
             None,
             softmax_scale,
@@ -236,7 +264,7 @@ def prefill(
     if kv.shape[0] == 0:
         kv = kv.new_zeros(1, kv.shape[1])
     values, _, lse = function(
-        q, kv[:, None], indices[:, None], softmax_scale, q.shape[2], attn_sink, lens, **_options(function)
+        q, kv[:, None], indices[:, None], softmax_scale, VALUE_DIM, attn_sink, lens, **_options(function)
     )
     return _deliver(values, lse, heads, out)
 
@@ -258,7 +286,7 @@ def _padded_flops(problem: Problem) -> float:
 def register_kernels() -> None:
     """Add FlashMLA's two kernels to the ops they serve."""
     for op, run, predicted_us, reasons, names in (
-        ("sparse_mla_decode", decode, _decode_us, _decode_reasons, (layouts.DSV4.name,)),
+        ("sparse_mla_decode", decode, _decode_us, _decode_reasons, DECODE_LAYOUTS),
         ("sparse_mla_prefill", prefill, _prefill_us, _prefill_reasons, ()),
     ):
         register(

@@ -6,7 +6,10 @@ and sm_100. The gfx rows were chosen by compiling (no spills); none was timed on
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+
+from ..layouts import CacheLayout
 
 
 @dataclass(frozen=True)
@@ -40,3 +43,16 @@ def attention_config(arch: str, heads: int) -> AttentionConfig:
     """The launch shape for ``heads`` query heads on ``arch``; unknown archs get the smallest."""
     few, many = next((c for prefix, c in _CONFIGS.items() if arch.startswith(prefix)), _SMALL_SMEM)
     return few if heads <= _FEW_HEADS else many
+
+
+def decode_config(arch: str, heads: int, layouts: tuple[CacheLayout, ...]) -> AttentionConfig:
+    """The same for entries decoded from ``layouts``.
+
+    Scales finer than one to 64 values, or more than 512 values, cost registers and shared memory: 32 entries a step
+    spill on gfx and pass sm_120's shared memory, 16 do not.
+    """
+    config = attention_config(arch, heads)
+    heavy = any(layout.scale_tile < 64 or layout.head_dim > 512 for layout in layouts)
+    if heavy and not arch.startswith(("sm_9", "sm_10")):
+        return dataclasses.replace(config, block_k=16)
+    return config

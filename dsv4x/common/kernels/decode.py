@@ -1,4 +1,4 @@
-"""Decode attention over paged fp8 caches, read in place, split over K and reduced.
+"""Decode attention over paged caches of any layout, read in place, split over K and reduced.
 
 One program takes one token, one block of heads and one split. A row's blocks are those of its window span followed by
 those of its extra span; splits divide that list evenly, so long and short rows both balance.
@@ -10,29 +10,27 @@ import triton.language as tl
 
 from ..layouts import PagedCache
 from ..platform import platform
-from .config import attention_config
-from .entries import layout_constexprs, load_entries
+from .config import decode_config
+from .entries import entry_format, load_entries
 from .portability import to_bf16
-from .softmax import LN2, LOG2E, apply_sink, attend_block, finish
+from .softmax import LN2, LOG2E, apply_sink, attend_block, finish, load_q
 
 
 @triton.jit
 def _attend_scope(
-    q, m, l, acc, scale, cache_ptr, indices_ptr, span, first, last, capacity, page_size, page_stride,
-    BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr, NOPE_DIM: tl.constexpr, ROPE_DIM: tl.constexpr,
-    ROPE_BASE: tl.constexpr, TILE: tl.constexpr, DATA_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr,
-    SCALE_BASE: tl.constexpr, SOA: tl.constexpr,
+    q, q_tail, m, l, acc, scale, cache_ptr, indices_ptr, span, first, last, capacity, page_size, page_stride, k_scale,
+    BLOCK_K: tl.constexpr, VALUE_DIM: tl.constexpr, TAIL: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Fold blocks ``first`` to ``last`` of one scope into the running softmax."""
     for block in range(first, last):
         offset = block * BLOCK_K + tl.arange(0, BLOCK_K)
         slots = tl.load(indices_ptr + offset, mask=offset < span, other=-1).to(tl.int64)
         valid = (slots >= 0) & (slots < capacity)
-        k = load_entries(
-            cache_ptr, slots, valid, page_size, page_stride,
-            HEAD_DIM, NOPE_DIM, ROPE_DIM, ROPE_BASE, TILE, DATA_BYTES, SCALE_BYTES, SCALE_BASE, SOA,
-        )  # fmt: skip
-        m, l, acc = attend_block(q, k, valid, scale, m, l, acc)
+        k = load_entries(cache_ptr, slots, valid, page_size, page_stride, k_scale, 0, VALUE_DIM, FORMAT)
+        k_tail = k
+        if TAIL > 0:
+            k_tail = load_entries(cache_ptr, slots, valid, page_size, page_stride, k_scale, VALUE_DIM, TAIL, FORMAT)
+        m, l, acc = attend_block(q, q_tail, k, k_tail, valid, scale, m, l, acc, TAIL)
     return m, l, acc
 
 
@@ -40,23 +38,20 @@ def _attend_scope(
 def decode_kernel(
     q_ptr, swa_ptr, swa_indices_ptr, swa_lens_ptr, extra_ptr, extra_indices_ptr, extra_lens_ptr, sink_ptr,
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
-    heads, splits, scale,
+    heads, splits, scale, swa_k_scale, extra_k_scale,
     q_stride_t, q_stride_h, out_stride_t, out_stride_h,
     swa_width, swa_indices_stride, swa_capacity, swa_page_size, swa_page_stride,
     extra_width, extra_indices_stride, extra_capacity, extra_page_size, extra_page_stride,
     HAS_SWA_LENS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_EXTRA_LENS: tl.constexpr, HAS_SINK: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr,
-    NOPE_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, ROPE_BASE: tl.constexpr, TILE: tl.constexpr,
-    DATA_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, SCALE_BASE: tl.constexpr, SOA: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, VALUE_DIM: tl.constexpr, TAIL: tl.constexpr,
+    SWA: tl.constexpr, EXTRA: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     head_mask = head < heads
-    column = tl.arange(0, HEAD_DIM)
-    q = tl.load(
-        q_ptr + token * q_stride_t + head[:, None] * q_stride_h + column[None, :], mask=head_mask[:, None], other=0.0
-    )
+    column = tl.arange(0, VALUE_DIM)
+    q, q_tail = load_q(q_ptr + token * q_stride_t + head * q_stride_h, head_mask, VALUE_DIM, TAIL)
 
     swa_span = swa_width
     if HAS_SWA_LENS:
@@ -74,23 +69,24 @@ def decode_kernel(
 
     m = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_H,), tl.float32)
-    acc = tl.zeros((BLOCK_H, HEAD_DIM), tl.float32)
+    acc = tl.zeros((BLOCK_H, VALUE_DIM), tl.float32)
     m, l, acc = _attend_scope(
-        q, m, l, acc, scale * LOG2E, swa_ptr, swa_indices_ptr + token * swa_indices_stride, swa_span,
-        first, tl.minimum(last, swa_blocks), swa_capacity, swa_page_size, swa_page_stride,
-        BLOCK_K, HEAD_DIM, NOPE_DIM, ROPE_DIM, ROPE_BASE, TILE, DATA_BYTES, SCALE_BYTES, SCALE_BASE, SOA,
+        q, q_tail, m, l, acc, scale * LOG2E, swa_ptr, swa_indices_ptr + token * swa_indices_stride, swa_span,
+        first, tl.minimum(last, swa_blocks), swa_capacity, swa_page_size, swa_page_stride, swa_k_scale,
+        BLOCK_K, VALUE_DIM, TAIL, SWA,
     )  # fmt: skip
     if HAS_EXTRA:
         m, l, acc = _attend_scope(
-            q, m, l, acc, scale * LOG2E, extra_ptr, extra_indices_ptr + token * extra_indices_stride, extra_span,
-            tl.maximum(first - swa_blocks, 0), last - swa_blocks, extra_capacity, extra_page_size, extra_page_stride,
-            BLOCK_K, HEAD_DIM, NOPE_DIM, ROPE_DIM, ROPE_BASE, TILE, DATA_BYTES, SCALE_BYTES, SCALE_BASE, SOA,
+            q, q_tail, m, l, acc, scale * LOG2E, extra_ptr, extra_indices_ptr + token * extra_indices_stride,
+            extra_span, tl.maximum(first - swa_blocks, 0), last - swa_blocks,
+            extra_capacity, extra_page_size, extra_page_stride, extra_k_scale,
+            BLOCK_K, VALUE_DIM, TAIL, EXTRA,
         )  # fmt: skip
 
     out, lse = finish(m, l, acc)
     if SPLIT:
         row = (token * heads + head) * splits + split
-        tl.store(partial_ptr + row[:, None] * HEAD_DIM + column[None, :], out, mask=head_mask[:, None])
+        tl.store(partial_ptr + row[:, None] * VALUE_DIM + column[None, :], out, mask=head_mask[:, None])
         tl.store(partial_lse_ptr + row, lse, mask=head_mask)
     else:
         if HAS_SINK:
@@ -103,15 +99,15 @@ def decode_kernel(
 @triton.jit
 def reduce_kernel(
     partial_ptr, partial_lse_ptr, sink_ptr, out_ptr, lse_ptr, heads, splits, out_stride_t, out_stride_h,
-    HAS_SINK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HAS_SINK: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     row = (token * heads + head) * splits
-    column = tl.arange(0, HEAD_DIM)
+    column = tl.arange(0, VALUE_DIM)
     m = tl.full((1,), float("-inf"), tl.float32)
     l = tl.zeros((1,), tl.float32)
-    acc = tl.zeros((1, HEAD_DIM), tl.float32)
+    acc = tl.zeros((1, VALUE_DIM), tl.float32)
     for split in range(0, splits):
         lse = tl.load(partial_lse_ptr + row + split + tl.arange(0, 1)) / LN2
         # A split without entries says +inf, which stands for a weight of zero.
@@ -120,7 +116,7 @@ def reduce_kernel(
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         alpha = tl.exp2(m - m_safe)
         weight = tl.exp2(lse - m_safe)
-        part = tl.load(partial_ptr + (row + split) * HEAD_DIM + column)
+        part = tl.load(partial_ptr + (row + split) * VALUE_DIM + column)
         acc = acc * alpha[:, None] + weight[:, None] * part[None, :]
         l = l * alpha + weight
         m = m_new
@@ -148,42 +144,47 @@ def sparse_mla_decode(
     softmax_scale: float,
     out: torch.Tensor,
     *,
+    swa_k_scale: float = 1.0,
+    extra_k_scale: float = 1.0,
     splits: int | None = None,
 ) -> torch.Tensor:
-    """Launch over ``q [T, H, D]``; writes ``out`` and returns lse float32 ``[T, H]``."""
+    """Launch over ``q [T, H, D]``; writes ``out [T, H, V]`` and returns lse float32 ``[T, H]``."""
     tokens, heads, head_dim = q.shape
+    value_dim = out.shape[2]
     limits = platform.limits(q.device)
-    config = attention_config(limits.arch, heads)
     extra = extra_cache if extra_cache is not None and extra_indices is not None else None
     width = swa_indices.shape[1] + (extra_indices.shape[1] if extra is not None and extra_indices is not None else 0)
+    e_cache, e_indices = (swa_cache, swa_indices) if extra is None else (extra, extra_indices)
+    assert e_indices is not None
+    config = decode_config(limits.arch, heads, (swa_cache.layout, e_cache.layout))
     head_blocks = triton.cdiv(heads, config.block_h)
     if splits is None:
         splits = num_splits(tokens * head_blocks, triton.cdiv(width, config.block_k), limits.multiprocessors)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     if splits > 1:
-        partial = torch.empty(tokens, heads, splits, head_dim, dtype=torch.float32, device=q.device)
+        partial = torch.empty(tokens, heads, splits, value_dim, dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
     else:
         partial = partial_lse = lse
-    e_cache, e_indices = (swa_cache, swa_indices) if extra is None else (extra, extra_indices)
-    assert e_indices is not None
     decode_kernel[(tokens, head_blocks, splits)](
         q, swa_cache.data, swa_indices, swa_lens if swa_lens is not None else lse,
         e_cache.data, e_indices, extra_lens if extra_lens is not None else lse,
         attn_sink if attn_sink is not None else lse,
         out, lse, partial, partial_lse,
-        heads, splits, softmax_scale,
+        heads, splits, softmax_scale, swa_k_scale, extra_k_scale,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1),
         swa_indices.shape[1], swa_indices.stride(0), swa_cache.capacity, swa_cache.page_size, swa_cache.page_stride,
         e_indices.shape[1], e_indices.stride(0), e_cache.capacity, e_cache.page_size, e_cache.page_stride,
         HAS_SWA_LENS=swa_lens is not None, HAS_EXTRA=extra is not None, HAS_EXTRA_LENS=extra_lens is not None,
         HAS_SINK=attn_sink is not None, SPLIT=splits > 1, BLOCK_H=config.block_h, BLOCK_K=config.block_k,
-        HEAD_DIM=head_dim, **layout_constexprs(swa_cache.layout), **config.options,
+        VALUE_DIM=value_dim, TAIL=head_dim - value_dim,
+        SWA=entry_format(swa_cache.layout, limits.arch), EXTRA=entry_format(e_cache.layout, limits.arch),
+        **config.options,
     )  # fmt: skip
     if splits > 1:
         reduce_kernel[(tokens, heads)](
             partial, partial_lse, attn_sink if attn_sink is not None else lse, out, lse,
             heads, splits, out.stride(0), out.stride(1),
-            HAS_SINK=attn_sink is not None, HEAD_DIM=head_dim, num_warps=4,
+            HAS_SINK=attn_sink is not None, VALUE_DIM=value_dim, num_warps=4,
         )  # fmt: skip
     return lse

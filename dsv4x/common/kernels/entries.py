@@ -1,63 +1,141 @@
 """Where an entry's bytes stand, and reading whole entries as the attention kernels want them: bf16, a row each."""
 
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 
 from ..layouts import CacheLayout
-from .encodings import e4m3fn_to_f32, ue8m0_to_f32
+from .encodings import e2m1_to_f32, e4m3fn_to_f32, e4m3fnuz_to_f32, ue8m0_to_f32
 from .portability import to_bf16
 
 
+@dataclass(frozen=True)
+class EntryFormat:
+    """A layout as kernels take it, one constexpr.
+
+    Its derived numbers are fields, not properties, because Triton's cache of compiled kernels knows a constexpr by its
+    ``repr`` alone.
+
+    Attributes:
+        nope_dim, rope_dim, tile: as in :class:`~dsv4x.CacheLayout`.
+        rope_base: offset of the RoPE values from the entry's values.
+        data_bytes, scale_bytes: of one entry.
+        scale_base: in ``aos`` entries, offset of the scales from the values.
+        soa: whether all values of a page stand before all its scales.
+        value, scale: the encodings' names.
+        native: whether the arch's own conversion decodes and encodes the values.
+    """
+
+    nope_dim: int
+    rope_dim: int
+    tile: int
+    rope_base: int
+    data_bytes: int
+    scale_bytes: int
+    scale_base: int
+    soa: bool
+    value: str
+    scale: str
+    native: bool
+
+
+@functools.lru_cache(maxsize=256)
+def entry_format(layout: CacheLayout, arch: str) -> EntryFormat:
+    """The record's numbers, for kernels compiled for ``arch``."""
+    soa = layout.arrangement == "soa"
+    return EntryFormat(
+        layout.nope_dim,
+        layout.rope_dim,
+        layout.scale_tile,
+        layout.rope_base,
+        layout.data_bytes,
+        layout.scale_bytes,
+        0 if soa else layout.scale_base(1),
+        soa,
+        layout.value_encoding,
+        layout.scale_encoding,
+        native_fp8(layout, arch),
+    )
+
+
+def native_fp8(layout: CacheLayout, arch: str) -> bool:
+    """Whether the arch's own conversion gives the layout's codes; measured on NVIDIA, elsewhere bytes are decoded."""
+    return layout.value_encoding == "e4m3fn" and arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 89
+
+
 @triton.jit
-def locate(
-    cache_ptr, slots, page_size, page_stride,
-    DATA_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, SCALE_BASE: tl.constexpr, SOA: tl.constexpr,
-):  # fmt: skip
+def locate(cache_ptr, slots, page_size, page_stride, FORMAT: tl.constexpr):
     """(values, scales) byte pointers of the entries at ``slots`` (int32 or int64, all in range)."""
     page = slots // page_size
     entry = (slots - page * page_size).to(tl.int64)
     base = cache_ptr + page.to(tl.int64) * page_stride
-    if SOA:
-        return base + entry * DATA_BYTES, base + tl.cast(page_size, tl.int64) * DATA_BYTES + entry * SCALE_BYTES
+    if FORMAT.soa:
+        scales = base + tl.cast(page_size, tl.int64) * FORMAT.data_bytes + entry * FORMAT.scale_bytes
+        return base + entry * FORMAT.data_bytes, scales
     else:
-        data = base + entry * (DATA_BYTES + SCALE_BYTES)
-        return data, data + SCALE_BASE
+        data = base + entry * (FORMAT.data_bytes + FORMAT.scale_bytes)
+        return data, data + FORMAT.scale_base
+
+
+@triton.jit
+def decode_fp8(codes, FORMAT: tl.constexpr):
+    """uint8 codes of the format's FP8 flavour -> float32, exact."""
+    if FORMAT.native:
+        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    elif FORMAT.value == "e4m3fnuz":
+        return e4m3fnuz_to_f32(codes)
+    else:
+        return e4m3fn_to_f32(codes)
+
+
+@triton.jit
+def _load_encoded(data, scale, column, mask, k_scale, FIRST: tl.constexpr, COUNT: tl.constexpr, FORMAT: tl.constexpr):
+    """float32 ``[N, COUNT]`` of the encoded values from ``FIRST`` on, scales applied."""
+    if FORMAT.value == "e2m1":
+        byte = FIRST // 2 + tl.arange(0, COUNT // 2)
+        codes = tl.load(data[:, None] + byte[None, :], mask=mask, other=0)
+        values = e2m1_to_f32(tl.interleave(codes & 0xF, codes >> 4))
+    else:
+        codes = tl.load(data[:, None] + column[None, :], mask=mask, other=0)
+        values = decode_fp8(codes, FORMAT)
+    tile = (column // FORMAT.tile)[None, :]
+    if FORMAT.scale == "ue8m0":
+        values *= ue8m0_to_f32(tl.load(scale[:, None] + tile, mask=mask, other=127))
+    elif FORMAT.scale == "e4m3fn":
+        values *= e4m3fn_to_f32(tl.load(scale[:, None] + tile, mask=mask, other=0))
+    elif FORMAT.scale == "float32":
+        values *= tl.load(scale.to(tl.pointer_type(tl.float32))[:, None] + tile, mask=mask, other=0.0)
+    else:
+        values *= k_scale
+    return values
 
 
 @triton.jit
 def load_entries(
-    cache_ptr, slots, valid, page_size, page_stride,
-    BLOCK_D: tl.constexpr, NOPE_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, ROPE_BASE: tl.constexpr,
-    TILE: tl.constexpr, DATA_BYTES: tl.constexpr, SCALE_BYTES: tl.constexpr, SCALE_BASE: tl.constexpr,
-    SOA: tl.constexpr,
+    cache_ptr, slots, valid, page_size, page_stride, k_scale,
+    FIRST: tl.constexpr, COUNT: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """bf16 ``[len(slots), BLOCK_D]`` of e4m3fn values under ue8m0 scales and bf16 RoPE values.
+    """bf16 ``[len(slots), COUNT]``: values ``FIRST`` to ``FIRST + COUNT - 1`` of each entry.
 
-    Zero where ``valid`` is false and past the head dim. Nothing is read for an entry that is not valid, whatever its
-    slot.
+    Zero where ``valid`` is false. Nothing is read for an entry that is not valid, whatever its slot.
     """
+    LAST: tl.constexpr = FIRST + COUNT
+    NOPE: tl.constexpr = FORMAT.nope_dim
     safe = tl.where(valid, slots, 0).to(tl.int64)
-    data, scale = locate(cache_ptr, safe, page_size, page_stride, DATA_BYTES, SCALE_BYTES, SCALE_BASE, SOA)
-    columns = tl.arange(0, BLOCK_D)
-    nope_mask = valid[:, None] & (columns < NOPE_DIM)[None, :]
-    codes = tl.load(data[:, None] + columns[None, :], mask=nope_mask, other=0)
-    scales = ue8m0_to_f32(tl.load(scale[:, None] + (columns // TILE)[None, :], mask=nope_mask, other=127))
-    nope = to_bf16(e4m3fn_to_f32(codes) * scales)
-    rope_mask = valid[:, None] & ((columns >= NOPE_DIM) & (columns < NOPE_DIM + ROPE_DIM))[None, :]
-    rope = (data + ROPE_BASE).to(tl.pointer_type(tl.bfloat16))
-    values = tl.load(rope[:, None] + (columns - NOPE_DIM)[None, :], mask=rope_mask, other=0.0)
-    return tl.where((columns < NOPE_DIM)[None, :], nope, values)
-
-
-def layout_constexprs(layout: CacheLayout) -> dict[str, int]:
-    """Where the record says an entry's bytes stand, as the kernels take it."""
-    return {
-        "NOPE_DIM": layout.nope_dim,
-        "ROPE_DIM": layout.rope_dim,
-        "ROPE_BASE": layout.rope_base,
-        "TILE": layout.scale_tile,
-        "DATA_BYTES": layout.data_bytes,
-        "SCALE_BYTES": layout.scale_bytes,
-        "SCALE_BASE": 0 if layout.arrangement == "soa" else layout.scale_base(1),
-        "SOA": layout.arrangement == "soa",
-    }
+    data, scale = locate(cache_ptr, safe, page_size, page_stride, FORMAT)
+    column = FIRST + tl.arange(0, COUNT)
+    if LAST <= NOPE:
+        return to_bf16(_load_encoded(data, scale, column, valid[:, None], k_scale, FIRST, COUNT, FORMAT))
+    else:
+        rope = (data + FORMAT.rope_base).to(tl.pointer_type(tl.bfloat16))[:, None] + (column - NOPE)[None, :]
+        if FIRST >= NOPE:
+            return tl.load(rope, mask=valid[:, None], other=0.0)
+        else:
+            encoded = (column < NOPE)[None, :]
+            mask = valid[:, None] & encoded
+            nope = to_bf16(_load_encoded(data, scale, column, mask, k_scale, FIRST, COUNT, FORMAT))
+            return tl.where(encoded, nope, tl.load(rope, mask=valid[:, None] & (column >= NOPE)[None, :], other=0.0))

@@ -7,7 +7,7 @@ import triton.language as tl
 from ..platform import platform
 from .config import attention_config
 from .portability import to_bf16
-from .softmax import LOG2E, apply_sink, attend_block, finish
+from .softmax import LOG2E, apply_sink, attend_block, finish, load_q
 
 
 @triton.jit
@@ -15,27 +15,29 @@ def prefill_kernel(
     q_ptr, kv_ptr, indices_ptr, lens_ptr, sink_ptr, out_ptr, lse_ptr,
     heads, rows, width, scale, q_stride_t, q_stride_h, kv_stride, indices_stride, out_stride_t, out_stride_h,
     HAS_LENS: tl.constexpr, HAS_SINK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     head_mask = head < heads
-    column = tl.arange(0, HEAD_DIM)
-    q = tl.load(
-        q_ptr + token * q_stride_t + head[:, None] * q_stride_h + column[None, :], mask=head_mask[:, None], other=0.0
-    )
+    column = tl.arange(0, VALUE_DIM)
+    q, q_tail = load_q(q_ptr + token * q_stride_t + head * q_stride_h, head_mask, VALUE_DIM, TAIL)
     span = width
     if HAS_LENS:
         span = tl.minimum(tl.maximum(tl.load(lens_ptr + token), 0), width).to(tl.int32)
     m = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_H,), tl.float32)
-    acc = tl.zeros((BLOCK_H, HEAD_DIM), tl.float32)
+    acc = tl.zeros((BLOCK_H, VALUE_DIM), tl.float32)
     for start in range(0, span, BLOCK_K):
         offset = start + tl.arange(0, BLOCK_K)
         row = tl.load(indices_ptr + token * indices_stride + offset, mask=offset < span, other=-1).to(tl.int64)
         valid = (row >= 0) & (row < rows)
-        k = tl.load(kv_ptr + row[:, None] * kv_stride + column[None, :], mask=valid[:, None], other=0.0)
-        m, l, acc = attend_block(q, k, valid, scale * LOG2E, m, l, acc)
+        kv_row = kv_ptr + row[:, None] * kv_stride
+        k = tl.load(kv_row + column[None, :], mask=valid[:, None], other=0.0)
+        k_tail = k
+        if TAIL > 0:
+            k_tail = tl.load(kv_row + VALUE_DIM + tl.arange(0, TAIL)[None, :], mask=valid[:, None], other=0.0)
+        m, l, acc = attend_block(q, q_tail, k, k_tail, valid, scale * LOG2E, m, l, acc, TAIL)
     out, lse = finish(m, l, acc)
     if HAS_SINK:
         out = apply_sink(out, lse, tl.load(sink_ptr + head, mask=head_mask, other=0.0))
@@ -53,8 +55,9 @@ def sparse_mla_prefill(
     softmax_scale: float,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """Launch over ``q [T, H, D]``; writes ``out`` and returns lse float32 ``[T, H]``."""
+    """Launch over ``q [T, H, D]``; writes ``out [T, H, V]`` and returns lse float32 ``[T, H]``."""
     tokens, heads, head_dim = q.shape
+    value_dim = out.shape[2]
     config = attention_config(platform.limits(q.device).arch, heads)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     prefill_kernel[(tokens, triton.cdiv(heads, config.block_h))](
@@ -62,6 +65,6 @@ def sparse_mla_prefill(
         heads, kv.shape[0], indices.shape[1], softmax_scale,
         q.stride(0), q.stride(1), kv.stride(0), indices.stride(0), out.stride(0), out.stride(1),
         HAS_LENS=lens is not None, HAS_SINK=attn_sink is not None, BLOCK_H=config.block_h, BLOCK_K=config.block_k,
-        HEAD_DIM=head_dim, **config.options,
+        VALUE_DIM=value_dim, TAIL=head_dim - value_dim, **config.options,
     )  # fmt: skip
     return lse

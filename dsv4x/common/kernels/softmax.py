@@ -10,9 +10,26 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def attend_block(q, k, valid, scale, m, l, acc):
-    """Fold one block of entries ``k [BLOCK_K, D]`` into the running maximum, sum and output."""
-    logits = dot(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), tl.float32)) * scale
+def load_q(q_row, head_mask, VALUE_DIM: tl.constexpr, TAIL: tl.constexpr):
+    """``(q, q_tail)`` of the heads whose rows ``q_row [BLOCK_H]`` points at; without a tail ``q_tail`` is ``q``."""
+    q = tl.load(q_row[:, None] + tl.arange(0, VALUE_DIM)[None, :], mask=head_mask[:, None], other=0.0)
+    if TAIL > 0:
+        tail = VALUE_DIM + tl.arange(0, TAIL)
+        return q, tl.load(q_row[:, None] + tail[None, :], mask=head_mask[:, None], other=0.0)
+    else:
+        return q, q
+
+
+@triton.jit
+def attend_block(q, q_tail, k, k_tail, valid, scale, m, l, acc, TAIL: tl.constexpr):
+    """Fold one block of entries ``k [BLOCK_K, D]`` into the running maximum, sum and output.
+
+    With ``TAIL``, ``q_tail`` and ``k_tail [BLOCK_K, TAIL]`` are the values of K that are not part of V.
+    """
+    logits = dot(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), tl.float32))
+    if TAIL > 0:
+        logits = dot(q_tail, tl.trans(k_tail), logits)
+    logits *= scale
     logits = tl.where(valid[None, :], logits, float("-inf"))
     m_new = tl.maximum(m, tl.max(logits, axis=1))
     # While every entry was invalid the maximum is -inf, and -inf - -inf would be NaN.
