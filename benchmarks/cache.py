@@ -1,8 +1,9 @@
 """Cache ops beside the device's own copy of as many bytes, on one GPU in one run.
 
-"bare" moves the bytes of a DSv4 insert, a row read and an entry and its scales written at its slot, and computes nothing:
-what the device gives for these addresses. 262 144 rows; medians of ``triton.testing.do_bench``. ``of_copy`` is the copy's time over the op's: it reads half of
-the op's bytes (an entry and its bf16 row) and writes as many, so both move the same number.
+262 144 rows; medians of ``triton.testing.do_bench``. ``of_copy`` is the copy's time over the op's: it reads half of
+the op's bytes (an entry and its bf16 row) and writes as many, so both move the same number. "bare" moves the bytes of
+a DSv4 insert (reads a row, writes an entry and its scales at its slot) and computes nothing: what the device gives for
+these addresses.
 
 Usage: python benchmarks/cache.py --out benchmarks/results/cache-<gpu>.json
 """

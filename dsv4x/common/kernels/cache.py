@@ -25,7 +25,7 @@ from .portability import to_bf16
 # (rows a program, warps): the best of a sweep on an H200 at 262 144 rows.
 _DEQUANTIZE_SHAPE = (4, 2)
 _QUANTIZE_SHAPE = (4, 1)
-_QUANTIZE_SHAPES = {"DSv4": (16, 2)}
+_QUANTIZE_SHAPES = {"DSv4": (16, 2), "DSv4.1 fp4": (8, 4)}
 
 
 def dequantize_shape(layout: CacheLayout) -> tuple[int, int]:

@@ -26,7 +26,7 @@ class EntryFormat:
         data_bytes, scale_bytes: of one entry.
         scale_base: in ``aos`` entries, offset of the scales from the values.
         soa: whether all values of a page stand before all its scales.
-        value_encoding, scale_encoding: their names. (A field called ``value`` would be the constexpr's own in Triton 3.6.)
+        value_encoding, scale_encoding: their names. A field called ``value`` would be the constexpr's own (Triton 3.6).
         native: whether the arch's own conversion decodes and encodes the values.
     """
 
