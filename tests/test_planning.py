@@ -138,8 +138,7 @@ def test_a_converter_without_a_kernel_is_no_way():
 # Which layout, of those that serve.
 
 
-def test_the_better_way_comes_before_the_fewer_bytes():
-    """In place at 656 B, not converted at 576."""
+def test_the_better_way_comes_before_the_enums_order():
     plan = plan_cache("flash_mla", "triton", head_dim=576, arch="sm_100")
     assert plan.layout == BLOCKS
     assert plan.reasons["trtllm-native"] == [
@@ -149,23 +148,24 @@ def test_the_better_way_comes_before_the_fewer_bytes():
     with only(kernel(DECODE, "triton", layouts.UNIFORM_FP8, NATIVE), *TABLE[1:]):
         assert what(plan_cache("flash_mla", "triton", head_dim=576, arch="sm_100"))[0] == NATIVE
     read = (layouts.UNIFORM_FP8, layouts.DSV41_FP8)
+    assert plan_cache("triton", "triton", stored=read[0], arch="gfx942").prefill_op == DECODE
     with only(kernel(DECODE, "triton", *read), kernel(DECODE, "aiter", read[1]), kernel(PREFILL, "aiter")):
         plan = plan_cache("aiter", "triton", arch="gfx942")
     assert plan.layout == layouts.DSV41_FP8
     assert "bf16 rows that dsv4x.dequantize_k_cache_paged" in plan.reasons["uniform fp8"][0]
 
 
-def test_fewer_bytes_come_first_and_then_the_order_of_the_enum():
+def test_a_kernel_that_reads_all_gets_the_models_own():
     plan = plan_cache("triton", "triton", arch="gfx942")
-    assert plan.layout == layouts.UNIFORM_FP8
-    assert plan.reasons["DSv4"] == ["takes 584 B an entry, uniform fp8 takes 512"]
+    assert plan.layout == layouts.DSV4
+    assert plan_cache("triton", "triton", head_dim=576, arch="gfx942").layout == BLOCKS
     # Of the two flavours OCP's is the record, gfx942's the variant.
-    assert plan.reasons["uniform fp8 fnuz"] == ["takes the 512 B an entry of uniform fp8, which stands before it"]
+    for other in ("uniform fp8", "DSv4 fnuz"):
+        assert plan.reasons[other] == ["would serve as well, but DSv4 stands before it in MLAKVCacheLayout"]
     soa = (layouts.DSV41_FP8_SOA, layouts.DSV41_FP8)
     with only(kernel(DECODE, "triton", *soa)):
         plan = plan_cache("triton", "triton", arch="gfx942")
     assert plan.layout == layouts.DSV41_FP8
-    assert plan.reasons["DSv4.1 fp8 soa"][0].endswith("of DSv4.1 fp8, which stands before it")
     assert set(plan.reasons) == {layout.name for layout in MAIN if layout.head_dim == 512} - {"DSv4.1 fp8"}
 
 
@@ -287,7 +287,7 @@ def test_a_kernel_this_process_does_not_have_is_refused_by_its_absence():
 def test_the_plan_is_for_this_machine_unless_told_otherwise():
     here = dsv4x.platform.arch
     assert f"on {here}, pages of 64" in str(refusal("triton", "aiter", arch=None))
-    assert plan_cache("triton", "triton", device="cpu").layout == layouts.UNIFORM_FP8
+    assert plan_cache("triton", "triton", device="cpu").layout == layouts.DSV4
     error = refusal("flash_mla", "flash_mla", arch=None, device="cpu")
     assert any("device is cpu, need cuda" in reason for reason in error.reasons["flash_mla"])
 
@@ -366,11 +366,11 @@ def test_an_argument_that_says_nothing_is_named(names, arguments, error, says):
 
 
 def rank(layout, op, converter):
-    """The rule, said again: encoding, way, bytes, order."""
+    """The rule, said again: encoding, way, order."""
     encoding = {"bf16": 1, "e2m1": 2}.get(layout.value_encoding, 0)
     way = 2 if op == PREFILL else 1 if converter else 0
     position = [base.name for base in NAMED].index(layout.name.removesuffix(" fnuz"))
-    return encoding, way, layout.entry_bytes, position, layout in FNUZ
+    return encoding, way, position, layout in FNUZ
 
 
 def ways(prefill_reads, takes_rows, decode_reads, head_dim):
@@ -447,9 +447,9 @@ def test_doing_what_a_plan_says_gives_the_stored_values(prefill, decode, stored)
 
 def test_the_portable_kernels_are_planned_by_their_own_records():
     with only(*(record for record in REAL if record.name in ("triton", "reference"))):
-        for head_dim, smallest in ((512, layouts.UNIFORM_FP8), (576, NATIVE)):
+        for head_dim, own in ((512, layouts.DSV4), (576, BLOCKS)):
             plan = plan_cache("reference", "reference", head_dim=head_dim, device="cpu")
-            assert what(plan) == (smallest, DECODE, smallest, None)
+            assert what(plan) == (own, DECODE, own, None)
         assert plan_cache("triton", "reference", arch="gfx942", stored=layouts.DSV4).prefill_op == DECODE
         assert "prefill flash_mla: not on backend" in str(refusal("flash_mla", "triton"))
 

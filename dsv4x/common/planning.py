@@ -20,7 +20,7 @@ from .registry import Problem
 from .sparse_mla import HEAD_DIMS
 
 # bf16 stands behind FP8 because its bytes cost every decode step more than any conversion costs prefill once, and 4-bit
-# values behind both because they lose accuracy, which nothing else here weighs.
+# values behind both because they lose accuracy.
 _ENCODING_RANK = {"e4m3fn": 0, "e4m3fnuz": 0, "bf16": 1, "e2m1": 2}
 
 DECODE, PREFILL, GATHER = "sparse_mla_decode", "sparse_mla_prefill", "dequantize_k_cache_paged"
@@ -76,20 +76,18 @@ class CachePlan:
         return "them in place"
 
     @property
-    def _rank(self) -> tuple[int, tuple[bool, bool], int]:
+    def _rank(self) -> tuple[int, tuple[bool, bool]]:
         work = (self.prefill_layout is None, self.converter is not None)
-        return _ENCODING_RANK[self.layout.value_encoding], work, self.entry_bytes
+        return _ENCODING_RANK[self.layout.value_encoding], work
 
     def _loses_to(self, best: CachePlan) -> str:
-        (encoding, work, size), (best_encoding, best_work, best_size) = self._rank, best._rank
+        (encoding, work), (best_encoding, best_work) = self._rank, best._rank
         seen, chosen = self.layout, best.layout
         if encoding > best_encoding:
             return f"holds {seen.value_encoding} values, stored only where no {chosen.value_encoding} layout serves"
         if work > best_work:
             return f"prefill {self.prefill} would read {self._read_by_prefill}: {chosen.name} takes less work"
-        if size > best_size:
-            return f"takes {size} B an entry, {chosen.name} takes {best_size}"
-        return f"takes the {size} B an entry of {chosen.name}, which stands before it"
+        return f"would serve as well, but {chosen.name} stands before it in MLAKVCacheLayout"
 
 
 def plan_cache(
@@ -108,8 +106,8 @@ def plan_cache(
     ``decode`` reads the stored pages in place. ``prefill`` reads them in place too if it can; else pages that an exact
     converter makes of them, each once; else bf16 rows gathered from them. Of the layouts ``decode`` reads, FP8 comes
     before bf16 and bf16 before 4-bit values; then the one that gives ``prefill`` the earliest of these ways; then the
-    one of fewest bytes an entry; then the first in :class:`~dsv4x.MLAKVCacheLayout`, e4m3fn before e4m3fnuz. Accuracy
-    is not weighed further. With 512 values, kernels are asked for DeepSeek-V4's two caches, both in the planned layout.
+    first in :class:`~dsv4x.MLAKVCacheLayout`, which begins with the models' own, e4m3fn before e4m3fnuz. With 512
+    values, kernels are asked for DeepSeek-V4's two caches, both in the planned layout.
 
     Args:
         prefill, decode: kernels' names, such as ``"flash_mla"`` and ``"triton"``; they may be the same.
