@@ -132,7 +132,7 @@ def test_values_stand_where_published_within_half_an_ulp(layout, page_size, kern
             assert (np.abs(entry[:nope] - exact[:nope]) <= np.maximum(np.abs(exact[:nope]) * 2.0**-bits, floor)).all()
 
 
-@pytest.mark.parametrize("page_size", [2, 64])
+@pytest.mark.parametrize("page_size", [1, 2, 61, 64, 256])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=IDS)
 def test_kernels_write_and_read_the_references_bytes(layout, page_size, kernel_device):
     """Zeros, NaN of either sign, infinities, tiny and huge rows included; neighbours and page padding untouched."""
@@ -176,6 +176,26 @@ def test_attention_refuses_entries_of_another_width():
         dsv4x.sparse_mla_decode(q, pool(layouts.INDEXER_FP8, 2), torch.zeros(1, 1, dtype=torch.int32), None)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["triton", "reference"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=IDS)
+def test_the_last_page_lies_past_four_gib(layout, kernel):
+    k = rows(layout, 9, extreme=True).cuda()
+    stride = (1 << 32) + 16 * 61
+    raw = torch.zeros(stride + layout.page_stride(61), dtype=torch.uint8, device="cuda")
+    far = PagedCache(raw.as_strided((2, layout.page_stride(61)), (stride, 1)), layout, 61)
+    near = PagedCache.zeros(2, layout, 61, "cuda")
+    slots = torch.tensor([0, 60, 61, 62, 63, 90, 119, 120, 121], device="cuda")
+    dsv4x.quantize_and_insert_k_cache(k, far, slots, kernel=kernel)
+    dsv4x.quantize_and_insert_k_cache(k, near, slots, kernel="reference")
+    assert torch.equal(far.page_bytes, near.page_bytes)
+    assert int(raw.count_nonzero()) == int(near.data.count_nonzero()), "wrote outside its pages"
+    got, want = (
+        dsv4x.dequantize_k_cache_paged(cache, slots, kernel=by) for cache, by in ((far, kernel), (near, "reference"))
+    )
+    assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("k_scale", [0, -1.0, float("inf"), float("nan")])
 def test_k_scale_must_be_a_scale(k_scale):
     cache = pool(layouts.TRTLLM_NATIVE, 2)
@@ -213,13 +233,42 @@ def test_the_documents_drawings_are_the_records(pytestconfig):
 def stored_rows(draw):
     """A layout, a page size, distinct slots with skipped ones among them, and rows of values from tiny to NaN."""
     layout = draw(st.sampled_from(LAYOUTS))
-    page_size = draw(st.sampled_from([1, 2, 61, 64]))
+    page_size = draw(st.sampled_from([1, 2, 61, 64, 256]))
     capacity = 3 * page_size if page_size > 2 else 8 * page_size
     slots = draw(st.lists(st.integers(-1, capacity - 1), max_size=5, unique=True))
     special = [0.0, -0.0, 1e-5, 1e-4, 0.0448, 1.75, 448.0, 3e38, float("inf"), -float("inf"), float("nan")]
     kinds = draw(st.lists(st.sampled_from(special), min_size=len(slots), max_size=len(slots)))
     seed = draw(st.integers(0, 2**16))
     return layout, page_size, capacity // page_size, slots, kinds, seed
+
+
+def nearest_and_half_ulp(layout, values):
+    """``values [N, D]`` clipped to where they saturate, and half an ulp of the encoding at each one's scale."""
+    nope = layout.nope_dim
+    nearest, error = values.copy(), np.zeros_like(values)
+    if nope:
+        tiles = np.abs(values[:, :nope]).reshape(-1, nope // layout.scale_tile, layout.scale_tile).max(2)
+        scales = np.vectorize(lambda amax: tile_scale(layout, amax), otypes=[float])(tiles)
+        scales = scales.repeat(layout.scale_tile, axis=1)
+        largest = layout.value_max * scales
+        nearest[:, :nope] = np.clip(values[:, :nope], -largest, largest)
+        bits, least = {"e2m1": (1, 0), "e4m3fn": (3, -6), "e4m3fnuz": (3, -7)}[layout.value_encoding]
+        _, exponent = np.frexp(nearest[:, :nope] / scales)
+        error[:, :nope] = np.ldexp(scales, np.maximum(exponent - 1, least) - bits - 1)
+    return nearest, error
+
+
+def tile_scale(layout, amax):
+    """The scale by its definition, from float64 comparisons alone."""
+    if layout.scale_encoding == "none":
+        return 1.0
+    if layout.scale_encoding == "e4m3fn":
+        codes = encodings.decode_e4m3fn(torch.arange(127, dtype=torch.uint8)).double().numpy()
+        return min(codes[codes >= 2.0**-9], key=lambda scale: abs(scale - max(amax / 6, 2.0**-9)))
+    exponent = -127
+    while layout.value_max * 2.0**exponent < max(amax, layout.amax_floor):
+        exponent += 1
+    return 2.0**exponent
 
 
 @given(stored_rows())
@@ -242,13 +291,9 @@ def test_what_is_stored_is_what_is_read_and_nothing_else(kernel_device, case):
     assert not read[~stored].any()
     assert read[stored][k[stored].isnan()].isnan().all()
     plain = stored & torch.tensor([abs(kind) < 1e30 for kind in kinds], dtype=torch.bool)
-    amax = k[plain].float().abs().amax(1, keepdim=True).clamp_min(1e-4)
-    # An ulp of the coarsest encoding at the largest scale the row can have.
-    step = 0.5 if layout.value_encoding == "e2m1" else 2.0**-3
-    if layout.scale_encoding == "none" and layout.nope_dim:
-        amax = amax.clamp_max(layout.value_max)  # without a tile scale larger values saturate
-        k = k.float().clamp(-layout.value_max, layout.value_max)
-    assert ((read[plain].float() - k[plain].float()).abs() <= amax * step).all()
+    values = k[plain].double().numpy()
+    nearest, error = nearest_and_half_ulp(layout, values)
+    assert (np.abs(read[plain].double().numpy() - nearest) <= error).all()
     entries = {s for s in slots if s >= 0}
     touched = (cache.data != before).cpu()
     for page in range(pages):
