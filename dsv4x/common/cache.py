@@ -107,7 +107,8 @@ def requantize_fp8_to_block_scale(
 
     Args:
         cache: layout trtllm-native, either FP8 flavour.
-        k_scale: the tensor scale the server stored the cache with (1.0 where it has none), finite and > 0.
+        k_scale: the tensor scale the server stored the cache with (1.0 where it has none), finite and > 0. FlashMLA
+            rounds a block scale to bf16 before it multiplies, so a scale that bf16 holds keeps its answer exact.
         out: layout DSv3.2 of the same flavour, page size and at least as many pages; None allocates a zeroed one.
         pages: int32 or int64 ``[P]`` page numbers to convert, the same in both caches; one outside the pool is
             skipped. None converts every page.
