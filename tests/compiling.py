@@ -103,7 +103,9 @@ def cases(arch: str) -> list[Case]:
     found += [
         Case(indices.window_slots_kernel, {"BLOCK": 128}, {"num_warps": 1}, integers),
         Case(indices.local_to_slots_kernel, {"BLOCK": 512}, types=integers),
-        Case(indices.combine_kernel, {"BLOCK": 512, "HAS_ROW_SLOTS": True}, types=integers),
+        Case(indices.combine_kernel, {"BLOCK": 512, "HAS_ROW_SLOTS": True, "HAS_POSITIONS": False}, types=integers),
+        gather_case(layouts.DSV4, layouts.DSV4, arch),
+        gather_case(layouts.DSV41_FP4, layouts.DSV41_FP8, arch),
         Case(indices.sanitize_kernel, {"BLOCK": 512, "HAS_LENS": True}, types=integers),
         Case(decode.reduce_kernel, {"VALUE_DIM": 512, "HAS_SINK": True}, types=ATTENTION_OUT),
     ]
@@ -125,6 +127,18 @@ def cases(arch: str) -> list[Case]:
             label = f"[H={heads},{swa.name}+{extra.name},split={split}]"
             found.append(Case(decode.decode_kernel, constants, shape.options, ATTENTION_OUT, label=label))
     return found
+
+
+def gather_case(extra: layouts.CacheLayout, swa: layouts.CacheLayout, arch: str) -> Case:
+    constants: dict[str, object] = {}
+    for scope, layout in (("EXTRA", extra), ("SWA", swa)):
+        made = cache.cache_constexprs(layout, arch)
+        constants |= {
+            f"{scope}_BLOCK": cache.dequantize_shape(layout)[0], f"{scope}_TILES": made["TILES"],
+            f"{scope}_ROPE": made["ROPE_BLOCK"], f"{scope}_WIDE": False, scope: made["FORMAT"],
+        }  # fmt: skip
+    options = {"num_warps": cache.dequantize_shape(swa)[1]}
+    return Case(cache.gather_kernel, constants, options, ATTENTION_OUT, label=f"[{extra.name}+{swa.name}]")
 
 
 def decode_scopes(heads: int) -> list[tuple[layouts.CacheLayout, layouts.CacheLayout, bool]]:

@@ -34,7 +34,7 @@ def combined(
         if owner is not None:
             r, p = owner
             for local in row[: min((p + 1) // ratio, topk, len(row))]:
-                exists = 0 <= local < seq_lens[r] // ratio
+                exists = 0 <= local < (p + 1) // ratio
                 packed.append(compressed_base[r] + local if exists else -1)
             gathered = range(seq_lens[r] - gather_lens[r], seq_lens[r])
             for x in range(p + 1 - min(p + 1, window), p + 1):

@@ -39,13 +39,14 @@ def combine_topk_swa_indices(
     out_lens: torch.Tensor | None = None,
     *,
     row_slots: torch.Tensor | None = None,
+    positions: tuple[torch.Tensor, torch.Tensor] | None = None,
     kernel: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One workspace index row a query token: ``[top-k rebased | window rebased | -1 ...]``, front-packed.
 
     A query at position p sees ``span = min((p+1) // compress_ratio, topk, K)`` leading entries of its top-k row and
-    the ``min(p+1, window_size)`` raw tokens up to its own. Holes keep their place. A local index that its request has
-    no entry for (negative, or >= seq_len // compress_ratio) becomes -1, as does a window token that was not gathered.
+    the ``min(p+1, window_size)`` raw tokens up to its own. Holes keep their place. A local index that its query may
+    not see (negative, or >= (p+1) // compress_ratio) becomes -1, as does a window token that was not gathered.
 
     Args:
         topk_indices: int32 ``[T, K]``, index space *local* (compressed entries); K may be 0.
@@ -60,6 +61,8 @@ def combine_topk_swa_indices(
         out_lens: int32 ``[T]`` or None.
         row_slots: int32 ``[S]``, the slot each workspace row was gathered from; an index of a row whose slot is -1, and
             of a row past S, becomes -1. None: every row is there.
+        positions: int32 ``([T], [T])``, each row's request and position (-1, -1 for none), which spares finding them
+            and lets the rows be any part of a batch; ``query_start_loc`` is not looked at then.
         kernel: ``"triton"`` or ``"reference"``; None picks.
 
     Returns:
@@ -68,7 +71,7 @@ def combine_topk_swa_indices(
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device; under ``DSV4X_CHECK=1`` also a
-            local index its request has no entry for, with its row.
+            local index its query may not see, with its row.
         KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
 
     Source: the op of this name in vLLM, with bases as arguments and holes kept.
@@ -82,6 +85,9 @@ def combine_topk_swa_indices(
         checks.tensor(name, value, (requests,), checks.INDEX_DTYPES, device)
     if row_slots is not None:
         checks.tensor("row_slots", row_slots, (None,), torch.int32, device)
+    if positions is not None:
+        for name, value in zip(("positions[0]", "positions[1]"), positions):
+            checks.tensor(name, value, (tokens,), torch.int32, device)
     checks.integer("compress_ratio", compress_ratio, 1)
     width = combined_topk_width(topk, window_size)
     if out_indices is None:
@@ -97,15 +103,15 @@ def combine_topk_swa_indices(
     else:
         checks.tensor("out_lens", out_lens, (tokens,), torch.int32, device)
     if checks.check_values_enabled():
-        request, position = reference.token_positions(query_start_loc, seq_lens, tokens)
-        span = ((position + 1) // compress_ratio).clamp_max(min(topk, topk_indices.shape[1]))
-        entries = torch.where(request >= 0, seq_lens[request] // compress_ratio, 0) if requests else position + 1
-        checks.index_values("topk_indices", topk_indices, span, entries, "local entry")
+        _, position = positions or reference.token_positions(query_start_loc, seq_lens, tokens)
+        visible = (position + 1) // compress_ratio
+        span = visible.clamp_max(min(topk, topk_indices.shape[1]))
+        checks.index_values("topk_indices", topk_indices, span, visible, "local entry")
     record = select(Problem.on("combine_topk_swa_indices", device, tokens=tokens, width=width), kernel)
     if tokens:
         record.launch(
             device, topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
-            window_size, compress_ratio, topk, row_slots, out_indices, out_lens,
+            window_size, compress_ratio, topk, row_slots, positions, out_indices, out_lens,
         )  # fmt: skip
     return out_indices, out_lens
 

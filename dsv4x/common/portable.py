@@ -101,6 +101,7 @@ def register_portable() -> None:
     """Register the Triton and reference kernels of every op; Triton's are left out under DSV4X_BACKEND=reference."""
     _pair("quantize_and_insert_k_cache", "cache")
     _pair("dequantize_k_cache_paged", "cache")
+    _pair("gather_workspace", "cache")
     _pair("requantize_fp8_to_block_scale", "convert")
     _pair("combine_topk_swa_indices", "indices")
     _pair("window_slots", "indices")

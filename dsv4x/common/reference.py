@@ -77,6 +77,20 @@ def dequantize_k_cache_paged(cache: PagedCache, slots: torch.Tensor, out: torch.
     out[valid] = dequantize_slots(cache, slots[valid], k_scale=k_scale)
 
 
+def gather_workspace(
+    extra_cache: PagedCache,
+    swa_cache: PagedCache,
+    slots: torch.Tensor,
+    extra_rows: int,
+    out: torch.Tensor,
+    extra_k_scale: float = 1.0,
+    swa_k_scale: float = 1.0,
+) -> None:
+    """Rows before ``extra_rows`` from one cache, the others from the other."""
+    dequantize_k_cache_paged(extra_cache, slots[:extra_rows], out[:extra_rows], extra_k_scale)
+    dequantize_k_cache_paged(swa_cache, slots[extra_rows:], out[extra_rows:], swa_k_scale)
+
+
 def quantize_and_insert_k_cache(k: torch.Tensor, cache: PagedCache, slots: torch.Tensor, k_scale: float = 1.0) -> None:
     """Rows of ``k`` whose slot is invalid are skipped."""
     layout = cache.layout
@@ -286,21 +300,22 @@ def combine_topk_swa_indices(
     compress_ratio: int,
     topk: int,
     row_slots: torch.Tensor | None,
+    positions: tuple[torch.Tensor, torch.Tensor] | None,
     out_indices: torch.Tensor,
     out_lens: torch.Tensor,
 ) -> None:
     """One row after another, as the definition reads."""
-    request, position = token_positions(query_start_loc, seq_lens, topk_indices.shape[0])
+    request, position = positions or token_positions(query_start_loc, seq_lens, topk_indices.shape[0])
     host = [x.tolist() for x in (topk_indices, seq_lens, gather_lens, compressed_base, swa_base, request, position)]
-    locals_, seq, gathered, comp_base, win_base, requests, positions = host
+    locals_, seq, gathered, comp_base, win_base, owners, at = host
     rows = torch.full(out_indices.shape, -1, dtype=torch.int64)
     lens = torch.zeros(out_lens.shape, dtype=torch.int64)
-    for t, (r, p) in enumerate(zip(requests, positions)):
+    for t, (r, p) in enumerate(zip(owners, at)):
         if r < 0:
             continue
-        span = min((p + 1) // compress_ratio, topk, topk_indices.shape[1])
-        entries = seq[r] // compress_ratio
-        row = [comp_base[r] + e if 0 <= e < entries else -1 for e in locals_[t][:span]]
+        visible = (p + 1) // compress_ratio
+        span = min(visible, topk, topk_indices.shape[1])
+        row = [comp_base[r] + e if 0 <= e < visible else -1 for e in locals_[t][:span]]
         first_gathered = seq[r] - gathered[r]
         for x in range(max(0, p - window_size + 1), p + 1):
             row.append(win_base[r] + x - first_gathered if x >= first_gathered else -1)

@@ -56,11 +56,11 @@ def _locate_rows(
 
 
 @triton.jit
-def dequantize_kernel(
-    cache_ptr, slots_ptr, out_ptr, k_scale, rows, capacity, page_size, page_stride, out_stride,
+def _dequantize_rows(
+    cache_ptr, slots_ptr, out_ptr, row, rows, k_scale, capacity, page_size, page_stride, out_stride,
     BLOCK_N: tl.constexpr, TILES: tl.constexpr, ROPE_BLOCK: tl.constexpr, WIDE: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Write the entry of each of ``row``'s slots, as bf16, to the same row of the output."""
     valid, data, scale = _locate_rows(cache_ptr, slots_ptr, row, rows, capacity, page_size, page_stride, WIDE, FORMAT)
     out = out_ptr + row.to(tl.int64) * out_stride
     if FORMAT.nope_dim > 0:
@@ -95,6 +95,46 @@ def dequantize_kernel(
         rope = (data + FORMAT.rope_base).to(tl.pointer_type(tl.bfloat16))
         values = tl.load(rope[:, None] + column[None, :], mask=mask)
         tl.store(out[:, None] + FORMAT.nope_dim + column[None, :], values, mask=mask)
+
+
+@triton.jit
+def dequantize_kernel(
+    cache_ptr, slots_ptr, out_ptr, k_scale, rows, capacity, page_size, page_stride, out_stride,
+    BLOCK_N: tl.constexpr, TILES: tl.constexpr, ROPE_BLOCK: tl.constexpr, WIDE: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    _dequantize_rows(
+        cache_ptr, slots_ptr, out_ptr, row, rows, k_scale, capacity, page_size, page_stride, out_stride,
+        BLOCK_N, TILES, ROPE_BLOCK, WIDE, FORMAT,
+    )  # fmt: skip
+
+
+@triton.jit
+def gather_kernel(
+    extra_ptr, swa_ptr, slots_ptr, out_ptr, extra_k_scale, swa_k_scale, extra_rows, rows,
+    extra_capacity, extra_page_size, extra_page_stride, swa_capacity, swa_page_size, swa_page_stride, out_stride,
+    EXTRA_BLOCK: tl.constexpr, EXTRA_TILES: tl.constexpr, EXTRA_ROPE: tl.constexpr, EXTRA_WIDE: tl.constexpr,
+    EXTRA: tl.constexpr,
+    SWA_BLOCK: tl.constexpr, SWA_TILES: tl.constexpr, SWA_ROPE: tl.constexpr, SWA_WIDE: tl.constexpr,
+    SWA: tl.constexpr,
+):  # fmt: skip
+    """The first ``extra_rows`` rows from one cache, the others from another, in one launch."""
+    extra_programs = tl.cdiv(extra_rows, EXTRA_BLOCK)
+    program = tl.program_id(0)
+    if program < extra_programs:
+        row = program * EXTRA_BLOCK + tl.arange(0, EXTRA_BLOCK)
+        _dequantize_rows(
+            extra_ptr, slots_ptr, out_ptr, row, extra_rows, extra_k_scale,
+            extra_capacity, extra_page_size, extra_page_stride, out_stride,
+            EXTRA_BLOCK, EXTRA_TILES, EXTRA_ROPE, EXTRA_WIDE, EXTRA,
+        )  # fmt: skip
+    else:
+        row = extra_rows + (program - extra_programs) * SWA_BLOCK + tl.arange(0, SWA_BLOCK)
+        _dequantize_rows(
+            swa_ptr, slots_ptr, out_ptr, row, rows, swa_k_scale,
+            swa_capacity, swa_page_size, swa_page_stride, out_stride,
+            SWA_BLOCK, SWA_TILES, SWA_ROPE, SWA_WIDE, SWA,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -186,6 +226,30 @@ def dequantize_k_cache_paged(cache: PagedCache, slots: torch.Tensor, out: torch.
     dequantize_kernel[(triton.cdiv(rows, block_n),)](
         cache.data, slots, out, k_scale, rows, cache.capacity, cache.page_size, cache.page_stride, out.stride(0),
         BLOCK_N=block_n, num_warps=num_warps, **_shared(cache),
+    )  # fmt: skip
+
+
+def gather_workspace(
+    extra_cache: PagedCache,
+    swa_cache: PagedCache,
+    slots: torch.Tensor,
+    extra_rows: int,
+    out: torch.Tensor,
+    extra_k_scale: float,
+    swa_k_scale: float,
+) -> None:
+    """Launch over ``slots [S]``: of ``extra_cache`` before row ``extra_rows``, of ``swa_cache`` from there on."""
+    rows = slots.shape[0]
+    (extra_block, num_warps), (swa_block, _) = dequantize_shape(extra_cache.layout), dequantize_shape(swa_cache.layout)
+    programs = triton.cdiv(extra_rows, extra_block) + triton.cdiv(rows - extra_rows, swa_block)
+    extra, swa = _shared(extra_cache), _shared(swa_cache)
+    gather_kernel[(programs,)](
+        extra_cache.data, swa_cache.data, slots, out, extra_k_scale, swa_k_scale, extra_rows, rows,
+        extra_cache.capacity, extra_cache.page_size, extra_cache.page_stride,
+        swa_cache.capacity, swa_cache.page_size, swa_cache.page_stride, out.stride(0),
+        extra_block, extra["TILES"], extra["ROPE_BLOCK"], extra["WIDE"], extra["FORMAT"],
+        swa_block, swa["TILES"], swa["ROPE_BLOCK"], swa["WIDE"], swa["FORMAT"],
+        num_warps=num_warps,
     )  # fmt: skip
 
 

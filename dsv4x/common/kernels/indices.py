@@ -101,6 +101,8 @@ def combine_kernel(
     compressed_base_ptr,
     swa_base_ptr,
     row_slots_ptr,
+    request_ptr,
+    position_ptr,
     out_ptr,
     lens_ptr,
     requests,
@@ -112,22 +114,28 @@ def combine_kernel(
     topk_stride,
     out_stride,
     HAS_ROW_SLOTS: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0)
-    request, position, seq_len = _position_of(query_start_loc_ptr, seq_lens_ptr, requests, token)
+    if HAS_POSITIONS:
+        request = tl.load(request_ptr + token)
+        position = tl.load(position_ptr + token)
+        seq_len = tl.load(seq_lens_ptr + request, mask=position >= 0, other=0).to(tl.int32)
+    else:
+        request, position, seq_len = _position_of(query_start_loc_ptr, seq_lens_ptr, requests, token)
     owned = position >= 0
-    entries = seq_len // compress_ratio
+    visible = (position + 1) // compress_ratio
     first_gathered = seq_len - tl.load(gather_lens_ptr + request, mask=owned, other=0).to(tl.int32)
     compressed_base = tl.load(compressed_base_ptr + request, mask=owned, other=0).to(tl.int64)
     swa_base = tl.load(swa_base_ptr + request, mask=owned, other=0).to(tl.int64)
-    span = tl.minimum((position + 1) // compress_ratio, topk)
+    span = tl.minimum(visible, topk)
     window = tl.minimum(position + 1, window_size)
     row = token.to(tl.int64)
     for start in range(0, width, BLOCK):
         offset = start + tl.arange(0, BLOCK)
         local = tl.load(topk_ptr + row * topk_stride + offset, mask=offset < span, other=-1).to(tl.int64)
-        top = tl.where((local >= 0) & (local < entries), compressed_base + local, -1)
+        top = tl.where((local >= 0) & (local < visible), compressed_base + local, -1)
         raw = position - window + 1 + offset - span
         swa = tl.where(raw >= first_gathered, swa_base + raw - first_gathered, -1)
         value = tl.where(offset < span, top, tl.where(offset < span + window, swa, -1))
@@ -209,10 +217,11 @@ def local_to_slots(local, request, limits, block_table, page_size, pages, out):
 
 def combine_topk_swa_indices(
     topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
-    window_size, compress_ratio, topk, row_slots, out_indices, out_lens,
+    window_size, compress_ratio, topk, row_slots, positions, out_indices, out_lens,
 ):  # fmt: skip
     """Launch over the rows of ``topk_indices``."""
     tokens, width = out_indices.shape
+    request, position = positions if positions is not None else (out_lens, out_lens)
     combine_kernel[(tokens,)](
         topk_indices,
         query_start_loc,
@@ -221,6 +230,8 @@ def combine_topk_swa_indices(
         compressed_base,
         swa_base,
         row_slots if row_slots is not None else out_indices,
+        request,
+        position,
         out_indices,
         out_lens,
         seq_lens.shape[0],
@@ -232,6 +243,7 @@ def combine_topk_swa_indices(
         topk_indices.stride(0),
         out_indices.stride(0),
         HAS_ROW_SLOTS=row_slots is not None,
+        HAS_POSITIONS=positions is not None,
         BLOCK=512,
         num_warps=4,
     )
