@@ -26,7 +26,7 @@ def test_info_as_json_holds_every_fact(capsys):
     assert facts["backend"] in ("cuda", "rocm", "reference")
     assert facts["reason"]
     modules = {library["module"] for library in facts["libraries"]}
-    assert modules == {"triton", "flash_mla", "deep_gemm", "aiter"}
+    assert modules == {"triton", "flash_mla", "deep_gemm", "flashinfer", "aiter"}
     for library in facts["libraries"]:
         assert library["usable"] == (library["reason"] is None)
     decode = facts["kernels"]["sparse_mla_decode"]
