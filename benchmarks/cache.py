@@ -1,7 +1,9 @@
 """Cache ops beside the device's own copy of as many bytes, on one GPU in one run.
 
 262 144 rows; medians of ``triton.testing.do_bench``. ``of_copy`` is the copy's time over the op's: it reads half of
-the op's bytes (an entry and its bf16 row) and writes as many, so both move the same number.
+the op's bytes (an entry and its bf16 row) and writes as many, so both move the same number. "bare" moves the bytes of
+a DSv4 insert (reads a row, writes an entry and its scales at its slot) and computes nothing: what the device gives for
+these addresses.
 
 Usage: python benchmarks/cache.py --out benchmarks/results/cache-<gpu>.json
 """
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import torch
 import triton
+import triton.language as tl
 
 import dsv4x
 from dsv4x import MLAKVCacheLayout, PagedCache, layouts
@@ -32,6 +35,28 @@ def copy_us(moved: int) -> float:
     return median_us(lambda: target.copy_(source))
 
 
+@triton.jit
+def bare_insert_kernel(k_ptr, cache_ptr, slots_ptr, page_size, page_stride, BLOCK_N: tl.constexpr):
+    """DSv4's addresses in 32-bit words: 256 of a bf16 row read; 144 of an entry and 2 of its scales written."""
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    slot = tl.load(slots_ptr + row).to(tl.int32)
+    page = slot // page_size
+    entry = (slot - page * page_size).to(tl.int64)
+    base = cache_ptr + page.to(tl.int64) * page_stride
+    word = tl.arange(0, 256)
+    values = tl.load(k_ptr + row[:, None].to(tl.int64) * 256 + word[None, :])
+    tl.store((base + entry * 144)[:, None] + word[None, :], values, mask=(word < 144)[None, :])
+    scales = (base + tl.cast(page_size, tl.int64) * 144 + entry * 2)[:, None] + tl.arange(0, 2)[None, :]
+    tl.store(scales, tl.zeros((BLOCK_N, 2), tl.int32) + tl.max(values, axis=1)[:, None], eviction_policy="evict_last")
+
+
+def bare_insert(k: torch.Tensor, cache: PagedCache, slots: torch.Tensor) -> None:
+    words = cache.data.view(torch.int32)
+    bare_insert_kernel[(ROWS // 4,)](
+        k.view(torch.int32), words, slots, cache.page_size, words.stride(0), BLOCK_N=4, num_warps=1
+    )
+
+
 def measure(layout: layouts.CacheLayout, page_size: int) -> list[dict]:
     head_dim = layout.head_dim
     k = (torch.randn(ROWS, head_dim, device="cuda") / 10).bfloat16()
@@ -43,10 +68,13 @@ def measure(layout: layouts.CacheLayout, page_size: int) -> list[dict]:
         ("sequential", torch.arange(ROWS, device="cuda")),
         ("random", torch.randperm(ROWS, device="cuda")),
     ):
-        for op, run in (
-            ("insert", lambda slots=slots: dsv4x.quantize_and_insert_k_cache(k, cache, slots)),
-            ("dequantize", lambda slots=slots: dsv4x.dequantize_k_cache_paged(cache, slots, out)),
-        ):
+        runs = {
+            "insert": lambda slots=slots: dsv4x.quantize_and_insert_k_cache(k, cache, slots),
+            "dequantize": lambda slots=slots: dsv4x.dequantize_k_cache_paged(cache, slots, out),
+        }
+        if layout is layouts.DSV4:
+            runs["bare"] = lambda slots=slots: bare_insert(k, cache, slots)
+        for op, run in runs.items():
             us = median_us(run)
             row = {"layout": layout.name, "page_size": page_size, "op": op, "slots": order, "us": us, "copy_us": copy}
             rows.append({**row, "of_copy": copy / us})

@@ -11,6 +11,7 @@ The step, once a step and once a layer::
 
 Under it, the ops: ``quantize_and_insert_k_cache``, ``dequantize_k_cache_paged``, ``combine_topk_swa_indices``,
 ``sparse_mla_decode``, ``sparse_mla_prefill``. ``explain(problem)`` tells which kernel runs and why the others do not.
+``plan_cache(prefill, decode)`` tells what to store and where to convert for two kernels that read different layouts.
 The same ops with flat arguments, for torch.compile, are ``torch.ops.dsv4x.*``.
 """
 
@@ -27,6 +28,7 @@ from .common.cache import (
 from .common.errors import BackendUnavailable, KernelNotSupported
 from .common.indices import combine_topk_swa_indices, combined_topk_width
 from .common.layouts import CacheLayout, CacheSpec, MLAKVCacheLayout, PagedCache
+from .common.planning import CachePlan, plan_cache
 from .common.platform import platform
 from .common.portable import register_portable
 from .common.registry import Problem, explain
@@ -46,6 +48,7 @@ __all__ = [
     "AttentionMetadata",
     "BackendUnavailable",
     "CacheLayout",
+    "CachePlan",
     "CacheSpec",
     "KernelNotSupported",
     "MLAKVCacheLayout",
@@ -58,6 +61,7 @@ __all__ = [
     "explain",
     "layouts",
     "ops",
+    "plan_cache",
     "platform",
     "quantize_and_insert_k_cache",
     "reference",

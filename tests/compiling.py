@@ -80,14 +80,14 @@ def cases(arch: str) -> list[Case]:
             "WIDE": layout is layouts.DSV32,
         }
         for kernel, shape, more in (
-            (cache.dequantize_kernel, cache.DEQUANTIZE_SHAPE, {}),
+            (cache.dequantize_kernel, cache.dequantize_shape(layout), {}),
             (
                 cache.quantize_insert_kernel,
-                cache.QUANTIZE_SHAPE,
+                cache.quantize_shape(layout),
                 {**cache.quantize_constexprs(layout), "UNIT_SCALE": False},
             ),
         ):
-            constants = {**shared, **more, "BLOCK_N": cache.block_rows(shape, layout)}
+            constants = {**shared, **more, "BLOCK_N": shape[0]}
             found.append(Case(kernel, constants, {"num_warps": shape[1]}, ATTENTION_OUT, label=label))
     found.append(
         Case(

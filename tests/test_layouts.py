@@ -30,6 +30,11 @@ def test_dsv32_derives_the_published_numbers():
     assert (DSV32.scale_base(64), DSV32.page_stride(64)) == (512, 64 * 656)
 
 
+def test_one_scale_of_the_tensor_is_needed_where_fp8_is_stored_without_scales():
+    needing = {member.name for member in dsv4x.MLAKVCacheLayout if member.value.needs_k_scale}
+    assert needing == {"TRTLLM_NATIVE", "UNIFORM_FP8"}
+
+
 def test_records_are_frozen_and_replaceable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         DSV4.nope_dim = 1

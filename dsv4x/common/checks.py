@@ -63,7 +63,7 @@ def k_scale(name: str, value: object, cache: PagedCache) -> float:
         raise TypeError(f"{name}: got {type(value).__name__}, need a float")
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}: got {value}, need a finite number > 0")
-    if value != 1 and (cache.layout.scale_encoding != "none" or not cache.layout.nope_dim):
+    if value != 1 and not cache.layout.needs_k_scale:
         raise ValueError(f"{name}: got {value}, need 1: {cache.layout.name} has no scale of the whole tensor")
     return float(value)
 

@@ -72,6 +72,11 @@ class CacheLayout:
         return 0 if self.scale_encoding == "none" else self.nope_dim // self.scale_tile
 
     @functools.cached_property
+    def needs_k_scale(self) -> bool:
+        """Whether encoded values are stored without scales, so that one ``k_scale`` of the tensor stands for them."""
+        return self.scale_encoding == "none" and self.nope_dim > 0
+
+    @functools.cached_property
     def scale_bytes(self) -> int:
         """Bytes of an entry's scales, padding included."""
         return self.num_scales * _SCALE_BYTES[self.scale_encoding] + self.scale_pad

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from . import conversions
 from .errors import BackendUnavailable, KernelNotSupported
 from .layouts import CacheSpec
 from .platform import platform
@@ -112,7 +113,10 @@ class Kernel:
             reasons.append(f"arch is {problem.arch}, need {' or '.join(self.archs)}")
         for cache in problem.caches:
             if self.layouts and cache.layout not in self.layouts:
-                reasons.append(f"cache layout is {cache.layout}, need {' or '.join(self.layouts)}")
+                advice = conversions.advice(cache.layout, self.layouts)
+                reasons.append(
+                    f"cache layout is {cache.layout}, need {' or '.join(self.layouts)}{f': {advice}' if advice else ''}"
+                )
         if self.max_heads and problem.heads > self.max_heads:
             reasons.append(f"{problem.heads} heads, need <= {self.max_heads}")
         if problem.capturing and not self.capture_safe:
@@ -161,8 +165,20 @@ def ops() -> list[str]:
     return sorted(_kernels)
 
 
-def _absent(op: str, name: str) -> str:
+def find(op: str, name: str) -> Kernel | None:
+    """The kernel of this name registered for ``op``, or None; :func:`absent` says why."""
+    return _kernels[op].get(name)
+
+
+def absent(op: str, name: str) -> str:
+    """Why no kernel of this name is registered for ``op``."""
     return _refused.get((op, name), f"not on backend {platform.backend} ({platform.reason})")
+
+
+def refusals(problem: Problem, name: str) -> list[str]:
+    """Every reason why the kernel of this name cannot run ``problem``, its absence included; empty when it can."""
+    record = find(problem.op, name)
+    return [absent(problem.op, name)] if record is None else record.not_supported_reasons(problem)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -179,8 +195,8 @@ def select(problem: Problem, kernel: str | None = None) -> Kernel:
     if kernel is not None:
         if kernel not in KERNEL_NAMES:
             raise ValueError(f"kernel: got {kernel!r}, need one of {', '.join(KERNEL_NAMES)} or None")
-        record = _kernels[problem.op].get(kernel)
-        reasons = [_absent(problem.op, kernel)] if record is None else record.not_supported_reasons(problem)
+        record = find(problem.op, kernel)
+        reasons = refusals(problem, kernel)
         if record is not None and not reasons:
             return record
         if record is not None and record.library is not None and reasons == [record.library.reason]:
@@ -233,7 +249,7 @@ def explain(problem: Problem) -> Explanation:
     """
     reasons = {k.name: k.not_supported_reasons(problem) for k in kernels(problem.op)}
     for name in KERNEL_NAMES:
-        reasons.setdefault(name, [_absent(problem.op, name)])
+        reasons.setdefault(name, [absent(problem.op, name)])
     supported = [k for k in kernels(problem.op) if not reasons[k.name]]
     predicted = {k.name: k.predicted_us(problem) for k in supported if not k.by_name_only}
     by_name = {k.name: k.by_name_only for k in supported if k.by_name_only}

@@ -22,14 +22,22 @@ from .encodings import (
 from .entries import decode_fp8, entry_format, locate
 from .portability import to_bf16
 
-# (rows of 512 values a program, warps): the best of a sweep on an H200 at 262 144 DSv4 rows.
-DEQUANTIZE_SHAPE = (4, 2)
-QUANTIZE_SHAPE = (8, 1)
+# (rows a program, warps): the best of a sweep on an H200 at 262 144 rows.
+_DEQUANTIZE_SHAPE = (4, 2)
+_QUANTIZE_SHAPE = (4, 1)
+_QUANTIZE_SHAPES = {"DSv4": (16, 2), "DSv4.1 fp4": (8, 4)}
 
 
-def block_rows(shape: tuple[int, int], layout: CacheLayout) -> int:
-    """Rows a program takes: as many values of short entries as of long ones."""
-    return shape[0] * max(1, 512 // layout.head_dim)
+def dequantize_shape(layout: CacheLayout) -> tuple[int, int]:
+    """(rows a program, warps): as many values of short entries as of long ones."""
+    rows, warps = _DEQUANTIZE_SHAPE
+    return rows * max(1, 512 // layout.head_dim), warps
+
+
+def quantize_shape(layout: CacheLayout) -> tuple[int, int]:
+    """The same for the writer."""
+    rows, warps = _QUANTIZE_SHAPES.get(layout.name, _QUANTIZE_SHAPE)
+    return rows * max(1, 512 // layout.head_dim), warps
 
 
 @triton.jit
@@ -59,16 +67,19 @@ def dequantize_kernel(
         TILE: tl.constexpr = FORMAT.tile
         tile = tl.arange(0, TILES)
         present = valid[:, None] & (tile < FORMAT.nope_dim // TILE)[None, :]
-        if FORMAT.scale == "ue8m0":
-            scales = ue8m0_to_f32(tl.load(scale[:, None] + tile[None, :], mask=present, other=127))
-        elif FORMAT.scale == "e4m3fn":
-            scales = e4m3fn_to_f32(tl.load(scale[:, None] + tile[None, :], mask=present, other=0))
-        elif FORMAT.scale == "float32":
+        # Scales stay in L2: entries that share their sectors come later, and whole sectors move cheaper than parts.
+        if FORMAT.scale_encoding == "ue8m0":
+            codes = tl.load(scale[:, None] + tile[None, :], mask=present, other=127, eviction_policy="evict_last")
+            scales = ue8m0_to_f32(codes)
+        elif FORMAT.scale_encoding == "e4m3fn":
+            codes = tl.load(scale[:, None] + tile[None, :], mask=present, other=0, eviction_policy="evict_last")
+            scales = e4m3fn_to_f32(codes)
+        elif FORMAT.scale_encoding == "float32":
             scale_ptr = scale.to(tl.pointer_type(tl.float32))
-            scales = tl.load(scale_ptr[:, None] + tile[None, :], mask=present, other=1.0)
+            scales = tl.load(scale_ptr[:, None] + tile[None, :], mask=present, other=1.0, eviction_policy="evict_last")
         else:
             scales = tl.zeros((BLOCK_N, TILES), tl.float32) + k_scale
-        if FORMAT.value == "e2m1":
+        if FORMAT.value_encoding == "e2m1":
             byte = tile[:, None] * (TILE // 2) + tl.arange(0, TILE // 2)[None, :]
             codes = tl.load(data[:, None, None] + byte[None], mask=present[:, :, None], other=0)
             values = e2m1_to_f32(tl.interleave(codes & 0xF, codes >> 4))
@@ -105,33 +116,34 @@ def quantize_insert_kernel(
         # A NaN must not decide its tile's scale: where its code can say NaN it keeps its own place.
         number = values == values
         amax = tl.max(tl.where(number, tl.abs(values), 0.0), axis=2)
-        if (FORMAT.scale == "ue8m0") | (FORMAT.scale == "float32"):
+        if (FORMAT.scale_encoding == "ue8m0") | (FORMAT.scale_encoding == "float32"):
             byte = scale_byte(amax, MIN_SCALE_BYTE, CARRY, EXPONENT)
             values *= ((254 - byte) << 23).to(tl.float32, bitcast=True)[:, :, None]
-            if FORMAT.value == "e2m1":
+            if FORMAT.value_encoding == "e2m1":
                 byte = tl.where(tl.min(number.to(tl.int32), axis=2) == 1, byte, 255)
-            if FORMAT.scale == "ue8m0":
+            if FORMAT.scale_encoding == "ue8m0":
                 stored = tl.where(tile[None, :] < COUNT, byte, 0).to(tl.uint8)
                 in_scales = valid[:, None] & (tile < FORMAT.scale_bytes)[None, :]
-                tl.store(scale[:, None] + tile[None, :], stored, mask=in_scales)
+                tl.store(scale[:, None] + tile[None, :], stored, mask=in_scales, eviction_policy="evict_last")
             else:
                 scale_ptr = scale.to(tl.pointer_type(tl.float32))
-                tl.store(scale_ptr[:, None] + tile[None, :], ue8m0_to_f32(byte.to(tl.uint8)), mask=present)
-        elif FORMAT.scale == "e4m3fn":
+                stored = ue8m0_to_f32(byte.to(tl.uint8))
+                tl.store(scale_ptr[:, None] + tile[None, :], stored, mask=present, eviction_policy="evict_last")
+        elif FORMAT.scale_encoding == "e4m3fn":
             code = scale_e4m3(amax)
             values = tl.div_rn(values, tl.broadcast_to(e4m3fn_to_f32(code)[:, :, None], (BLOCK_N, TILES, TILE)))
             code = tl.where(tl.min(number.to(tl.int32), axis=2) == 1, code, 0x7F)
-            tl.store(scale[:, None] + tile[None, :], code, mask=present)
+            tl.store(scale[:, None] + tile[None, :], code, mask=present, eviction_policy="evict_last")
         elif not UNIT_SCALE:
             values = tl.div_rn(values, tl.zeros((BLOCK_N, TILES, TILE), tl.float32) + k_scale)
-        if FORMAT.value == "e2m1":
+        if FORMAT.value_encoding == "e2m1":
             low, high = tl.split(tl.reshape(f32_to_e2m1(values), (BLOCK_N, TILES, TILE // 2, 2)))
             byte = tile[:, None] * (TILE // 2) + tl.arange(0, TILE // 2)[None, :]
             tl.store(data[:, None, None] + byte[None], low | (high << 4), mask=present[:, :, None])
         else:
             if FORMAT.native:
                 codes = values.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-            elif FORMAT.value == "e4m3fnuz":
+            elif FORMAT.value_encoding == "e4m3fnuz":
                 codes = f32_to_e4m3fnuz(values)
             else:
                 codes = f32_to_e4m3fn(values)
@@ -170,19 +182,19 @@ def _shared(cache: PagedCache) -> dict[str, object]:
 def dequantize_k_cache_paged(cache: PagedCache, slots: torch.Tensor, out: torch.Tensor, k_scale: float) -> None:
     """Launch over ``slots [N]``; rows of ``out`` whose slot is invalid are left alone."""
     rows = slots.shape[0]
-    block_n = block_rows(DEQUANTIZE_SHAPE, cache.layout)
+    block_n, num_warps = dequantize_shape(cache.layout)
     dequantize_kernel[(triton.cdiv(rows, block_n),)](
         cache.data, slots, out, k_scale, rows, cache.capacity, cache.page_size, cache.page_stride, out.stride(0),
-        BLOCK_N=block_n, num_warps=DEQUANTIZE_SHAPE[1], **_shared(cache),
+        BLOCK_N=block_n, num_warps=num_warps, **_shared(cache),
     )  # fmt: skip
 
 
 def quantize_and_insert_k_cache(k: torch.Tensor, cache: PagedCache, slots: torch.Tensor, k_scale: float) -> None:
     """Launch over rows of ``k``; rows whose slot is invalid are skipped."""
     rows = slots.shape[0]
-    block_n = block_rows(QUANTIZE_SHAPE, cache.layout)
+    block_n, num_warps = quantize_shape(cache.layout)
     quantize_insert_kernel[(triton.cdiv(rows, block_n),)](
         k, cache.data, slots, k_scale, rows, cache.capacity, cache.page_size, cache.page_stride, k.stride(0),
-        UNIT_SCALE=k_scale == 1, BLOCK_N=block_n, num_warps=QUANTIZE_SHAPE[1],
+        UNIT_SCALE=k_scale == 1, BLOCK_N=block_n, num_warps=num_warps,
         **quantize_constexprs(cache.layout), **_shared(cache),
     )  # fmt: skip

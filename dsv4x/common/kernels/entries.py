@@ -26,7 +26,7 @@ class EntryFormat:
         data_bytes, scale_bytes: of one entry.
         scale_base: in ``aos`` entries, offset of the scales from the values.
         soa: whether all values of a page stand before all its scales.
-        value, scale: the encodings' names.
+        value_encoding, scale_encoding: their names. A field called ``value`` would be the constexpr's own (Triton 3.6).
         native: whether the arch's own conversion decodes and encodes the values.
     """
 
@@ -38,8 +38,8 @@ class EntryFormat:
     scale_bytes: int
     scale_base: int
     soa: bool
-    value: str
-    scale: str
+    value_encoding: str
+    scale_encoding: str
     native: bool
 
 
@@ -86,7 +86,7 @@ def decode_fp8(codes, FORMAT: tl.constexpr):
     """uint8 codes of the format's FP8 flavour -> float32, exact."""
     if FORMAT.native:
         return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    elif FORMAT.value == "e4m3fnuz":
+    elif FORMAT.value_encoding == "e4m3fnuz":
         return e4m3fnuz_to_f32(codes)
     else:
         return e4m3fn_to_f32(codes)
@@ -95,7 +95,7 @@ def decode_fp8(codes, FORMAT: tl.constexpr):
 @triton.jit
 def _load_encoded(data, scale, column, mask, k_scale, FIRST: tl.constexpr, COUNT: tl.constexpr, FORMAT: tl.constexpr):
     """float32 ``[N, COUNT]`` of the encoded values from ``FIRST`` on, scales applied."""
-    if FORMAT.value == "e2m1":
+    if FORMAT.value_encoding == "e2m1":
         byte = FIRST // 2 + tl.arange(0, COUNT // 2)
         codes = tl.load(data[:, None] + byte[None, :], mask=mask, other=0)
         values = e2m1_to_f32(tl.interleave(codes & 0xF, codes >> 4))
@@ -103,11 +103,11 @@ def _load_encoded(data, scale, column, mask, k_scale, FIRST: tl.constexpr, COUNT
         codes = tl.load(data[:, None] + column[None, :], mask=mask, other=0)
         values = decode_fp8(codes, FORMAT)
     tile = (column // FORMAT.tile)[None, :]
-    if FORMAT.scale == "ue8m0":
+    if FORMAT.scale_encoding == "ue8m0":
         values *= ue8m0_to_f32(tl.load(scale[:, None] + tile, mask=mask, other=127))
-    elif FORMAT.scale == "e4m3fn":
+    elif FORMAT.scale_encoding == "e4m3fn":
         values *= e4m3fn_to_f32(tl.load(scale[:, None] + tile, mask=mask, other=0))
-    elif FORMAT.scale == "float32":
+    elif FORMAT.scale_encoding == "float32":
         values *= tl.load(scale.to(tl.pointer_type(tl.float32))[:, None] + tile, mask=mask, other=0.0)
     else:
         values *= k_scale
