@@ -43,7 +43,12 @@ def collect(self_test: bool) -> dict[str, Any]:
         )
         explanation = explain(problem)
         facts["kernels"][op] = {
-            name: {"reasons": explanation.reasons[name], "chosen": name == explanation.chosen} for name in KERNEL_NAMES
+            name: {
+                "reasons": explanation.reasons[name],
+                "by_name_only": explanation.by_name_only.get(name),
+                "chosen": name == explanation.chosen,
+            }
+            for name in KERNEL_NAMES
         }
     if self_test:
         facts["self_test"] = run_self_test(device)
@@ -79,6 +84,8 @@ def print_info(facts: dict[str, Any]) -> None:
         print(f"  {op}")
         for name, state in table.items():
             verdict = "chosen" if state["chosen"] else "; ".join(state["reasons"]) or "supported"
+            if state["by_name_only"]:
+                verdict = f"only by name: {state['by_name_only']}"
             print(f"    {name:<10} {verdict}")
     if "self_test" in facts:
         print(f"\nself test: {'passed' if facts['self_test']['passed'] else 'FAILED'} {facts['self_test']}")

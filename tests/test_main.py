@@ -1,5 +1,6 @@
 """The command line: what it shows, and its exit status."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 
 from dsv4x import demo
 from dsv4x.__main__ import main
+from dsv4x.common import registry
 
 
 @pytest.fixture
@@ -23,14 +25,24 @@ def test_info_as_json_holds_every_fact(capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["backend"] in ("cuda", "rocm", "reference")
     assert facts["reason"]
-    assert {library["module"] for library in facts["libraries"]} == {"triton", "flash_mla", "deep_gemm", "aiter"}
+    modules = {library["module"] for library in facts["libraries"]}
+    assert modules == {"triton", "flash_mla", "deep_gemm", "flashinfer", "aiter"}
     for library in facts["libraries"]:
         assert library["usable"] == (library["reason"] is None)
     decode = facts["kernels"]["sparse_mla_decode"]
-    assert set(decode) == {"flash_mla", "triton", "aiter", "reference"}
+    assert set(decode) == {"flash_mla", "triton", "aiter", "flashinfer", "reference"}
     assert sum(kernel["chosen"] for kernel in decode.values()) == 1
     assert all(kernel["chosen"] or kernel["reasons"] or name != "flash_mla" for name, kernel in decode.items())
     assert facts["self_test"]["passed"] is True
+
+
+def test_info_shows_why_a_kernel_runs_only_by_name(monkeypatch, capsys, request):
+    request.addfinalizer(registry.select.cache_clear)
+    table = registry._kernels["window_slots"]
+    named = dataclasses.replace(table["reference"], name="flashinfer", by_name_only="it rounds")
+    monkeypatch.setitem(registry._kernels, "window_slots", {**table, "flashinfer": named})
+    assert main(["info"]) == 0
+    assert "flashinfer only by name: it rounds" in capsys.readouterr().out
 
 
 def test_a_failing_self_test_fails_the_command(monkeypatch, capsys):

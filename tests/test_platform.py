@@ -38,7 +38,7 @@ def test_importing_creates_no_context_imports_no_kernels_and_may_be_forked():
         """
 import os, sys, torch, dsv4x
 assert not torch.cuda.is_initialized()
-for name in ("flash_mla", "deep_gemm", "aiter", "triton", "dsv4x.common.kernels.decode"):
+for name in ("flash_mla", "deep_gemm", "flashinfer", "aiter", "triton", "dsv4x.common.kernels.decode"):
     assert name not in sys.modules, name
 child = os.fork()
 if child == 0:

@@ -134,7 +134,9 @@ def test_every_op_hands_its_kernel_argument_on():
 
 
 def test_an_unknown_kernel_or_op_is_named():
-    with pytest.raises(ValueError, match=r"kernel: got 'cutlass', need one of flash_mla, triton, aiter, reference"):
+    with pytest.raises(
+        ValueError, match=r"kernel: got 'cutlass', need one of flash_mla, triton, aiter, flashinfer, reference"
+    ):
         select(DECODE, "cutlass")
     with pytest.raises(ValueError, match=r"op: got 'nothing'"):
         explain(Problem("nothing"))
@@ -148,6 +150,31 @@ def test_the_lowest_prediction_is_chosen(empty_registry):
     text = str(explain(Problem("op")))
     assert "chosen, predicted 3 us" in text
     assert "slower, predicted 5 us" in text
+
+
+def test_a_kernel_by_name_only_is_never_predicted(empty_registry):
+    def unasked(problem):
+        raise AssertionError("its prediction was asked")
+
+    registry.register(kernel("reference", 9.0))
+    record = kernel("flashinfer", by_name_only="it rounds q")
+    registry.register(dataclasses.replace(record, predicted_us=unasked))
+    assert select(Problem("op")).name == "reference"
+    assert select(Problem("op"), "flashinfer").name == "flashinfer"
+    explanation = explain(Problem("op"))
+    assert explanation.reasons["flashinfer"] == []
+    assert explanation.by_name_only == {"flashinfer": "it rounds q"}
+    assert set(explanation.predicted_us) == {"reference"}
+    assert "flashinfer only by name: it rounds q" in str(explanation)
+
+
+def test_a_kernel_by_name_only_that_cannot_run_says_why_as_others_do(empty_registry):
+    registry.register(kernel("flashinfer", archs=("sm_100",), by_name_only="it rounds q"))
+    explanation = explain(Problem("op", arch="sm_90"))
+    assert explanation.by_name_only == {}
+    assert explanation.reasons["flashinfer"] == ["arch is sm_90, need sm_100"]
+    with pytest.raises(KernelNotSupported, match="need sm_100"):
+        select(Problem("op", arch="sm_90"), "flashinfer")
 
 
 def test_registering_twice_is_a_mistake_and_registering_later_is_seen(empty_registry):

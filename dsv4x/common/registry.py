@@ -2,7 +2,7 @@
 
 An op asks :func:`select` with a :class:`Problem`. Every kernel registered for the op answers
 ``not_supported_reasons``; among those with none, the one with the lowest predicted time runs. A kernel asked for by
-name runs or raises: it never falls back.
+name runs or raises: it never falls back. One that is ``by_name_only`` is never chosen by prediction.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from .vendor import VendorLibrary
 # Triton reads it once too, when a kernel is defined.
 _INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 
-KERNEL_NAMES = ("flash_mla", "triton", "aiter", "reference")
+KERNEL_NAMES = ("flash_mla", "triton", "aiter", "flashinfer", "reference")
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ class Kernel:
         layouts: cache layouts it reads; empty for any.
         max_heads: most heads it takes; 0 where the op has none.
         capture_safe: may run inside CUDA / HIP graph capture.
+        by_name_only: why it runs only when asked for by name, such as results less exact than the others'; empty where
+            prediction may choose it.
         further_reasons: limits the fields above cannot say.
     """
 
@@ -99,6 +101,7 @@ class Kernel:
     layouts: tuple[str, ...] = ()
     max_heads: int = 0
     capture_safe: bool = True
+    by_name_only: str = ""
     further_reasons: Callable[[Problem], Iterable[str]] = lambda problem: ()
 
     def not_supported_reasons(self, problem: Problem) -> list[str]:
@@ -182,6 +185,8 @@ def refusals(problem: Problem, name: str) -> list[str]:
 def select(problem: Problem, kernel: str | None = None) -> Kernel:
     """The kernel that runs ``problem``: the named one, or the supported one with the lowest predicted time.
 
+    Unnamed, it is never one that is ``by_name_only``.
+
     Raises:
         ValueError: ``kernel`` is no kernel's name.
         KernelNotSupported: the named kernel (or every kernel) refuses; the message lists all reasons.
@@ -214,19 +219,23 @@ class Explanation:
         problem: what was asked.
         chosen: the kernel's name, or None when every one refuses.
         reasons: kernel name -> its reasons; empty for the supported.
-        predicted_us: kernel name -> predicted microseconds, for the supported.
+        predicted_us: kernel name -> predicted microseconds, for the supported that prediction may choose.
+        by_name_only: kernel name -> why it has to be asked for by name, for the supported that it may not choose.
     """
 
     problem: Problem
     chosen: str | None
     reasons: dict[str, list[str]]
     predicted_us: dict[str, float]
+    by_name_only: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.problem.op} on {self.problem.arch or self.problem.device}"]
         for name, reasons in self.reasons.items():
             if reasons:
                 state = "refused: " + "; ".join(reasons)
+            elif name in self.by_name_only:
+                state = f"only by name: {self.by_name_only[name]}"
             else:
                 state = f"{'chosen' if name == self.chosen else 'slower'}, predicted {self.predicted_us[name]:.0f} us"
             lines.append(f"  {name:<10} {state}")
@@ -234,12 +243,14 @@ class Explanation:
 
 
 def explain(problem: Problem) -> Explanation:
-    """Every kernel of ``problem.op``: the one that would run, and the others' reasons or predicted times.
+    """Every kernel of ``problem.op``: the one that would run, and why each of the others would not.
 
     Raises ValueError when the op has no kernels.
     """
     reasons = {k.name: k.not_supported_reasons(problem) for k in kernels(problem.op)}
     for name in KERNEL_NAMES:
         reasons.setdefault(name, [absent(problem.op, name)])
-    predicted = {k.name: k.predicted_us(problem) for k in kernels(problem.op) if not reasons[k.name]}
-    return Explanation(problem, min(predicted, key=predicted.__getitem__, default=None), reasons, predicted)
+    supported = [k for k in kernels(problem.op) if not reasons[k.name]]
+    predicted = {k.name: k.predicted_us(problem) for k in supported if not k.by_name_only}
+    by_name = {k.name: k.by_name_only for k in supported if k.by_name_only}
+    return Explanation(problem, min(predicted, key=predicted.__getitem__, default=None), reasons, predicted, by_name)

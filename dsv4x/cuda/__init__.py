@@ -1,7 +1,7 @@
-"""NVIDIA: FlashMLA's kernels beside the portable ones, where CUDA is the backend."""
+"""NVIDIA: FlashMLA's and FlashInfer's kernels beside the portable ones, where CUDA is the backend."""
 
 from ..common.vendor import VendorLibrary
-from .flash_mla import FLASH_MLA, register_kernels
+from . import flash_mla, flashinfer
 
 DEEP_GEMM = VendorLibrary(
     "deep_gemm",
@@ -11,6 +11,13 @@ DEEP_GEMM = VendorLibrary(
     hint="pip install sgl-deep-gemm",
 )
 
-LIBRARIES = (FLASH_MLA, DEEP_GEMM)
+LIBRARIES = (flash_mla.FLASH_MLA, DEEP_GEMM, flashinfer.FLASHINFER)
+
+
+def register_kernels() -> None:
+    """Add both libraries' kernels to the ops they serve; neither library is imported."""
+    flash_mla.register_kernels()
+    flashinfer.register_kernels()
+
 
 __all__ = ["LIBRARIES", "register_kernels"]
