@@ -31,6 +31,7 @@ from .common.layouts import CacheLayout, CacheSpec, MLAKVCacheLayout, PagedCache
 from .common.planning import CachePlan, plan_cache
 from .common.platform import platform
 from .common.portable import register_portable
+from .common.prefill_chunk import SparsePrefillChunkCache
 from .common.registry import Problem, explain
 from .common.sparse_mla import sparse_mla_decode, sparse_mla_prefill
 
@@ -54,6 +55,7 @@ __all__ = [
     "MLAKVCacheLayout",
     "PagedCache",
     "Problem",
+    "SparsePrefillChunkCache",
     "combine_topk_swa_indices",
     "combined_topk_width",
     "convert_cache",

@@ -196,7 +196,7 @@ def test_host_copies_spare_the_device_and_change_nothing(make_step):
     lens = torch.tensor([s for _, s in step.requests])
     with_copies = step.build(query_start_loc_cpu=int32(step.starts), seq_lens_cpu=lens)
     plain = step.build()
-    assert with_copies.workspace_rows == plain.workspace_rows
+    assert with_copies.chunk.workspace_bytes == plain.chunk.workspace_bytes
     assert torch.equal(with_copies.swa_indices, plain.swa_indices)
 
 
@@ -334,11 +334,13 @@ def test_what_the_entry_point_vouches_for_is_true(name, ratio, columns, make_ste
         check(swa_indices, swa_lens, swa.capacity)
         if extra is not None:
             check(extra_indices, extra_lens, extra.capacity)
+        return q, q[..., 0]
 
     def prefill(q, kv, rows, lens, *rest, trusted_indices, **keywords):
         assert trusted_indices
         check(rows, lens, len(kv))
         assert not kv[rows[rows >= 0].long()].isnan().any(), "an index points at a row that was never written"
+        return q, q[..., 0]
 
     monkeypatch.setattr(attention, "sparse_mla_decode", decode)
     monkeypatch.setattr(attention, "sparse_mla_prefill", prefill)
@@ -352,8 +354,8 @@ def test_unread_garbage_does_not_reach_the_gathered_workspace(make_step, rng):
     """Only rows some query may read are gathered: the pool around them is NaN."""
     step = make_step([(2, 60), (0, 33), (1, 9)], 4)
     meta = step.build()
-    plan = meta.gather_plan
-    assert len(plan.slots) == meta.workspace_rows
+    (plan,) = meta.chunk.groups
+    assert len(plan.slots) == plan.rows == meta.chunk.workspace_rows
     extra, swa = plan.slots[: plan.compressed_rows], plan.slots[plan.compressed_rows :]
     assert len(swa) == (2 + 15) + 0 + 9
     assert len(extra) == 60 // 4 + 0 + 9 // 4
@@ -371,7 +373,7 @@ def test_the_path_is_chosen_by_prediction_and_bounded_by_the_workspace(make_step
     assert (direct.op, direct.tokens, direct.heads, direct.width, direct.extra_width) == (
         "sparse_mla_decode", 9, 3, 16, 7,
     )  # fmt: skip
-    assert (gathered.op, gathered.rows, gathered.width) == ("sparse_mla_prefill", meta.workspace_rows, 128)
+    assert (gathered.op, gathered.rows, gathered.width) == ("sparse_mla_prefill", meta.chunk.workspace_rows, 128)
 
     class Fixed:
         def __init__(self, us):
@@ -385,10 +387,114 @@ def test_the_path_is_chosen_by_prediction_and_bounded_by_the_workspace(make_step
     assert choose_path(*arguments) == "direct"
     times["sparse_mla_decode"] = 1e9
     assert choose_path(*arguments) == "gathered"
-    monkeypatch.setattr(attention, "MAX_WORKSPACE_BYTES", meta.workspace_rows * 1024 - 1)
-    assert choose_path(*arguments) == "direct"
-    monkeypatch.setattr(attention, "MAX_WORKSPACE_BYTES", meta.workspace_rows * 1024)
-    assert choose_path(*arguments) == "gathered"
+    largest = max(c + g for c, g in zip(meta.compressed_counts, meta.gather_counts))
+    for max_bytes, path in ((largest * 1024, "direct"), (largest * 1024 + 4096, "gathered")):
+        chunk = dsv4x.SparsePrefillChunkCache(max_bytes).rebuild(meta)
+        assert chunk.fits == (path == "gathered")
+        assert choose_path(*arguments, chunk=chunk) == path
+
+
+@pytest.mark.parametrize("owned", [False, True])
+@pytest.mark.parametrize("ratio", [1, 4, 128])
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_chunk_cut_to_its_cap_gives_the_same_answers(name, ratio, owned, make_step, rng):
+    """By requests, then by query blocks; the least cap that still fits holds one token's index row at a time."""
+    step = make_step(BATCHES[name], ratio, padding=2)
+    meta = step.build()
+    q, topk, sink = attention_case(step, rng)
+    arguments = (q, step.swa, step.extra, meta, topk, sink)
+    whole, whole_lse = dsv4x.sparse_mla_attention(*arguments, path="gathered")
+    most = meta.chunk.workspace_bytes
+    rows = max((c + g for c, g in zip(meta.compressed_counts, meta.gather_counts)), default=0)
+    seen = set()
+    for cap in sorted({most, most - 1, (most + rows * 1024) // 2, rows * 1024 + 2 * 4 * 128 + 4 + 8}, reverse=True):
+        workspace = torch.full((max(rows, 1), 512), float("nan"), dtype=torch.bfloat16) if owned else None
+        chunk = dsv4x.SparsePrefillChunkCache(cap, workspace).rebuild(meta)
+        if not chunk.fits:
+            continue
+        assert chunk.workspace_bytes <= cap
+        assert chunk.workspace_rows <= (rows if owned else sum(meta.compressed_counts) + sum(meta.gather_counts))
+        covered = [t for group in chunk.groups for block in group.blocks for t in range(block.start, block.stop)]
+        assert covered == list(range(step.tokens))
+        seen.add(sum(len(group.blocks) for group in chunk.groups))
+        for _ in range(2):
+            out, lse = dsv4x.sparse_mla_attention(*arguments, path="gathered", chunk=chunk)
+            assert torch.equal(out, whole)
+            assert torch.equal(lse, whole_lse)
+    assert owned or len(seen) > 1, seen
+
+
+@pytest.mark.parametrize("ratio", [1, 4, 128])
+def test_a_request_larger_than_the_cap_is_read_in_place(ratio, make_step, rng):
+    step = make_step([(2, 300), (3, 40)], ratio)
+    meta = step.build()
+    q, topk, sink = attention_case(step, rng)
+    chunk = dsv4x.SparsePrefillChunkCache(2000).rebuild(meta)
+    assert not chunk.fits
+    arguments = (q, step.swa, step.extra, meta, topk, sink)
+    direct = dsv4x.sparse_mla_attention(*arguments, path="direct")
+    assert all(map(torch.equal, dsv4x.sparse_mla_attention(*arguments, chunk=chunk), direct))
+    with pytest.raises(ValueError, match="path: gathered, but a request's rows alone pass the cap of 2000 bytes"):
+        dsv4x.sparse_mla_attention(*arguments, chunk=chunk, path="gathered")
+
+
+def test_long_c128_rows_are_made_a_block_of_tokens_at_a_time(make_step, rng, monkeypatch):
+    step = make_step([(3, 3), (5, 1385), (0, 200), (1, 128)], 128, padding=1)
+    q, _, sink = attention_case(step, rng)
+    whole = step.build()
+    assert whole.extra_indices.shape == (10, 64)
+    assert len(whole.direct_blocks) == 1
+    monkeypatch.setattr(attention, "MAX_SLOT_ROW_BYTES", 3 * 64 * 4)
+    cut = step.build()
+    assert cut.extra_indices is None
+    assert [b.stop - b.start for b in cut.direct_blocks] == [3, 3, 3, 1]
+    for _ in range(2):
+        got, want = (
+            dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, None, sink, path="direct")
+            for meta in (cut, whole)
+        )
+        assert all(map(torch.equal, got, want))
+
+
+def test_a_chunk_is_for_the_metadata_it_was_built_for(make_step, rng):
+    step = make_step(BATCHES["mixed"], 4)
+    meta, other = step.build(), step.build()
+    q, topk, sink = attention_case(step, rng)
+    chunk = dsv4x.SparsePrefillChunkCache()
+
+    def run():
+        return dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, topk, sink, path="gathered", chunk=chunk)
+
+    with pytest.raises(ValueError, match=r"chunk: built for nothing, need rebuild\(meta\)"):
+        run()
+    chunk.rebuild(other)
+    with pytest.raises(ValueError, match=r"chunk: built for other metadata, need rebuild\(meta\)"):
+        run()
+    first = chunk.rebuild(meta)
+    assert first is chunk
+    want = run()
+    for tensor in (meta.seq_lens, meta.query_start_loc, meta.swa_block_table, meta.extra_block_table):
+        tensor.add_(0)
+        with pytest.raises(ValueError, match="chunk: a length or a block table changed in place since rebuild"):
+            run()
+        chunk.rebuild(meta)
+    assert all(map(torch.equal, run(), want))
+    chunk.close()
+    with pytest.raises(ValueError, match="chunk: built for nothing"):
+        run()
+
+
+def test_a_rebuilt_chunk_forgets_the_one_before(make_step, rng):
+    chunk = dsv4x.SparsePrefillChunkCache()
+    for ratio in (128, 1, 4, 128):
+        for requests in (BATCHES["mixed"], [(4, 700)], [(1, 5)]):
+            step = make_step(requests, ratio)
+            meta = step.build()
+            q, topk, sink = attention_case(step, rng)
+            got = dsv4x.sparse_mla_attention(
+                q, step.swa, step.extra, meta, topk, sink, path="gathered", chunk=chunk.rebuild(meta)
+            )
+            check_prefill(*got, *step.expected(q, topk, sink))
 
 
 def test_the_caches_may_have_more_pages_than_the_metadata(make_step, rng):

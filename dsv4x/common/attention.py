@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from . import checks, indices, reference
-from .cache import dequantize_k_cache_paged
+from .cache import gather_workspace
 from .layouts import PagedCache
+from .prefill_chunk import SparsePrefillChunkCache
 from .registry import Problem, select
 from .sparse_mla import check_cache, sparse_mla_decode, sparse_mla_prefill
 
@@ -21,30 +22,11 @@ HEAD_DIM = 512
 COMPRESS_RATIOS = (1, 4, 128)
 PATHS = ("direct", "gathered")
 
-MAX_WORKSPACE_BYTES = 256 << 20
-"""The gathered path is not chosen by itself when its workspace would be larger."""
+MAX_SLOT_ROW_BYTES = 32 << 20
+"""C128's slot rows are kept for the step up to this size, and made for a block of tokens at a time above it."""
 
 _SLOT_ROW_ALIGNMENT = 64
 """Width of the C128 slot rows: what every decode kernel takes as it is."""
-
-
-@dataclass(frozen=True)
-class GatherPlan:
-    """Where each request's entries stand in a bf16 workspace: all compressed entries, then all window entries.
-
-    Attributes:
-        slots: int32 ``[S]``, each workspace row's slot: of the extra cache before row C, of the window's from there on.
-            A page that is not in its pool gives -1, and its row is never written.
-        compressed_rows: C.
-        compressed_base, swa_base: int32 ``[R]``, each request's first row of either kind.
-        gather_lens: int32 ``[R]``, trailing raw tokens of each request that are gathered.
-    """
-
-    slots: torch.Tensor
-    compressed_rows: int
-    compressed_base: torch.Tensor
-    swa_base: torch.Tensor
-    gather_lens: torch.Tensor
 
 
 @dataclass(eq=False)
@@ -61,11 +43,12 @@ class AttentionMetadata:
         query_start_loc, seq_lens: int32 ``[R+1]``, ``[R]``.
         swa_block_table, extra_block_table: int32 ``[R, m]``.
         swa_page_size, swa_pages, extra_page_size, extra_pages: of the caches the layers will bring.
-        request: int32 ``[T]``, each token's request, -1 for padding.
+        request, position: int32 ``[T]``, each token's request and position, -1 for padding.
         visible: int32 ``[T]``, compressed entries a token may see.
         swa_indices, swa_lens: int32 ``[T, window_size]`` slots and ``[T]`` spans.
-        extra_indices: int32 ``[T, any]`` slots of every visible entry (C128 only).
+        extra_indices: int32 ``[T, any]`` slots of every visible entry (C128 only, and only up to 32 MiB of them).
         extra_lens: int32 ``[T]`` spans of the extra rows, or None for window-only layers.
+        host_starts, host_query_lens, host_seq_lens: the lengths again, on the host.
     """
 
     compress_ratio: int
@@ -81,13 +64,15 @@ class AttentionMetadata:
     extra_page_size: int
     extra_pages: int
     request: torch.Tensor
+    position: torch.Tensor
     visible: torch.Tensor
     swa_indices: torch.Tensor
     swa_lens: torch.Tensor
     extra_indices: torch.Tensor | None
     extra_lens: torch.Tensor | None
-    _host_query_lens: list[int]
-    _host_seq_lens: list[int]
+    host_starts: list[int]
+    host_query_lens: list[int]
+    host_seq_lens: list[int]
     _schedule: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
@@ -165,89 +150,80 @@ class AttentionMetadata:
         swa_indices, swa_lens = indices.window_slots(
             query_start_loc, seq_lens, swa_block_table, swa_page_size, swa_pages, window_size, num_tokens
         )
-        extra_indices = extra_lens = None
-        if extra_block_table is not None and extra_page_size is not None and extra_pages is not None:
+        extra_lens = None
+        if extra_block_table is not None:
+            assert extra_page_size is not None
             _check_table("extra_block_table", extra_block_table, served, extra_page_size, compress_ratio)
-            if compress_ratio == 4:
-                extra_lens = visible.clamp_max(topk)
-            else:
-                entries = max(lengths, default=0) // compress_ratio
-                width = max(1, -(-entries // _SLOT_ROW_ALIGNMENT)) * _SLOT_ROW_ALIGNMENT
-                every = torch.arange(width, dtype=torch.int32, device=device).expand(num_tokens, width)
-                extra_indices = indices.local_to_slots(
-                    every, request, visible, extra_block_table, extra_page_size, extra_pages
-                )
-                extra_lens = visible
-        if checks.check_values_enabled():
-            checks.no_holes("swa_indices", swa_indices, swa_lens, "swa_block_table")
-            if extra_indices is not None and extra_lens is not None:
-                checks.no_holes("extra_indices", extra_indices, extra_lens, "extra_block_table")
-        return cls(
+            extra_lens = visible.clamp_max(topk) if compress_ratio == 4 else visible
+        meta = cls(
             compress_ratio, window_size, topk if compress_ratio == 4 else 0, num_tokens,
             query_start_loc, seq_lens, swa_block_table, extra_block_table,
             swa_page_size, swa_pages, extra_page_size or 0, extra_pages or 0,
-            request, visible, swa_indices, swa_lens, extra_indices, extra_lens, query_lens, lengths,
+            request, position.int(), visible, swa_indices, swa_lens, None, extra_lens, starts, query_lens, lengths,
         )  # fmt: skip
-
-    @property
-    def workspace_rows(self) -> int:
-        """Rows the gathered path's workspace takes, 1024 bytes each."""
-        return sum(self._compressed_counts) + sum(self._gather_counts)
+        if compress_ratio == 128 and 4 * num_tokens * meta.slot_row_width <= MAX_SLOT_ROW_BYTES:
+            meta.extra_indices = meta.slot_rows(slice(0, num_tokens))
+        if checks.check_values_enabled():
+            checks.no_holes("swa_indices", swa_indices, swa_lens, "swa_block_table")
+            if compress_ratio == 128:
+                for block in meta.direct_blocks:
+                    checks.no_holes("extra_indices", meta.slot_rows(block), visible[block], "extra_block_table")
+        return meta
 
     @functools.cached_property
-    def _compressed_counts(self) -> list[int]:
+    def slot_row_width(self) -> int:
+        """Width of a C128 slot row: the entries of the longest request, rounded up."""
+        entries = max(self.host_seq_lens, default=0) // self.compress_ratio
+        return max(1, -(-entries // _SLOT_ROW_ALIGNMENT)) * _SLOT_ROW_ALIGNMENT
+
+    def slot_rows(self, tokens: slice) -> torch.Tensor:
+        """int32 ``[tokens, slot_row_width]``: the slots of every entry some tokens may see, -1 behind them."""
+        assert self.extra_block_table is not None
+        count = tokens.stop - tokens.start
+        every = torch.arange(self.slot_row_width, dtype=torch.int32, device=self.seq_lens.device)
+        return indices.local_to_slots(
+            every.expand(count, self.slot_row_width), self.request[tokens], self.visible[tokens],
+            self.extra_block_table, self.extra_page_size, self.extra_pages,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def direct_blocks(self) -> list[slice]:
+        """The tokens in blocks whose index rows the direct path makes at once: one, but for long C128 chunks."""
+        step = max(1, self.num_tokens)
+        if self.compress_ratio == 128 and self.extra_indices is None:
+            step = max(1, MAX_SLOT_ROW_BYTES // (4 * self.slot_row_width))
+        return [slice(t, min(t + step, self.num_tokens)) for t in range(0, self.num_tokens, step)] or [slice(0, 0)]
+
+    @functools.cached_property
+    def compressed_counts(self) -> list[int]:
+        """Compressed entries of each request with queries, 0 for the others; on the host."""
         if self.compress_ratio == 1:
-            return [0] * len(self._host_seq_lens)
-        return [s // self.compress_ratio if q else 0 for q, s in zip(self._host_query_lens, self._host_seq_lens)]
+            return [0] * len(self.host_seq_lens)
+        return [s // self.compress_ratio if q else 0 for q, s in zip(self.host_query_lens, self.host_seq_lens)]
 
     @functools.cached_property
-    def _gather_counts(self) -> list[int]:
-        return [
-            min(s, q + self.window_size - 1) if q else 0 for q, s in zip(self._host_query_lens, self._host_seq_lens)
-        ]
+    def gather_counts(self) -> list[int]:
+        """Raw tokens some query of each request may see; on the host."""
+        return [min(s, q + self.window_size - 1) if q else 0 for q, s in zip(self.host_query_lens, self.host_seq_lens)]
 
     @functools.cached_property
-    def gather_plan(self) -> GatherPlan:
-        """The gathered path's plan, built on first use and shared by the layers."""
+    def compressed(self) -> torch.Tensor:
+        """int32 ``[R]``: :attr:`compressed_counts` on the device."""
+        if self.compress_ratio == 1:
+            return torch.zeros_like(self.seq_lens)
+        return torch.where(self.query_start_loc.diff() > 0, self.seq_lens // self.compress_ratio, 0)
+
+    @functools.cached_property
+    def gathered(self) -> torch.Tensor:
+        """int32 ``[R]``: :attr:`gather_counts` on the device."""
         query_lens = self.query_start_loc.diff()
-        compressed = torch.zeros_like(self.seq_lens)
-        if self.compress_ratio > 1:
-            compressed = torch.where(query_lens > 0, self.seq_lens // self.compress_ratio, 0)
         gathered = torch.minimum(self.seq_lens, query_lens + (self.window_size - 1))
-        gathered = torch.where(query_lens > 0, gathered, 0)
-        compressed_rows, swa_rows = sum(self._compressed_counts), sum(self._gather_counts)
-        swa_slots = _ragged_slots(
-            self.swa_block_table, self.seq_lens - gathered, gathered, swa_rows, self.swa_page_size, self.swa_pages
-        )
-        slots = swa_slots
-        if self.extra_block_table is not None:
-            first = torch.zeros_like(compressed)
-            compressed_slots = _ragged_slots(
-                self.extra_block_table, first, compressed, compressed_rows, self.extra_page_size, self.extra_pages
-            )
-            slots = torch.cat([compressed_slots, swa_slots])
-        return GatherPlan(
-            slots,
-            compressed_rows,
-            _exclusive_sum(compressed),
-            _exclusive_sum(gathered) + compressed_rows,
-            gathered,
-        )
+        return torch.where(query_lens > 0, gathered, 0)
 
     @functools.cached_property
-    def _shared_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Combined workspace rows of layers whose entries no indexer chooses."""
-        width = max(self._host_seq_lens, default=0) // self.compress_ratio if self.compress_ratio > 1 else 0
-        every = torch.arange(width, dtype=torch.int32, device=self.seq_lens.device)
-        return self._combined_rows(every.expand(self.num_tokens, width))
-
-    def _combined_rows(self, topk_indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        plan = self.gather_plan
-        topk = min(topk_indices.shape[1], self.topk) if self.compress_ratio == 4 else topk_indices.shape[1]
-        return indices.combine_topk_swa_indices(
-            topk_indices, self.query_start_loc, self.seq_lens, plan.gather_lens, plan.compressed_base, plan.swa_base,
-            self.window_size, self.compress_ratio, topk, row_slots=plan.slots,
-        )  # fmt: skip
+    def chunk(self) -> SparsePrefillChunkCache:
+        """The gathered path's plan under the default cap, for callers that bring none."""
+        return SparsePrefillChunkCache().rebuild(self)
 
 
 def sparse_mla_attention(
@@ -262,6 +238,7 @@ def sparse_mla_attention(
     *,
     path: str | None = None,
     kernel: str | None = None,
+    chunk: SparsePrefillChunkCache | None = None,
     swa_k_scale: float = 1.0,
     extra_k_scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -277,16 +254,19 @@ def sparse_mla_attention(
             none; only for compress_ratio 4. An entry the token may not see yet, or that does not exist, is no entry.
         attn_sink, softmax_scale, out: as in :func:`~dsv4x.sparse_mla_decode`.
         path: ``"direct"`` reads fp8 pages in place; ``"gathered"`` dequantizes what the step reads into a bf16
-            workspace (``meta.workspace_rows`` KiB) first; None picks the faster by prediction.
+            workspace first; None picks the faster by prediction.
         kernel: the attention kernel, as in :func:`~dsv4x.sparse_mla_decode`; None picks.
+        chunk: the gathered path's plan, cap and workspace, rebuilt for ``meta``; None takes ``meta``'s own, with a cap
+            of 256 MiB.
         swa_k_scale, extra_k_scale: as in :func:`~dsv4x.sparse_mla_decode`.
 
     Returns:
         ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``.
 
     Raises:
-        TypeError, ValueError: an argument's type, dtype, shape, stride, device, layout or page size; under
-            ``DSV4X_CHECK=1`` also a local entry its token may not see, or a NaN in q, with its row.
+        TypeError, ValueError: an argument's type, dtype, shape, stride, device, layout or page size; a ``chunk`` built
+            for something else; ``path="gathered"`` where a request's rows pass the cap; under ``DSV4X_CHECK=1`` also a
+            local entry its token may not see, or a NaN in q, with its row.
         KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
     """
     checks.tensor("q", q, (meta.num_tokens, None, HEAD_DIM), torch.bfloat16, meta.seq_lens.device)
@@ -305,32 +285,109 @@ def sparse_mla_attention(
             checks.index_values("topk_indices", topk_indices, spans, meta.visible, "local entry")
     elif topk_indices is not None:
         raise ValueError(f"topk_indices: given, need None for compress_ratio {meta.compress_ratio}")
+    if out is not None:
+        checks.tensor("out", out, tuple(q.shape), torch.bfloat16, q.device)
     if path not in (*PATHS, None):
         raise ValueError(f"path: got {path!r}, need one of {PATHS} or None")
+    if chunk is None:
+        chunk = meta.chunk
+    chunk.check(meta)
     if path is None:
-        path = choose_path(q, swa_cache, extra_cache, meta, topk_indices, kernel)
-    if path == "direct":
-        extra_indices, extra_lens = meta.extra_indices, meta.extra_lens
-        if topk_indices is not None and meta.extra_block_table is not None and extra_lens is not None:
+        path = choose_path(q, swa_cache, extra_cache, meta, topk_indices, kernel, chunk)
+    elif path == "gathered" and not chunk.fits:
+        raise ValueError(f"path: gathered, but a request's rows alone pass the cap of {chunk.max_bytes} bytes")
+    run = _direct if path == "direct" else _gathered
+    layer = _Layer(
+        q, swa_cache, extra_cache, topk_indices, attn_sink, softmax_scale, kernel, swa_k_scale, extra_k_scale
+    )
+    return run(layer, meta, chunk, out)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What one layer brings to a step."""
+
+    q: torch.Tensor
+    swa_cache: PagedCache
+    extra_cache: PagedCache | None
+    topk_indices: torch.Tensor | None
+    attn_sink: torch.Tensor | None
+    softmax_scale: float | None
+    kernel: str | None
+    swa_k_scale: float
+    extra_k_scale: float
+
+
+def _direct(
+    layer: _Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache, out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    results = _Results(layer.q, out, len(meta.direct_blocks))
+    for block in meta.direct_blocks:
+        extra_lens = None if meta.extra_lens is None else meta.extra_lens[block]
+        if meta.compress_ratio == 128:
+            extra_indices = meta.slot_rows(block) if meta.extra_indices is None else meta.extra_indices
+        elif layer.topk_indices is not None and meta.extra_block_table is not None and extra_lens is not None:
             extra_indices = indices.local_to_slots(
-                topk_indices, meta.request, meta.visible, meta.extra_block_table, meta.extra_page_size, meta.extra_pages
-            )
-            if topk_indices.shape[1] < meta.topk:
-                extra_lens = extra_lens.clamp_max(topk_indices.shape[1])
-        return sparse_mla_decode(
-            q, swa_cache, meta.swa_indices, meta.swa_lens, extra_cache, extra_indices, extra_lens,
-            attn_sink, softmax_scale, out, kernel, trusted_indices=True, schedule=meta._schedule,
-            swa_k_scale=swa_k_scale, extra_k_scale=extra_k_scale,
+                layer.topk_indices, meta.request, meta.visible,
+                meta.extra_block_table, meta.extra_page_size, meta.extra_pages,
+            )  # fmt: skip
+            if layer.topk_indices.shape[1] < meta.topk:
+                extra_lens = extra_lens.clamp_max(layer.topk_indices.shape[1])
+        else:
+            extra_indices = None
+        results.add(block, *sparse_mla_decode(
+            layer.q[block], layer.swa_cache, meta.swa_indices[block], meta.swa_lens[block],
+            layer.extra_cache, extra_indices, extra_lens,
+            layer.attn_sink, layer.softmax_scale, results.buffer(block), layer.kernel,
+            trusted_indices=True, schedule=meta._schedule.setdefault(("block", block.start), {}),
+            swa_k_scale=layer.swa_k_scale, extra_k_scale=layer.extra_k_scale,
+        ))  # fmt: skip
+    return results.all()
+
+
+def _gathered(
+    layer: _Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache, out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    results = _Results(layer.q, out, sum(len(group.blocks) for group in chunk.groups))
+    for group in chunk.groups:
+        # Not filled: rows without a slot stay unwritten, and no index points at them.
+        workspace = chunk.workspace(group.rows)
+        gather_workspace(
+            layer.extra_cache, layer.swa_cache, group.slots, group.compressed_rows, workspace,
+            extra_k_scale=layer.extra_k_scale, swa_k_scale=layer.swa_k_scale,
         )  # fmt: skip
-    plan = meta.gather_plan
-    # Not filled: rows without a slot stay unwritten, and no index points at them.
-    workspace = torch.empty(plan.slots.shape[0], HEAD_DIM, dtype=torch.bfloat16, device=q.device)
-    compressed = plan.compressed_rows
-    if extra_cache is not None:
-        dequantize_k_cache_paged(extra_cache, plan.slots[:compressed], workspace[:compressed], k_scale=extra_k_scale)
-    dequantize_k_cache_paged(swa_cache, plan.slots[compressed:], workspace[compressed:], k_scale=swa_k_scale)
-    rows, lens = meta._shared_rows if topk_indices is None else meta._combined_rows(_causal(topk_indices, meta))
-    return sparse_mla_prefill(q, workspace, rows, lens, attn_sink, softmax_scale, out, kernel, trusted_indices=True)
+        for block in group.blocks:
+            rows, lens = chunk.index_rows(group, block, layer.topk_indices)
+            results.add(block, *sparse_mla_prefill(
+                layer.q[block], workspace, rows, lens, layer.attn_sink, layer.softmax_scale,
+                results.buffer(block), layer.kernel, trusted_indices=True,
+            ))  # fmt: skip
+    return results.all()
+
+
+class _Results:
+    """Output of a call made in ``parts``: one part's as it is, several gathered in one buffer."""
+
+    def __init__(self, q: torch.Tensor, out: torch.Tensor | None, parts: int):
+        self.out, self.lse = out, None
+        if parts != 1:
+            if out is None:
+                self.out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            self.lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+
+    def buffer(self, block: slice) -> torch.Tensor | None:
+        return None if self.out is None else self.out[block]
+
+    def add(self, block: slice, out: torch.Tensor, lse: torch.Tensor) -> None:
+        if self.lse is None:
+            self.out, self.lse = out if self.out is None else self.out, lse
+        else:
+            self.lse[block] = lse
+
+    def all(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.out is not None
+        assert self.lse is not None
+        return self.out, self.lse
 
 
 def choose_path(
@@ -340,13 +397,15 @@ def choose_path(
     meta: AttentionMetadata,
     topk_indices: torch.Tensor | None = None,
     kernel: str | None = None,
+    chunk: SparsePrefillChunkCache | None = None,
 ) -> str:
     """``"direct"`` or ``"gathered"``, whichever is predicted to be faster and may run. Arguments as in the step."""
+    chunk = chunk or meta.chunk
     direct, gathered = path_problems(q, swa_cache, extra_cache, meta, topk_indices)
-    if gathered.capturing or meta.workspace_rows * HEAD_DIM * 2 > MAX_WORKSPACE_BYTES or not meta.workspace_rows:
+    if gathered.capturing or not chunk.fits or not gathered.rows:
         return "direct"
     # An estimate: the gather's and the remap's launches, and 1608 bytes a gathered row.
-    gather_us = 50.0 + meta.workspace_rows * 1608 / 3e6
+    gather_us = 50.0 + gathered.rows * 1608 / 3e6
     faster = select(direct, kernel).predicted_us(direct) <= gather_us + select(gathered, kernel).predicted_us(gathered)
     return "direct" if faster else "gathered"
 
@@ -363,8 +422,8 @@ def path_problems(
     extra_width = 0
     if topk_indices is not None:
         extra_width = topk_indices.shape[1]
-    elif meta.extra_indices is not None:
-        extra_width = meta.extra_indices.shape[1]
+    elif meta.compress_ratio == 128:
+        extra_width = meta.slot_row_width
     caches = tuple(cache.spec for cache in (swa_cache, extra_cache) if cache is not None)
     direct = Problem.on(
         "sparse_mla_decode", q.device, tokens=tokens, heads=heads,
@@ -372,14 +431,10 @@ def path_problems(
     )  # fmt: skip
     gathered = Problem.on(
         "sparse_mla_prefill", q.device, tokens=tokens, heads=heads,
-        width=indices.combined_topk_width(extra_width, meta.window_size), rows=meta.workspace_rows,
+        width=indices.combined_topk_width(extra_width, meta.window_size),
+        rows=sum(meta.compressed_counts) + sum(meta.gather_counts),
     )  # fmt: skip
     return direct, gathered
-
-
-def _causal(topk_indices: torch.Tensor, meta: AttentionMetadata) -> torch.Tensor:
-    """Drop entries a token may not see yet, as the direct path's remap does."""
-    return torch.where(topk_indices < meta.visible[:, None], topk_indices, -1)
 
 
 def _check_cache(name: str, value: object, device: torch.device, page_size: int, pages: int) -> PagedCache:
@@ -412,23 +467,3 @@ def _check_table(name: str, table: torch.Tensor, seq_lens: list[int], page_size:
     needed = max((-(-(length // ratio) // page_size) for length in seq_lens), default=0)
     if table.shape[1] < needed:
         raise ValueError(f"{name}: {table.shape[1]} pages a request, need >= {needed} for {max(seq_lens)} tokens")
-
-
-def _exclusive_sum(counts: torch.Tensor) -> torch.Tensor:
-    return counts.cumsum(0, dtype=torch.int32) - counts
-
-
-def _ragged_slots(
-    block_table: torch.Tensor,
-    first: torch.Tensor,
-    counts: torch.Tensor,
-    total: int,
-    page_size: int,
-    pages: int,
-) -> torch.Tensor:
-    """Slots of entries ``first[i] ... first[i] + counts[i] - 1`` of every request, int32 ``[total]``."""
-    request = torch.repeat_interleave(counts.long(), output_size=total)
-    row = torch.arange(total, dtype=torch.int32, device=counts.device)
-    local = row - _exclusive_sum(counts)[request] + first[request]
-    limits = (first + counts)[request]
-    return indices.local_to_slots(local[:, None], request.int(), limits, block_table, page_size, pages)[:, 0]

@@ -1,0 +1,270 @@
+"""What the layers of one kind share while a chunk is prefilled from gathered rows, and how it fits its workspace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import checks, indices
+
+if TYPE_CHECKING:
+    from .attention import AttentionMetadata
+
+ROW_BYTES = 1024
+"""A workspace row: 512 bf16 values."""
+
+DEFAULT_WORKSPACE_BYTES = 256 << 20
+"""The workspace cap where none is given."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A run of requests that share one filling of the workspace.
+
+    Attributes:
+        requests, tokens: the run, as slices of the batch's requests and query tokens.
+        slots: int32 ``[S]``, each workspace row's slot: of the extra cache before row C, of the window's from there on.
+            A page that is not in its pool gives -1, and its row is never written.
+        compressed_rows: C.
+        compressed_base, swa_base: int32 ``[R]``, each of the batch's requests' first row of either kind; only the
+            group's own mean anything.
+        gather_lens: int32 ``[R]``, trailing raw tokens of each request that are gathered.
+        entries: compressed entries of the group's longest request.
+        blocks: the group's tokens again, in the blocks whose index rows fit beside the rows.
+    """
+
+    requests: slice
+    tokens: slice
+    slots: torch.Tensor
+    compressed_rows: int
+    compressed_base: torch.Tensor
+    swa_base: torch.Tensor
+    gather_lens: torch.Tensor
+    entries: int
+    blocks: tuple[slice, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.slots.shape[0]
+
+
+class SparsePrefillChunkCache:
+    """The gathered path's plan for one chunk: built once, shared by the layers of one kind, rebuilt for the next chunk.
+
+    It holds what follows from the chunk alone: which slot every workspace row is gathered from, each request's bases
+    and lengths, the index rows of layers that no indexer chooses for, and how the chunk is cut so that workspace and
+    index rows stay within ``max_bytes``: by requests first, and by query blocks where one request's index rows are too
+    many. Nothing that a layer brings (caches' bytes, top-k, q) is kept. A request whose rows alone pass the cap cannot
+    be gathered; :meth:`fits` says so, and the direct path reads it in place.
+
+    It is good until :meth:`rebuild` or :meth:`close`. Using it with metadata it was not built for, or after a length
+    or a block table changed in place, is an error; nothing is recognised by its address.
+
+    Args:
+        max_bytes: the cap on workspace and index rows together.
+        workspace: bf16 ``[rows, 512]`` that the caller owns, rows contiguous; its rows then bound the chunk's beside
+            ``max_bytes``. None allocates one for the duration of each call.
+    """
+
+    def __init__(self, max_bytes: int = DEFAULT_WORKSPACE_BYTES, workspace: torch.Tensor | None = None):
+        checks.integer("max_bytes", max_bytes, 0)
+        if workspace is not None:
+            checks.tensor("workspace", workspace, (None, 512), torch.bfloat16)
+        self.max_bytes, self._workspace = max_bytes, workspace
+        self._meta: AttentionMetadata | None = None
+        self._versions: tuple[int, ...] = ()
+        self._groups: tuple[Group, ...] | None = None
+        self._spans: list[tuple[int, int, int]] | None = None
+        self._shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def rebuild(self, meta: AttentionMetadata) -> SparsePrefillChunkCache:
+        """Plan for another chunk. What was planned before is dropped; tensors are built on first use."""
+        if self._workspace is not None and self._workspace.device != meta.seq_lens.device:
+            raise ValueError(f"workspace: on {self._workspace.device}, need {meta.seq_lens.device}")
+        self.close()
+        self._meta, self._versions = meta, _versions(meta)
+        self._spans = _split(meta, self.max_bytes, None if self._workspace is None else self._workspace.shape[0])
+        return self
+
+    def close(self) -> None:
+        """Drop what was planned; the next use is an error until :meth:`rebuild`."""
+        self._meta = self._groups = self._spans = None
+        self._shared = {}
+
+    def check(self, meta: AttentionMetadata) -> None:
+        """Raise ValueError unless it was built for ``meta`` as it is now."""
+        if self._meta is not meta:
+            seen = "other metadata" if self._meta is not None else "nothing"
+            raise ValueError(f"chunk: built for {seen}, need rebuild(meta) for this metadata")
+        if self._versions != _versions(meta):
+            raise ValueError("chunk: a length or a block table changed in place since rebuild, need rebuild(meta)")
+
+    @property
+    def fits(self) -> bool:
+        """Whether every request's rows fit under the cap."""
+        return self._spans is not None
+
+    @property
+    def workspace_rows(self) -> int:
+        """Rows the largest filling of the workspace takes."""
+        assert self._meta is not None
+        return max((_rows(self._meta, a, b) for a, b, _ in self._spans or ()), default=0)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of workspace and index rows a layer's call takes at its peak."""
+        meta = self._meta
+        assert meta is not None
+        return max(
+            (
+                _rows(meta, a, b) * ROW_BYTES + min(block, _count(_tokens(meta, a, b))) * _index_bytes(meta, a, b)
+                for a, b, block in self._spans or ()
+            ),
+            default=0,
+        )
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The chunk in fillings of the workspace, built on first use."""
+        if self._groups is None:
+            assert self._meta is not None
+            assert self._spans is not None
+            self._groups = tuple(_group(self._meta, *span) for span in self._spans)
+        return self._groups
+
+    def workspace(self, rows: int) -> torch.Tensor:
+        """bf16 ``[rows, 512]`` to gather into, not filled."""
+        if self._workspace is not None:
+            return self._workspace[:rows]
+        assert self._meta is not None
+        return torch.empty(rows, 512, dtype=torch.bfloat16, device=self._meta.seq_lens.device)
+
+    def index_rows(
+        self, group: Group, block: slice, topk_indices: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Workspace rows and spans of one block's tokens; kept for the layers where no indexer chooses them."""
+        meta = self._meta
+        assert meta is not None
+        if topk_indices is None and block.start in self._shared:
+            return self._shared[block.start]
+        tokens = _count(block)
+        if topk_indices is None:
+            every = torch.arange(group.entries, dtype=torch.int32, device=meta.seq_lens.device)
+            local, topk = every.expand(tokens, group.entries), group.entries
+        else:
+            local, topk = topk_indices[block], min(topk_indices.shape[1], meta.topk)
+        rows = indices.combine_topk_swa_indices(
+            local, meta.query_start_loc, meta.seq_lens, group.gather_lens, group.compressed_base, group.swa_base,
+            meta.window_size, meta.compress_ratio, topk, row_slots=group.slots,
+            positions=(meta.request[block], meta.position[block]),
+        )  # fmt: skip
+        # One block a group: all of a chunk's index rows stay within the cap together.
+        if topk_indices is None and len(group.blocks) == 1 and len(self.groups) == 1:
+            self._shared[block.start] = rows
+        return rows
+
+
+def _versions(meta: AttentionMetadata) -> tuple[int, ...]:
+    tensors = (meta.query_start_loc, meta.seq_lens, meta.swa_block_table, meta.extra_block_table)
+    return tuple(-1 if tensor is None else tensor._version for tensor in tensors)
+
+
+def _tokens(meta: AttentionMetadata, first: int, end: int) -> slice:
+    """The query tokens of some requests. Padding belongs to none; it goes with the last."""
+    starts = meta.host_starts
+    return slice(starts[first] if first else 0, meta.num_tokens if end == len(meta.host_query_lens) else starts[end])
+
+
+def _count(tokens: slice) -> int:
+    return tokens.stop - tokens.start
+
+
+def _rows(meta: AttentionMetadata, first: int, end: int) -> int:
+    return sum(meta.compressed_counts[first:end]) + sum(meta.gather_counts[first:end])
+
+
+def _index_bytes(meta: AttentionMetadata, first: int, end: int) -> int:
+    """Bytes of one token's index row and span, in a group of these requests."""
+    topk = meta.topk if meta.compress_ratio == 4 else max(meta.compressed_counts[first:end], default=0)
+    return 4 * indices.combined_topk_width(topk, meta.window_size) + 4
+
+
+def _split(meta: AttentionMetadata, max_bytes: int, max_rows: int | None) -> list[tuple[int, int, int]] | None:
+    """``(first request, end, tokens a block)`` of each group, in order; None where a request does not fit at all.
+
+    As many requests as fit with their index rows whole go together. One that does not fit alone has its index rows cut.
+    """
+    requests = len(meta.host_query_lens)
+    spans: list[tuple[int, int, int]] = []
+
+    def fits(first: int, end: int, tokens: int) -> bool:
+        rows = _rows(meta, first, end)
+        if max_rows is not None and rows > max_rows:
+            return False
+        return rows * ROW_BYTES + tokens * _index_bytes(meta, first, end) <= max_bytes
+
+    if fits(0, requests, meta.num_tokens):
+        return [(0, requests, max(1, meta.num_tokens))]
+    first = 0
+    while first < requests:
+        end = first + 1
+        while end < requests and fits(first, end + 1, _count(_tokens(meta, first, end + 1))):
+            end += 1
+        tokens = max(1, _count(_tokens(meta, first, end)))
+        if not fits(first, end, tokens):
+            if not fits(first, end, 1):
+                return None
+            left = max_bytes - _rows(meta, first, end) * ROW_BYTES
+            tokens = left // _index_bytes(meta, first, end)
+        spans.append((first, end, tokens))
+        first = end
+    return spans
+
+
+def _group(meta: AttentionMetadata, first: int, end: int, block: int) -> Group:
+    tokens = _tokens(meta, first, end)
+    inside = slice(first, end)
+    compressed = meta.compressed[inside]
+    gathered = meta.gathered[inside]
+    compressed_rows, swa_rows = sum(meta.compressed_counts[inside]), sum(meta.gather_counts[inside])
+    slots = _ragged_slots(
+        meta.swa_block_table[inside], meta.seq_lens[inside] - gathered, gathered, swa_rows,
+        meta.swa_page_size, meta.swa_pages,
+    )  # fmt: skip
+    if meta.extra_block_table is not None:
+        first_entry = torch.zeros_like(compressed)
+        compressed_slots = _ragged_slots(
+            meta.extra_block_table[inside], first_entry, compressed, compressed_rows,
+            meta.extra_page_size, meta.extra_pages,
+        )  # fmt: skip
+        slots = torch.cat([compressed_slots, slots])
+    compressed_base, swa_base = torch.zeros_like(meta.compressed), torch.zeros_like(meta.gathered)
+    compressed_base[inside] = _exclusive_sum(compressed)
+    swa_base[inside] = _exclusive_sum(gathered) + compressed_rows
+    blocks = tuple(slice(t, min(t + block, tokens.stop)) for t in range(tokens.start, tokens.stop, block))
+    return Group(
+        inside, tokens, slots, compressed_rows, compressed_base, swa_base, meta.gathered,
+        max(meta.compressed_counts[inside], default=0), blocks,
+    )  # fmt: skip
+
+
+def _exclusive_sum(counts: torch.Tensor) -> torch.Tensor:
+    return counts.cumsum(0, dtype=torch.int32) - counts
+
+
+def _ragged_slots(
+    block_table: torch.Tensor,
+    first: torch.Tensor,
+    counts: torch.Tensor,
+    total: int,
+    page_size: int,
+    pages: int,
+) -> torch.Tensor:
+    """Slots of entries ``first[i] ... first[i] + counts[i] - 1`` of every request, int32 ``[total]``."""
+    request = torch.repeat_interleave(counts.long(), output_size=total)
+    row = torch.arange(total, dtype=torch.int32, device=counts.device)
+    local = row - _exclusive_sum(counts)[request] + first[request]
+    limits = (first + counts)[request]
+    return indices.local_to_slots(local[:, None], request.int(), limits, block_table, page_size, pages)[:, 0]
