@@ -1,0 +1,122 @@
+"""Measure what the cost model needs on this GPU and write its table: kernel times, gather and index rates, host floors.
+
+Medians of ``triton.testing.do_bench`` in microseconds. ``decode`` and ``prefill`` are FlashMLA's kernels as dsv4x calls
+them, over index rows of the width given, drawn from pools of the rows given; the rest are straight lines through two
+sizes, and ``host`` is a whole eager step of one token on each path.
+
+Usage: python benchmarks/fit_costs.py --out dsv4x/cuda/costs_sm_90.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from steps import PAGE_SIZE, WINDOW, Step, median_us, pool
+
+import dsv4x
+from dsv4x.common import indices
+from dsv4x.common.cache import gather_workspace
+
+TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
+WIDTHS = (128, 640, 1152, 4224)
+ROWS = (4096, 65536, 262144)
+HEADS = (64, 128)
+
+
+def kernel_times() -> dict:
+    table: dict = {"tokens": TOKENS, "width": WIDTHS, "rows": ROWS, "decode": {}, "prefill": {}}
+    caches = {rows: pool(rows // PAGE_SIZE) for rows in (16384, *ROWS)}
+    for heads in HEADS:
+        for op in ("decode", "prefill"):
+            table[op][str(heads)] = [[[round(time(op, heads, rows, width, tokens, caches), 2) for tokens in TOKENS]
+                                      for width in WIDTHS] for rows in ROWS]  # fmt: skip
+            print(op, heads, table[op][str(heads)][1], flush=True)
+    return table
+
+
+def time(op: str, heads: int, rows: int, width: int, tokens: int, caches: dict) -> float:
+    q = torch.randn(tokens, heads, 512, device="cuda", dtype=torch.bfloat16) / 10
+    sink = torch.randn(heads, device="cuda")
+
+    def drawn(n: int, w: int):
+        index = torch.randint(0, n, (tokens, w), device="cuda", dtype=torch.int32)
+        return index, torch.full((tokens,), w, dtype=torch.int32, device="cuda")
+
+    if op == "prefill":
+        kv = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16) / 10
+        arguments = (q, kv, *drawn(rows, width), sink)
+        run = dsv4x.sparse_mla_prefill
+        options: dict = {}
+    else:
+        arguments = (q, caches[16384], *drawn(16384, WINDOW))
+        if width > WINDOW:
+            arguments += (caches[rows], *drawn(rows, width - WINDOW))
+        else:
+            arguments += (None, None, None)
+        arguments += (sink,)
+        run, options = dsv4x.sparse_mla_decode, {"schedule": {}}
+    return median_us(lambda: run(*arguments, kernel="flash_mla", trusted_indices=True, **options), 5, 20)
+
+
+def line(run, sizes: tuple[int, int]) -> list[float]:
+    """``[at zero, a unit]`` of the straight line through two sizes."""
+    low, high = (median_us(run(size)) for size in sizes)
+    slope = (high - low) / (sizes[1] - sizes[0])
+    return [max(0.0, low - slope * sizes[0]), slope]
+
+
+def gather(rows: int):
+    extra, swa = pool(max(1, rows // PAGE_SIZE)), pool(4)
+    slots = torch.randperm(rows, device="cuda").int()
+    out = torch.empty(rows, 512, dtype=torch.bfloat16, device="cuda")
+    return lambda: gather_workspace(extra, swa, slots, rows, out)
+
+
+def remap(elements: int):
+    step = Step(elements // 512, 1 << 17, 64, 512, 4, 1)
+    meta = step.meta
+    return lambda: indices.local_to_slots(
+        step.topk, meta.request, meta.visible, meta.extra_block_table, PAGE_SIZE, meta.extra_pages
+    )
+
+
+def combine(elements: int):
+    step = Step(elements // 640, 1 << 17, 64, 512, 4, 1)
+    (group,) = step.chunk.groups
+    return lambda: step.chunk.index_rows(group, group.blocks[0], step.topk)
+
+
+def host() -> dict[str, dict[str, float]]:
+    return {
+        path: {
+            str(ratio): median_us(lambda s=Step(1, 1024, 64, 512, ratio, 1), p=path: s.run(p)) for ratio in (1, 4, 128)
+        }
+        for path in ("direct", "gathered")
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the table as JSON here")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    result = {
+        "device": torch.cuda.get_device_name(),
+        "unit": "us",
+        **kernel_times(),
+        "gather": line(gather, (16384, 262144)),
+        "remap": line(remap, (512 * 256, 512 * 8192)),
+        "combine": line(combine, (640 * 256, 640 * 8192)),
+        "host": host(),
+    }
+    for name in ("gather", "remap", "combine", "host"):
+        print(name, result[name])
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()
