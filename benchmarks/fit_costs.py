@@ -1,8 +1,8 @@
 """Measure what the cost model needs on this GPU and write its table: kernel times, gather and index rates, host floors.
 
-Medians of ``triton.testing.do_bench`` in microseconds. ``decode`` and ``prefill`` are FlashMLA's kernels as dsv4x calls
-them, over index rows of the width given, drawn from pools of the rows given; the rest are straight lines through two
-sizes, and ``host`` is a whole eager step of one token on each path.
+Medians of ``triton.testing.do_bench`` in microseconds. ``decode`` and ``prefill`` are FlashMLA's kernels called bare,
+over index rows of the width given, drawn from pools of the rows given. ``gather``, ``remap`` and ``combine`` are
+straight lines through two sizes, ``host`` a whole eager step of one token on each path.
 
 Usage: python benchmarks/fit_costs.py --out dsv4x/cuda/costs_sm_90.json
 """
@@ -14,9 +14,9 @@ import json
 from pathlib import Path
 
 import torch
+from flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 from steps import PAGE_SIZE, WINDOW, Step, median_us, pool
 
-import dsv4x
 from dsv4x.common import indices
 from dsv4x.common.cache import gather_workspace
 
@@ -47,18 +47,28 @@ def time(op: str, heads: int, rows: int, width: int, tokens: int, caches: dict) 
 
     if op == "prefill":
         kv = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16) / 10
-        arguments = (q, kv, *drawn(rows, width), sink)
-        run = dsv4x.sparse_mla_prefill
-        options: dict = {}
-    else:
-        arguments = (q, caches[16384], *drawn(16384, WINDOW))
-        if width > WINDOW:
-            arguments += (caches[rows], *drawn(rows, width - WINDOW))
-        else:
-            arguments += (None, None, None)
-        arguments += (sink,)
-        run, options = dsv4x.sparse_mla_decode, {"schedule": {}}
-    return median_us(lambda: run(*arguments, kernel="flash_mla", trusted_indices=True, **options), 5, 20)
+        index, lens = drawn(rows, width)
+        return median_us(
+            lambda: flash_mla_sparse_fwd(
+                q, kv[:, None], index[:, None], 512**-0.5, 512, sink, lens, use_legacy=True
+            ), 5, 20,
+        )  # fmt: skip
+    scheduler, view = get_mla_metadata()[0], caches[16384].servers_view
+    index, lens = drawn(16384, WINDOW)
+    extra = {}
+    if width > WINDOW:
+        extra_index, extra_lens = drawn(rows, width - WINDOW)
+        extra = {
+            "extra_k_cache": caches[rows].servers_view,
+            "extra_indices_in_kvcache": extra_index[:, None],
+            "extra_topk_length": extra_lens,
+        }
+    return median_us(
+        lambda: flash_mla_with_kvcache(
+            q[:, None], view, None, None, 512, scheduler, None, 512**-0.5, False, True, index[:, None], sink,
+            topk_length=lens, use_legacy=True, **extra,
+        ), 5, 20,
+    )  # fmt: skip
 
 
 def line(run, sizes: tuple[int, int]) -> list[float]:
@@ -86,16 +96,16 @@ def remap(elements: int):
 def combine(elements: int):
     step = Step(elements // 640, 1 << 17, 64, 512, 4, 1)
     (group,) = step.chunk.groups
-    return lambda: step.chunk.index_rows(group, group.blocks[0], step.topk)
+    return lambda: step.chunk.index_rows(group, group.blocks[0], step.topk, step.combine)
 
 
 def host() -> dict[str, dict[str, float]]:
-    return {
-        path: {
-            str(ratio): median_us(lambda s=Step(1, 1024, 64, 512, ratio, 1), p=path: s.run(p)) for ratio in (1, 4, 128)
-        }
-        for path in ("direct", "gathered")
-    }
+    found: dict[str, dict[str, float]] = {"direct": {}, "gathered": {}}
+    for ratio in (1, 4, 128):
+        step = Step(1, 1024, 64, 512, ratio, 1)
+        for path, us in found.items():
+            us[str(ratio)] = median_us(lambda step=step, path=path: step.run(path))
+    return found
 
 
 def main() -> None:

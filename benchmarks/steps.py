@@ -8,7 +8,7 @@ from flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_meta
 
 import dsv4x
 from dsv4x import AttentionMetadata, PagedCache, SparsePrefillChunkCache, layouts
-from dsv4x.common import indices
+from dsv4x.common import indices, registry
 
 PAGE_SIZE = 64
 WINDOW = 128
@@ -73,6 +73,7 @@ class Step:
         # A cap no point of the grid meets: routing is judged apart from it.
         self.chunk = SparsePrefillChunkCache(2 << 30).rebuild(self.meta)
         self.scheduler = get_mla_metadata()[0]
+        self.combine = registry.find("combine_topk_swa_indices", "triton")
 
     def run(self, path: str | None = None, chunk: SparsePrefillChunkCache | None = None):
         return dsv4x.sparse_mla_attention(
@@ -109,7 +110,7 @@ class Step:
             dsv4x.dequantize_k_cache_paged(self.swa, group.slots[compressed:], workspace[compressed:])
         else:
             dsv4x.dequantize_k_cache_paged(self.swa, group.slots, workspace)
-        rows, lens = self.chunk.index_rows(group, group.blocks[0], self.topk)
+        rows, lens = self.chunk.index_rows(group, group.blocks[0], self.topk, self.combine)
         return flash_mla_sparse_fwd(
             self.q, workspace[:, None], rows[:, None], 512**-0.5, 512, self.sink, lens, use_legacy=True
         )

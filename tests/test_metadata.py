@@ -10,7 +10,7 @@ import torch
 from tolerances import check_decode, check_prefill
 
 import dsv4x
-from dsv4x.common import attention
+from dsv4x.common import attention, registry
 from dsv4x.common.attention import choose_path, path_problems
 from dsv4x.common.layouts import DSV4, PagedCache
 
@@ -319,7 +319,7 @@ def test_pages_outside_the_pool_are_no_entries_on_either_path(ratio, path, kerne
 @pytest.mark.parametrize("columns", [0, 3, 7])
 @pytest.mark.parametrize("ratio", [1, 4, 128])
 @pytest.mark.parametrize("name", BATCHES)
-def test_what_the_entry_point_vouches_for_is_true(name, ratio, columns, make_step, rng, monkeypatch):
+def test_what_the_entry_point_vouches_for_is_true(name, ratio, columns, make_step, rng, monkeypatch, request):
     """Indices and lengths go to the ops as trusted: FlashMLA would read past a row, or fault, if they were not."""
     step = make_step(BATCHES[name], ratio, padding=2)
     seen = []
@@ -329,24 +329,30 @@ def test_what_the_entry_point_vouches_for_is_true(name, ratio, columns, make_ste
         assert bool(((indices >= -1) & (indices < capacity)).all())
         seen.append(indices.shape)
 
-    def decode(q, swa, swa_indices, swa_lens, extra, extra_indices, extra_lens, *rest, trusted_indices, **keywords):
+    def decode(
+        q, swa, swa_indices, swa_lens, extra, extra_indices, extra_lens, *rest, trusted_indices, schedule, **scales
+    ):
         assert trusted_indices
         check(swa_indices, swa_lens, swa.capacity)
         if extra is not None:
             check(extra_indices, extra_lens, extra.capacity)
         return q, q[..., 0]
 
-    def prefill(q, kv, rows, lens, *rest, trusted_indices, **keywords):
+    def prefill(q, kv, rows, lens, *rest, trusted_indices):
         assert trusted_indices
         check(rows, lens, len(kv))
         assert not kv[rows[rows >= 0].long()].isnan().any(), "an index points at a row that was never written"
         return q, q[..., 0]
 
-    monkeypatch.setattr(attention, "sparse_mla_decode", decode)
-    monkeypatch.setattr(attention, "sparse_mla_prefill", prefill)
+    for op, run in (("sparse_mla_decode", decode), ("sparse_mla_prefill", prefill)):
+        record = dataclasses.replace(registry.find(op, "reference"), run=run)
+        monkeypatch.setitem(registry._kernels[op], "reference", record)
+    registry.select.cache_clear()
+    request.addfinalizer(registry.select.cache_clear)
     q, topk, sink = attention_case(step, rng, columns=columns)
     for path in ("direct", "gathered"):
-        dsv4x.sparse_mla_attention(q, step.swa, step.extra, step.build(), topk, sink, path=path)
+        arguments = (q, step.swa, step.extra, step.build(), topk, sink)
+        dsv4x.sparse_mla_attention(*arguments, path=path, kernel="reference")
     assert len(seen) == 2 + (ratio > 1)
 
 

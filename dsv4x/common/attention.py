@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from . import checks, indices, reference
 from .cache import gather_workspace
+from .costs import step_costs
 from .layouts import PagedCache
 from .prefill_chunk import SparsePrefillChunkCache
-from .registry import Problem, select
-from .sparse_mla import check_cache, sparse_mla_decode, sparse_mla_prefill
+from .registry import Kernel, Problem, select
+from .sparse_mla import check_cache, check_q, check_rest, scale_of
 
 HEAD_DIM = 512
 """DeepSeek-V4's values of K, all of which are V."""
@@ -270,7 +271,8 @@ def sparse_mla_attention(
         KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
     """
     checks.tensor("q", q, (meta.num_tokens, None, HEAD_DIM), torch.bfloat16, meta.seq_lens.device)
-    _check_cache("swa_cache", swa_cache, q.device, meta.swa_page_size, meta.swa_pages)
+    check_q(q)
+    swa_cache = _check_cache("swa_cache", swa_cache, q.device, meta.swa_page_size, meta.swa_pages)
     checks.k_scale("swa_k_scale", swa_k_scale, swa_cache)
     if meta.compress_ratio == 1:
         if extra_cache is not None:
@@ -279,32 +281,38 @@ def sparse_mla_attention(
         extra_cache = _check_cache("extra_cache", extra_cache, q.device, meta.extra_page_size, meta.extra_pages)
         checks.k_scale("extra_k_scale", extra_k_scale, extra_cache)
     if meta.compress_ratio == 4:
-        topk_indices = checks.tensor("topk_indices", topk_indices, (meta.num_tokens, None), torch.int32, q.device)
-        if checks.check_values_enabled():
-            spans = meta.visible.clamp_max(min(meta.topk, topk_indices.shape[1]))
-            checks.index_values("topk_indices", topk_indices, spans, meta.visible, "local entry")
+        checks.tensor("topk_indices", topk_indices, (meta.num_tokens, None), torch.int32, q.device)
     elif topk_indices is not None:
         raise ValueError(f"topk_indices: given, need None for compress_ratio {meta.compress_ratio}")
-    if out is not None:
-        checks.tensor("out", out, tuple(q.shape), torch.bfloat16, q.device)
+    check_rest(q, attn_sink, out)
+    scale = scale_of(softmax_scale, HEAD_DIM)
     if path not in (*PATHS, None):
         raise ValueError(f"path: got {path!r}, need one of {PATHS} or None")
     if chunk is None:
         chunk = meta.chunk
     chunk.check(meta)
-    if path is None:
-        path = choose_path(q, swa_cache, extra_cache, meta, topk_indices, kernel, chunk)
-    elif path == "gathered" and not chunk.fits:
+    if path == "gathered" and not chunk.fits:
         raise ValueError(f"path: gathered, but a request's rows alone pass the cap of {chunk.max_bytes} bytes")
-    run = _direct if path == "direct" else _gathered
-    layer = _Layer(
-        q, swa_cache, extra_cache, topk_indices, attn_sink, softmax_scale, kernel, swa_k_scale, extra_k_scale
-    )
-    return run(layer, meta, chunk, out)
+    if checks.check_values_enabled():
+        if topk_indices is not None:
+            spans = meta.visible.clamp_max(min(meta.topk, topk_indices.shape[1]))
+            checks.index_values("topk_indices", topk_indices, spans, meta.visible, "local entry")
+        checks.finite_rows("q", q, [meta.swa_lens])
+    key = (
+        q.shape[1], swa_cache.spec, None if extra_cache is None else extra_cache.spec,
+        None if topk_indices is None else topk_indices.shape[1], path, kernel,
+        q.is_cuda and torch.cuda.is_current_stream_capturing(),
+    )  # fmt: skip
+    plan = chunk.plans.get(key)
+    if plan is None:
+        plan = chunk.plans[key] = _plan(q, swa_cache, extra_cache, meta, topk_indices, path, kernel, chunk)
+    if not meta.num_tokens:
+        return _Results(q, out, 0).all()
+    layer = _Layer(q, swa_cache, extra_cache, topk_indices, attn_sink, scale, swa_k_scale, extra_k_scale)
+    return (_direct if plan.path == "direct" else _gathered)(plan, layer, meta, chunk, out)
 
 
-@dataclass(frozen=True)
-class _Layer:
+class _Layer(NamedTuple):
     """What one layer brings to a step."""
 
     q: torch.Tensor
@@ -312,43 +320,76 @@ class _Layer:
     extra_cache: PagedCache | None
     topk_indices: torch.Tensor | None
     attn_sink: torch.Tensor | None
-    softmax_scale: float | None
-    kernel: str | None
+    scale: float
     swa_k_scale: float
     extra_k_scale: float
 
 
+class _Plan(NamedTuple):
+    """What was decided for layers of one shape: the path, and the kernels of its attention and index ops."""
+
+    path: str
+    attend: Kernel
+    remap: Kernel
+
+
+def _plan(
+    q: torch.Tensor,
+    swa_cache: PagedCache,
+    extra_cache: PagedCache | None,
+    meta: AttentionMetadata,
+    topk_indices: torch.Tensor | None,
+    path: str | None,
+    kernel: str | None,
+    chunk: SparsePrefillChunkCache,
+) -> _Plan:
+    if path is None:
+        path = choose_path(q, swa_cache, extra_cache, meta, topk_indices, kernel, chunk)
+    direct, gathered = path_problems(q, swa_cache, extra_cache, meta, topk_indices)
+    problem, index_op = (direct, "local_to_slots") if path == "direct" else (gathered, "combine_topk_swa_indices")
+    index = Problem.on(index_op, q.device, tokens=problem.tokens, width=problem.width)
+    return _Plan(path, select(problem, kernel), select(index, None))
+
+
 def _direct(
-    layer: _Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache, out: torch.Tensor | None
+    plan: _Plan, layer: _Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache, out: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    results = _Results(layer.q, out, len(meta.direct_blocks))
-    for block in meta.direct_blocks:
-        extra_lens = None if meta.extra_lens is None else meta.extra_lens[block]
-        if meta.compress_ratio == 128:
-            extra_indices = meta.slot_rows(block) if meta.extra_indices is None else meta.extra_indices
-        elif layer.topk_indices is not None and meta.extra_block_table is not None and extra_lens is not None:
-            extra_indices = indices.local_to_slots(
-                layer.topk_indices, meta.request, meta.visible,
-                meta.extra_block_table, meta.extra_page_size, meta.extra_pages,
-            )  # fmt: skip
-            if layer.topk_indices.shape[1] < meta.topk:
-                extra_lens = extra_lens.clamp_max(layer.topk_indices.shape[1])
-        else:
-            extra_indices = None
-        results.add(block, *sparse_mla_decode(
-            layer.q[block], layer.swa_cache, meta.swa_indices[block], meta.swa_lens[block],
-            layer.extra_cache, extra_indices, extra_lens,
-            layer.attn_sink, layer.softmax_scale, results.buffer(block), layer.kernel,
-            trusted_indices=True, schedule=meta._schedule.setdefault(("block", block.start), {}),
+    blocks = meta.direct_blocks
+    results = _Results(layer.q, out, len(blocks))
+    device = layer.q.device
+    for block in blocks:
+        whole = len(blocks) == 1
+
+        def part(tensor: torch.Tensor, block: slice = block, whole: bool = whole) -> torch.Tensor:
+            return tensor if whole else tensor[block]
+
+        extra_indices, extra_lens = None, meta.extra_lens
+        if extra_lens is not None:
+            extra_lens = part(extra_lens)
+            if layer.topk_indices is not None:
+                extra_indices = torch.empty(layer.topk_indices.shape, dtype=torch.int32, device=device)
+                plan.remap.launch(
+                    device, layer.topk_indices, meta.request, meta.visible, meta.extra_block_table,
+                    meta.extra_page_size, meta.extra_pages, extra_indices,
+                )  # fmt: skip
+                if layer.topk_indices.shape[1] < meta.topk:
+                    extra_lens = extra_lens.clamp_max(layer.topk_indices.shape[1])
+            else:
+                extra_indices = meta.slot_rows(block) if meta.extra_indices is None else meta.extra_indices
+        results.add(block, *plan.attend.launch(
+            device, part(layer.q), layer.swa_cache, part(meta.swa_indices), part(meta.swa_lens),
+            layer.extra_cache, extra_indices, extra_lens, layer.attn_sink, layer.scale, results.buffer(block),
+            trusted_indices=True, schedule=meta._schedule.setdefault(block.start, {}),
             swa_k_scale=layer.swa_k_scale, extra_k_scale=layer.extra_k_scale,
         ))  # fmt: skip
     return results.all()
 
 
 def _gathered(
-    layer: _Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache, out: torch.Tensor | None
+    plan: _Plan, layer: _Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache, out: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     results = _Results(layer.q, out, sum(len(group.blocks) for group in chunk.groups))
+    device = layer.q.device
     for group in chunk.groups:
         # Not filled: rows without a slot stay unwritten, and no index points at them.
         workspace = chunk.workspace(group.rows)
@@ -357,31 +398,32 @@ def _gathered(
             extra_k_scale=layer.extra_k_scale, swa_k_scale=layer.swa_k_scale,
         )  # fmt: skip
         for block in group.blocks:
-            rows, lens = chunk.index_rows(group, block, layer.topk_indices)
-            results.add(block, *sparse_mla_prefill(
-                layer.q[block], workspace, rows, lens, layer.attn_sink, layer.softmax_scale,
-                results.buffer(block), layer.kernel, trusted_indices=True,
+            rows, lens = chunk.index_rows(group, block, layer.topk_indices, plan.remap)
+            q = layer.q if results.lse is None else layer.q[block]
+            results.add(block, *plan.attend.launch(
+                device, q, workspace, rows, lens, layer.attn_sink, layer.scale, results.buffer(block),
+                trusted_indices=True,
             ))  # fmt: skip
     return results.all()
 
 
 class _Results:
-    """Output of a call made in ``parts``: one part's as it is, several gathered in one buffer."""
+    """Output of a call made in ``parts``: one part's as it is, several (or none) in one buffer."""
 
     def __init__(self, q: torch.Tensor, out: torch.Tensor | None, parts: int):
-        self.out, self.lse = out, None
-        if parts != 1:
-            if out is None:
-                self.out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        self.out, self.lse, self._whole = out, None, parts == 1
+        if not self._whole:
+            self.out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
             self.lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
 
     def buffer(self, block: slice) -> torch.Tensor | None:
-        return None if self.out is None else self.out[block]
+        return self.out if self._whole or self.out is None else self.out[block]
 
     def add(self, block: slice, out: torch.Tensor, lse: torch.Tensor) -> None:
-        if self.lse is None:
-            self.out, self.lse = out if self.out is None else self.out, lse
+        if self._whole:
+            self.out, self.lse = out, lse
         else:
+            assert self.lse is not None
             self.lse[block] = lse
 
     def all(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -404,10 +446,11 @@ def choose_path(
     direct, gathered = path_problems(q, swa_cache, extra_cache, meta, topk_indices)
     if gathered.capturing or not chunk.fits or not gathered.rows:
         return "direct"
-    # An estimate: the gather's and the remap's launches, and 1608 bytes a gathered row.
-    gather_us = 50.0 + gathered.rows * 1608 / 3e6
-    faster = select(direct, kernel).predicted_us(direct) <= gather_us + select(gathered, kernel).predicted_us(gathered)
-    return "direct" if faster else "gathered"
+    costs = step_costs(direct.arch)
+    indexed = meta.compress_ratio == 4
+    direct_us = costs.direct_us(select(direct, kernel).predicted_us(direct), direct, indexed)
+    gathered_us = costs.gathered_us(select(gathered, kernel).predicted_us(gathered), gathered, indexed)
+    return "direct" if direct_us <= gathered_us else "gathered"
 
 
 def path_problems(

@@ -30,19 +30,36 @@ def tensor(
     device: torch.device | None = None,
 ) -> torch.Tensor:
     """Check one tensor: ``None`` in ``shape`` matches any size; the last dimension must be contiguous."""
-    dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
+    # A layer's call checks ten tensors, so a good one is told by as little Python as will do.
+    if isinstance(value, torch.Tensor) and (value.dtype is dtypes or (type(dtypes) is tuple and value.dtype in dtypes)):
+        seen = value.shape
+        if len(seen) == len(shape) and (not seen or seen[-1] <= 1 or value.stride(-1) == 1):
+            for wanted, size in zip(shape, seen):
+                if wanted is not None and wanted != size:
+                    break
+            else:
+                if device is None or value.device == device:
+                    return value
+    raise _wrong_tensor(name, value, shape, dtypes if isinstance(dtypes, tuple) else (dtypes,), device)
+
+
+def _wrong_tensor(
+    name: str,
+    value: object,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None,
+) -> TypeError | ValueError:
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, need a {_names(dtypes)} tensor")
+        return TypeError(f"{name}: got {type(value).__name__}, need a {_names(dtypes)} tensor")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name}: dtype is {_names((value.dtype,))}, need {_names(dtypes)}")
+        return TypeError(f"{name}: dtype is {_names((value.dtype,))}, need {_names(dtypes)}")
     if value.dim() != len(shape) or any(w not in (None, s) for w, s in zip(shape, value.shape)):
         wanted = ", ".join("any" if s is None else str(s) for s in shape)
-        raise ValueError(f"{name}: shape is {tuple(value.shape)}, need ({wanted})")
+        return ValueError(f"{name}: shape is {tuple(value.shape)}, need ({wanted})")
     if shape and value.shape[-1] > 1 and value.stride(-1) != 1:
-        raise ValueError(f"{name}: stride({value.dim() - 1}) is {value.stride(-1)}, need 1")
-    if device is not None and value.device != device:
-        raise ValueError(f"{name}: on {value.device}, need {device}")
-    return value
+        return ValueError(f"{name}: stride({value.dim() - 1}) is {value.stride(-1)}, need 1")
+    return ValueError(f"{name}: on {value.device}, need {device}")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

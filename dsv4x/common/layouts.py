@@ -12,7 +12,7 @@ import enum
 import functools
 import struct
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -239,8 +239,7 @@ def by_name(name: str) -> CacheLayout:
     raise ValueError(f"layout: got {name!r}, need one of {', '.join(m.value.name for m in MLAKVCacheLayout)}")
 
 
-@dataclass(frozen=True)
-class CacheSpec:
+class CacheSpec(NamedTuple):
     """A paged cache without its bytes, as far as choosing a kernel goes.
 
     Attributes:

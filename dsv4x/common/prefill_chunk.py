@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import checks, indices
+from .registry import Kernel
 
 if TYPE_CHECKING:
     from .attention import AttentionMetadata
@@ -59,6 +60,8 @@ class SparsePrefillChunkCache:
     many. Nothing that a layer brings (caches' bytes, top-k, q) is kept. A request whose rows alone pass the cap cannot
     be gathered; :meth:`fits` says so, and the direct path reads it in place.
 
+    ``plans`` is where :func:`~dsv4x.sparse_mla_attention` keeps what it decided for layers of a shape.
+
     It is good until :meth:`rebuild` or :meth:`close`. Using it with metadata it was not built for, or after a length
     or a block table changed in place, is an error; nothing is recognised by its address.
 
@@ -77,7 +80,8 @@ class SparsePrefillChunkCache:
         self._versions: tuple[int, ...] = ()
         self._groups: tuple[Group, ...] | None = None
         self._spans: list[tuple[int, int, int]] | None = None
-        self._shared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._shared: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.plans: dict[tuple[Any, ...], Any] = {}
 
     def rebuild(self, meta: AttentionMetadata) -> SparsePrefillChunkCache:
         """Plan for another chunk. What was planned before is dropped; tensors are built on first use."""
@@ -90,8 +94,8 @@ class SparsePrefillChunkCache:
 
     def close(self) -> None:
         """Drop what was planned; the next use is an error until :meth:`rebuild`."""
-        self._meta = self._groups = self._spans = None
-        self._shared = {}
+        self._meta = self._groups = self._spans = self._shared = None
+        self.plans = {}
 
     def check(self, meta: AttentionMetadata) -> None:
         """Raise ValueError unless it was built for ``meta`` as it is now."""
@@ -142,28 +146,36 @@ class SparsePrefillChunkCache:
         return torch.empty(rows, 512, dtype=torch.bfloat16, device=self._meta.seq_lens.device)
 
     def index_rows(
-        self, group: Group, block: slice, topk_indices: torch.Tensor | None
+        self, group: Group, block: slice, topk_indices: torch.Tensor | None, combine: Kernel
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Workspace rows and spans of one block's tokens; kept for the layers where no indexer chooses them."""
+        """Workspace rows and spans of one block's tokens; kept for the layers where no indexer chooses them.
+
+        ``combine`` is the kernel of ``combine_topk_swa_indices`` that makes them.
+        """
         meta = self._meta
         assert meta is not None
-        if topk_indices is None and block.start in self._shared:
-            return self._shared[block.start]
-        tokens = _count(block)
+        if topk_indices is None and self._shared is not None:
+            return self._shared
+        tokens, device = _count(block), meta.seq_lens.device
+        whole = tokens == meta.num_tokens
         if topk_indices is None:
-            every = torch.arange(group.entries, dtype=torch.int32, device=meta.seq_lens.device)
+            every = torch.arange(group.entries, dtype=torch.int32, device=device)
             local, topk = every.expand(tokens, group.entries), group.entries
         else:
-            local, topk = topk_indices[block], min(topk_indices.shape[1], meta.topk)
-        rows = indices.combine_topk_swa_indices(
-            local, meta.query_start_loc, meta.seq_lens, group.gather_lens, group.compressed_base, group.swa_base,
-            meta.window_size, meta.compress_ratio, topk, row_slots=group.slots,
-            positions=(meta.request[block], meta.position[block]),
+            local, topk = topk_indices if whole else topk_indices[block], min(topk_indices.shape[1], meta.topk)
+        rows = torch.empty(
+            tokens, indices.combined_topk_width(topk, meta.window_size), dtype=torch.int32, device=device
+        )
+        lens = torch.empty(tokens, dtype=torch.int32, device=device)
+        positions = (meta.request, meta.position) if whole else (meta.request[block], meta.position[block])
+        combine.launch(
+            device, local, meta.query_start_loc, meta.seq_lens, group.gather_lens, group.compressed_base,
+            group.swa_base, meta.window_size, meta.compress_ratio, topk, group.slots, positions, rows, lens,
         )  # fmt: skip
-        # One block a group: all of a chunk's index rows stay within the cap together.
-        if topk_indices is None and len(group.blocks) == 1 and len(self.groups) == 1:
-            self._shared[block.start] = rows
-        return rows
+        # Only where it is the whole chunk: kept rows count against the cap too.
+        if topk_indices is None and whole:
+            self._shared = (rows, lens)
+        return rows, lens
 
 
 def _versions(meta: AttentionMetadata) -> tuple[int, ...]:

@@ -76,7 +76,7 @@ def sparse_mla_decode(
     Source: semantics of FlashMLA's ``flash_mla_with_kvcache`` (tests/ref.py) with two scopes.
     """
     check_values = checks.check_values_enabled()
-    tokens = _check_q(q)
+    tokens = check_q(q)
     scopes: list[tuple[str, Any, Any, torch.Tensor | None]] = [("swa", swa_cache, swa_indices, swa_lens)]
     if extra_cache is not None or extra_indices is not None:
         scopes.append(("extra", extra_cache, extra_indices, extra_lens))
@@ -92,7 +92,7 @@ def sparse_mla_decode(
             checks.index_values(f"{scope}_indices", indices, lens, cache.capacity, "slot")
     if check_values:
         checks.finite_rows("q", q, [lens for *_, lens in scopes])
-    out = _check_rest(q, attn_sink, out)
+    out = check_rest(q, attn_sink, out)
     problem = Problem.on(
         "sparse_mla_decode",
         q.device,
@@ -103,7 +103,7 @@ def sparse_mla_decode(
         extra_width=extra_indices.shape[1] if extra_indices is not None else 0,
         caches=tuple(cache.spec for _, cache, _, _ in scopes),
     )
-    scale = _scale(softmax_scale, q.shape[2])
+    scale = scale_of(softmax_scale, q.shape[2])
     record = select(problem, kernel)
     if tokens == 0:
         return _empty(q, out)
@@ -163,7 +163,7 @@ def sparse_mla_prefill(
     Source: semantics of FlashMLA's ``flash_mla_sparse_fwd`` (tests/ref.py).
     """
     check_values = checks.check_values_enabled()
-    tokens = _check_q(q)
+    tokens = check_q(q)
     checks.tensor("kv", kv, (None, q.shape[2]), torch.bfloat16, q.device)
     checks.tensor("indices", indices, (tokens, None), checks.INDEX_DTYPES, q.device)
     if lens is not None:
@@ -171,7 +171,7 @@ def sparse_mla_prefill(
     if check_values:
         checks.index_values("indices", indices, lens, kv.shape[0], "workspace row")
         checks.finite_rows("q", q, [lens])
-    out = _check_rest(q, attn_sink, out)
+    out = check_rest(q, attn_sink, out)
     problem = Problem.on(
         "sparse_mla_prefill",
         q.device,
@@ -181,7 +181,7 @@ def sparse_mla_prefill(
         width=indices.shape[1],
         rows=kv.shape[0],
     )
-    scale = _scale(softmax_scale, q.shape[2])
+    scale = scale_of(softmax_scale, q.shape[2])
     record = select(problem, kernel)
     if tokens == 0:
         return _empty(q, out)
@@ -208,7 +208,8 @@ def check_cache(name: str, value: object, device: torch.device, head_dim: int) -
     return cache
 
 
-def _check_q(q: torch.Tensor) -> int:
+def check_q(q: torch.Tensor) -> int:
+    """Query tokens of a q that attention takes."""
     checks.tensor("q", q, (None, None, None), torch.bfloat16)
     if q.shape[2] not in HEAD_DIMS:
         raise ValueError(f"q: head dim is {q.shape[2]}, need {' or '.join(map(str, HEAD_DIMS))}")
@@ -217,7 +218,8 @@ def _check_q(q: torch.Tensor) -> int:
     return q.shape[0]
 
 
-def _check_rest(q: torch.Tensor, attn_sink: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor | None:
+def check_rest(q: torch.Tensor, attn_sink: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor | None:
+    """Check what stands beside q; returns ``out``."""
     if attn_sink is not None:
         checks.tensor("attn_sink", attn_sink, (q.shape[1],), torch.float32, q.device)
     if out is not None:
@@ -225,7 +227,8 @@ def _check_rest(q: torch.Tensor, attn_sink: torch.Tensor | None, out: torch.Tens
     return out
 
 
-def _scale(softmax_scale: object, head_dim: int) -> float:
+def scale_of(softmax_scale: object, head_dim: int) -> float:
+    """The scale an argument means."""
     if softmax_scale is None:
         if head_dim != VALUE_DIM:
             raise ValueError(f"softmax_scale: got None, need the model's scale for q of {head_dim}")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..common import layouts
+from ..common import costs, layouts
 from ..common.layouts import PagedCache
 from ..common.platform import platform
 from ..common.registry import Kernel, Problem, register
@@ -118,10 +118,9 @@ def _deliver(
     values: torch.Tensor, lse: torch.Tensor, heads: int, out: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Drop padded heads; results are contiguous or in the caller's buffer."""
-    values, lse = values[:, :heads], lse[:, :heads].contiguous()
-    if out is None:
-        return values.contiguous(), lse
-    return out.copy_(values), lse
+    if heads != values.shape[1]:
+        values, lse = values[:, :heads], lse[:, :heads]
+    return values.contiguous() if out is None else out.copy_(values), lse.contiguous()
 
 
 def _servers_view(cache: PagedCache) -> torch.Tensor:
@@ -140,6 +139,10 @@ def _indices_for(
     from ..common.kernels.indices import sanitize_indices
 
     return sanitize_indices(indices, lens, capacity, multiple)
+
+
+def _rows(tensor: torch.Tensor | None, start: int, end: int) -> torch.Tensor | None:
+    return None if tensor is None else tensor[start:end]
 
 
 def decode(
@@ -181,35 +184,38 @@ def decode(
     if extra_cache is not None and extra_indices is not None:
         extra_view = _servers_view(extra_cache)
         e_indices, e_lens = _indices_for(extra_indices, extra_lens, extra_cache.capacity, DECODE_WIDTH, trusted_indices)
-    step = max_batch(q.shape[1], platform.limits(q.device).shared_memory)
-    if out is None and q.shape[0] > step:
-        out = torch.empty(q.shape[0], heads, VALUE_DIM, dtype=q.dtype, device=q.device)
-    parts = []
-    for start in range(0, q.shape[0], step):
-        rows = slice(start, start + step)
-        part = q[rows]
+
+    def call(start: int, part: Callable[[torch.Tensor | None], Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = part(q)
         values, lse = function(
-            part[:, None],
+            rows.unsqueeze(1),
             _servers_view(swa_cache),
             None,
             None,
             VALUE_DIM,
-            _scheduler(schedule, part, swa_cache, indices, extra_cache, e_indices, start),
+            _scheduler(schedule, rows, swa_cache, indices, extra_cache, e_indices, start),
             None,
             softmax_scale,
             False,
             True,
-            indices[rows, None],
+            part(indices).unsqueeze(1),
             attn_sink,
             extra_view,
-            None if e_indices is None else e_indices[rows, None],
-            None if lens is None else lens[rows],
-            None if e_lens is None else e_lens[rows],
+            None if e_indices is None else part(e_indices).unsqueeze(1),
+            part(lens),
+            part(e_lens),
             **_options(function),
         )
-        parts.append(_deliver(values[:, 0], lse[:, :, 0], heads, None if out is None else out[rows]))
+        return _deliver(values.squeeze(1), lse.squeeze(2), heads, part(out))
+
+    step = max_batch(q.shape[1], platform.limits(q.device).shared_memory)
+    if q.shape[0] <= step:
+        # No slicing: in a small call each view costs a microsecond or two of the host's time.
+        return call(0, lambda tensor: tensor)
     if out is None:
-        return parts[0]
+        out = torch.empty(q.shape[0], heads, VALUE_DIM, dtype=q.dtype, device=q.device)
+    starts = range(0, q.shape[0], step)
+    parts = [call(at, functools.partial(_rows, start=at, end=at + step)) for at in starts]
     return out, torch.cat([lse for _, lse in parts])
 
 
@@ -264,37 +270,38 @@ def prefill(
     if kv.shape[0] == 0:
         kv = kv.new_zeros(1, kv.shape[1])
     values, _, lse = function(
-        q, kv[:, None], indices[:, None], softmax_scale, VALUE_DIM, attn_sink, lens, **_options(function)
+        q, kv.unsqueeze(1), indices.unsqueeze(1), softmax_scale, VALUE_DIM, attn_sink, lens, **_options(function)
     )
     return _deliver(values, lse, heads, out)
 
 
-# Rough H200 figures (benchmarks/results/attention-h200.json has medians): a short call, and the rate of long batches.
-def _decode_us(problem: Problem) -> float:
-    return 17.0 + _padded_flops(problem) / 300e6
+# Where no table was measured: a short call, and the rate of long batches, of an H200.
+_RATES = {"sparse_mla_decode": (17.0, 300e6), "sparse_mla_prefill": (20.0, 480e6)}
 
 
-def _prefill_us(problem: Problem) -> float:
-    return 20.0 + _padded_flops(problem) / 480e6
-
-
-def _padded_flops(problem: Problem) -> float:
-    padded = next(h for h in HEADS if problem.heads <= h)
-    return problem.attention_flops * padded / max(problem.heads, 1)
+def _predicted_us(problem: Problem) -> float:
+    padded = next((h for h in HEADS if problem.heads <= h), HEADS[-1])
+    table = costs.table_of(problem.arch)
+    if table is not None:
+        op, width = problem.op.removeprefix("sparse_mla_"), problem.width + problem.extra_width
+        rows = problem.rows or max((cache.pages * cache.page_size for cache in problem.caches), default=1)
+        return costs.kernel_us(table, op, padded, problem.tokens, width, rows)
+    call, rate = _RATES[problem.op]
+    return call + problem.attention_flops * padded / max(problem.heads, 1) / rate
 
 
 def register_kernels() -> None:
     """Add FlashMLA's two kernels to the ops they serve."""
-    for op, run, predicted_us, reasons, names in (
-        ("sparse_mla_decode", decode, _decode_us, _decode_reasons, DECODE_LAYOUTS),
-        ("sparse_mla_prefill", prefill, _prefill_us, _prefill_reasons, ()),
+    for op, run, reasons, names in (
+        ("sparse_mla_decode", decode, _decode_reasons, DECODE_LAYOUTS),
+        ("sparse_mla_prefill", prefill, _prefill_reasons, ()),
     ):
         register(
             Kernel(
                 op,
                 "flash_mla",
                 run,
-                predicted_us,
+                _predicted_us,
                 library=FLASH_MLA,
                 archs=ARCHS,
                 layouts=names,

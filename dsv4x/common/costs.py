@@ -1,0 +1,85 @@
+"""What a prefill step costs around its attention kernel, and tables of kernel times to interpolate: data, per arch."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .registry import Problem
+
+_TABLES = {"sm_90": Path(__file__).parent.parent / "cuda" / "costs_sm_90.json"}
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Microseconds of the steps' other parts. The defaults are a guess, for archs on which nothing was measured.
+
+    Attributes:
+        gather, remap, combine: ``(a launch, one row or index element more)``.
+        host: path -> what a small eager step takes with and without an indexer's top-k: launches bound it, not work.
+    """
+
+    gather: tuple[float, float] = (8.0, 8e-4)
+    remap: tuple[float, float] = (6.0, 5e-6)
+    combine: tuple[float, float] = (10.0, 5e-6)
+    direct_host: tuple[float, float] = (40.0, 30.0)
+    gathered_host: tuple[float, float] = (60.0, 45.0)
+
+    def direct_us(self, kernel_us: float, problem: Problem, indexed: bool) -> float:
+        """A step that reads pages in place: top-k remapped, then the kernel."""
+        remap = self.remap[0] + self.remap[1] * problem.tokens * problem.extra_width if indexed else 0.0
+        return max(self.direct_host[0 if indexed else 1], remap + kernel_us)
+
+    def gathered_us(self, kernel_us: float, problem: Problem, indexed: bool) -> float:
+        """A step that gathers ``problem.rows`` rows, combines index rows (shared by the layers without an indexer)."""
+        gather = self.gather[0] + self.gather[1] * problem.rows
+        combine = self.combine[0] + self.combine[1] * problem.tokens * problem.width if indexed else 0.0
+        return max(self.gathered_host[0 if indexed else 1], gather + combine + kernel_us)
+
+
+@functools.cache
+def step_costs(arch: str) -> StepCosts:
+    """The arch's, measured (benchmarks/fit_costs.py) or guessed."""
+    table = table_of(arch)
+    if table is None:
+        return StepCosts()
+    host = {path: (us["4"], max(us["1"], us["128"])) for path, us in table["host"].items()}
+    lines = {name: (table[name][0], table[name][1]) for name in ("gather", "remap", "combine")}
+    return StepCosts(**lines, direct_host=host["direct"], gathered_host=host["gathered"])
+
+
+@functools.cache
+def table_of(arch: str) -> dict[str, Any] | None:
+    """The measured table of an arch, or None."""
+    return json.loads(_TABLES[arch].read_text()) if arch in _TABLES else None
+
+
+def kernel_us(table: dict[str, Any], op: str, heads: int, tokens: int, width: int, rows: int) -> float:
+    """A kernel's time by interpolation: log-log in tokens and rows, linear in width; in proportion past the ends."""
+    grid = table[op][str(heads)]
+    by_width = []
+    for j in range(len(table["width"])):
+        by_rows = [_interpolate(table["tokens"], plane[j], tokens) for plane in grid]
+        by_rows_at = [math.log2(us) for us in by_rows]
+        row = min(max(rows, table["rows"][0]), table["rows"][-1])
+        by_width.append(2.0 ** _line([math.log2(r) for r in table["rows"]], by_rows_at, math.log2(row)))
+    return max(_line(table["width"], by_width, width), 0.5 * by_width[0])
+
+
+def _interpolate(tokens: Sequence[int], us: Sequence[float], at: int) -> float:
+    if at >= tokens[-1]:
+        return us[-1] * at / tokens[-1]
+    return 2.0 ** _line([math.log2(t) for t in tokens], [math.log2(u) for u in us], math.log2(max(at, tokens[0])))
+
+
+def _line(xs: Sequence[float], ys: Sequence[float], at: float) -> float:
+    """Piecewise linear through the points, the end pieces continued."""
+    right = min(max(bisect.bisect_left(xs, at), 1), len(xs) - 1)
+    x0, x1, y0, y1 = xs[right - 1], xs[right], ys[right - 1], ys[right]
+    return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
