@@ -245,3 +245,88 @@ def test_the_current_device_need_not_be_the_tensors(kernel):
     k = dsv4x.dequantize_k_cache_paged(swa, slots)
     dsv4x.quantize_and_insert_k_cache(k, swa, slots)
     assert torch.equal(dsv4x.dequantize_k_cache_paged(swa, slots), k)
+
+
+def long_step(tokens, prefix, requests, ratio=4, topk=512, heads=64):
+    """A chunk behind a long prefix, both spread over ``requests``, over pools in which every entry is live."""
+    torch.manual_seed(7)
+    queries, length = tokens // requests, (prefix + tokens) // requests
+    starts = torch.arange(requests + 1, dtype=torch.int32) * queries
+    lengths = torch.full((requests,), length, dtype=torch.int32)
+    small, _ = random_pool(16384 - 128, 64, random.Random(7))
+    k = (torch.randn(small.capacity, 512, device="cuda") / 10).bfloat16()
+    dsv4x.quantize_and_insert_k_cache(k, small, torch.arange(small.capacity, device="cuda"))
+    caches, tables = [], []
+    for entries in (length, length // ratio):
+        pages = -(-entries // 64)
+        data = small.page_bytes.repeat(-(-requests * pages // small.pages), 1)[: requests * pages]
+        stride = layouts.DSV4.page_stride(64)
+        caches.append(PagedCache(torch.nn.functional.pad(data, (0, stride - data.shape[1])), layouts.DSV4, 64))
+        tables.append(torch.randperm(requests * pages, device="cuda").int().view(requests, pages))
+    meta = dsv4x.AttentionMetadata.build(
+        starts.cuda(), lengths.cuda(), *tables, compress_ratio=ratio, topk=topk, swa_page_size=64,
+        swa_pages=caches[0].pages, extra_page_size=64, extra_pages=caches[1].pages,
+        query_start_loc_cpu=starts, seq_lens_cpu=lengths,
+    )  # fmt: skip
+    chosen = None
+    if ratio == 4:
+        chosen = (torch.rand(queries * requests, topk, device="cuda") * meta.visible[:, None]).int()
+    q = random_q(queries * requests, heads)
+    return q, *caches, meta, chosen, torch.randn(heads, device="cuda")
+
+
+@pytest.mark.parametrize("ratio", [4, 128])
+@pytest.mark.parametrize("path", [None, "direct", "gathered"])
+def test_a_long_chunk_stays_within_its_cap(path, ratio):
+    """Eight requests behind a million tokens: the workspace is filled more than once, with the same answers."""
+    q, swa, extra, meta, chosen, sink = arguments = long_step(8192, 1 << 20, 8, ratio)
+    roomy = dsv4x.SparsePrefillChunkCache(1 << 30).rebuild(meta)
+    want, want_lse = dsv4x.sparse_mla_attention(*arguments, path="gathered", chunk=roomy)
+    assert len(roomy.groups) == 1
+    assert meta.chunk.workspace_bytes <= 256 << 20
+    assert len(meta.chunk.groups) == (2 if ratio == 4 else 1)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out, lse = dsv4x.sparse_mla_attention(*arguments, path=path)
+    peak = torch.cuda.max_memory_allocated() - before
+    # The op's own results, and what FlashMLA returns for a part before it is copied into them.
+    results = out.numel() * 2 * 2 + lse.numel() * 4 * 2
+    assert peak - results <= (256 << 20) + (32 << 20), f"{peak >> 20} MiB, of them {results >> 20} results"
+    if path == "direct":
+        check_prefill(out, lse, want, want_lse)
+    else:
+        assert torch.equal(out, want)
+        assert torch.equal(lse, want_lse)
+
+
+def test_a_thousand_calls_leave_memory_where_it_was():
+    arguments = long_step(1024, 1 << 15, 3)
+    for path in ("direct", "gathered"):
+        dsv4x.sparse_mla_attention(*arguments, path=path)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for i in range(1000):
+        dsv4x.sparse_mla_attention(*arguments, path=("direct", "gathered", None)[i % 3])
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.parametrize("ratio", [4, 128])
+def test_32768_tokens_in_one_call(ratio):
+    q, swa, extra, meta, chosen, sink = long_step(32768, 1 << 17, 1, ratio)
+    out, lse = dsv4x.sparse_mla_attention(q, swa, extra, meta, chosen, sink)
+    direct, direct_lse = dsv4x.sparse_mla_attention(q, swa, extra, meta, chosen, sink, path="direct")
+    check_prefill(out, lse, direct, direct_lse)
+
+
+def test_a_gathered_layer_is_three_launches():
+    arguments = long_step(16, 0, 1)
+    run = lambda: dsv4x.sparse_mla_attention(*arguments, path="gathered", kernel="flash_mla")  # noqa: E731
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    kernels = [event.key for event in profile.key_averages() for _ in range(event.count)]
+    kernels = [name for name in kernels if not name.startswith(("cuda", "Activity", "Mem"))]
+    assert len(kernels) == 3, kernels

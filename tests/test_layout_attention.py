@@ -166,7 +166,7 @@ def test_flash_mla_says_which_layouts_it_lacks(caches, says):
 def test_flash_mla_reads_bf16_pages_that_are_back_to_back():
     packed = PagedCache.zeros(2, BF16_576, 64).spec
     problem = Problem("sparse_mla_decode", arch="sm_90", tokens=2, heads=64, width=64)
-    gaps = dataclasses.replace(packed, page_stride=packed.page_stride + 16)
+    gaps = packed._replace(page_stride=packed.page_stride + 16)
     says = f"page stride is {packed.page_stride + 16}, need {packed.page_stride}: it reads bf16 pages as rows"
     assert says in flash_mla_record().not_supported_reasons(with_caches(problem, (gaps,)))
     assert says not in flash_mla_record().not_supported_reasons(with_caches(problem, (packed,)))

@@ -15,7 +15,7 @@ from .costs import step_costs
 from .layouts import PagedCache
 from .prefill_chunk import SparsePrefillChunkCache
 from .registry import Kernel, Problem, select
-from .sparse_mla import check_cache, check_q, check_rest, scale_of
+from .sparse_mla import check_cache, check_heads, check_rest, scale_of
 
 HEAD_DIM = 512
 """DeepSeek-V4's values of K, all of which are V."""
@@ -207,6 +207,15 @@ class AttentionMetadata:
         """Raw tokens some query of each request may see; on the host."""
         return [min(s, q + self.window_size - 1) if q else 0 for q, s in zip(self.host_query_lens, self.host_seq_lens)]
 
+    def mean_entries(self, extra_width: int) -> int:
+        """Window and extra entries a token reads on average, at most ``extra_width`` of the latter; on the host."""
+        total = 0
+        for queries, length in zip(self.host_query_lens, self.host_seq_lens):
+            total += _capped_sum(length - queries, length, 1, self.window_size)
+            if self.compress_ratio > 1:
+                total += _capped_sum(length - queries, length, self.compress_ratio, extra_width)
+        return -(-total // max(1, self.num_tokens))
+
     @functools.cached_property
     def compressed(self) -> torch.Tensor:
         """int32 ``[R]``: :attr:`compressed_counts` on the device."""
@@ -271,7 +280,7 @@ def sparse_mla_attention(
         KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
     """
     checks.tensor("q", q, (meta.num_tokens, None, HEAD_DIM), torch.bfloat16, meta.seq_lens.device)
-    check_q(q)
+    check_heads(q)
     swa_cache = _check_cache("swa_cache", swa_cache, q.device, meta.swa_page_size, meta.swa_pages)
     checks.k_scale("swa_k_scale", swa_k_scale, swa_cache)
     if meta.compress_ratio == 1:
@@ -468,12 +477,13 @@ def path_problems(
     elif meta.compress_ratio == 128:
         extra_width = meta.slot_row_width
     caches = tuple(cache.spec for cache in (swa_cache, extra_cache) if cache is not None)
+    entries = meta.mean_entries(extra_width)
     direct = Problem.on(
         "sparse_mla_decode", q.device, tokens=tokens, heads=heads,
-        width=meta.swa_indices.shape[1], extra_width=extra_width, caches=caches,
+        width=meta.swa_indices.shape[1], extra_width=extra_width, entries=entries, caches=caches,
     )  # fmt: skip
     gathered = Problem.on(
-        "sparse_mla_prefill", q.device, tokens=tokens, heads=heads,
+        "sparse_mla_prefill", q.device, tokens=tokens, heads=heads, entries=entries,
         width=indices.combined_topk_width(extra_width, meta.window_size),
         rows=sum(meta.compressed_counts) + sum(meta.gather_counts),
     )  # fmt: skip
@@ -510,3 +520,9 @@ def _check_table(name: str, table: torch.Tensor, seq_lens: list[int], page_size:
     needed = max((-(-(length // ratio) // page_size) for length in seq_lens), default=0)
     if table.shape[1] < needed:
         raise ValueError(f"{name}: {table.shape[1]} pages a request, need >= {needed} for {max(seq_lens)} tokens")
+
+
+def _capped_sum(first: int, end: int, ratio: int, cap: int) -> int:
+    """Sum of min((p + 1) // ratio, cap) over positions p in ``[first, end)``, to within one a position."""
+    full = min(max(cap * ratio, first), end)
+    return (full * (full + 1) - first * (first + 1)) // (2 * ratio) + (end - full) * cap

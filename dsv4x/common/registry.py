@@ -40,6 +40,7 @@ class Problem:
         head_dim: values per head.
         width: width of the (window) index rows.
         extra_width: width of the extra index rows; 0 without an extra cache.
+        entries: entries a token reads on average, as far as prediction goes; 0 where it is the whole width.
         rows: workspace rows (``sparse_mla_prefill``).
         caches: the caches read or written, the window's first.
         interpreter: whether Triton runs in its interpreter (``TRITON_INTERPRET=1``).
@@ -54,6 +55,7 @@ class Problem:
     head_dim: int = 512
     width: int = 0
     extra_width: int = 0
+    entries: int = 0
     rows: int = 0
     caches: tuple[CacheSpec, ...] = ()
     interpreter: bool = _INTERPRETER
@@ -69,7 +71,7 @@ class Problem:
 
     @property
     def attention_flops(self) -> float:
-        return 4.0 * self.tokens * self.heads * self.head_dim * (self.width + self.extra_width)
+        return 4.0 * self.tokens * self.heads * self.head_dim * (self.entries or self.width + self.extra_width)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def sparse_mla_decode(
     Source: semantics of FlashMLA's ``flash_mla_with_kvcache`` (tests/ref.py) with two scopes.
     """
     check_values = checks.check_values_enabled()
-    tokens = check_q(q)
+    tokens = _check_q(q)
     scopes: list[tuple[str, Any, Any, torch.Tensor | None]] = [("swa", swa_cache, swa_indices, swa_lens)]
     if extra_cache is not None or extra_indices is not None:
         scopes.append(("extra", extra_cache, extra_indices, extra_lens))
@@ -163,7 +163,7 @@ def sparse_mla_prefill(
     Source: semantics of FlashMLA's ``flash_mla_sparse_fwd`` (tests/ref.py).
     """
     check_values = checks.check_values_enabled()
-    tokens = check_q(q)
+    tokens = _check_q(q)
     checks.tensor("kv", kv, (None, q.shape[2]), torch.bfloat16, q.device)
     checks.tensor("indices", indices, (tokens, None), checks.INDEX_DTYPES, q.device)
     if lens is not None:
@@ -208,14 +208,18 @@ def check_cache(name: str, value: object, device: torch.device, head_dim: int) -
     return cache
 
 
-def check_q(q: torch.Tensor) -> int:
-    """Query tokens of a q that attention takes."""
+def _check_q(q: torch.Tensor) -> int:
     checks.tensor("q", q, (None, None, None), torch.bfloat16)
     if q.shape[2] not in HEAD_DIMS:
         raise ValueError(f"q: head dim is {q.shape[2]}, need {' or '.join(map(str, HEAD_DIMS))}")
+    check_heads(q)
+    return q.shape[0]
+
+
+def check_heads(q: torch.Tensor) -> None:
+    """Check how many heads q has."""
     if not 1 <= q.shape[1] <= MAX_HEADS:
         raise ValueError(f"q: {q.shape[1]} heads, need 1 to {MAX_HEADS}")
-    return q.shape[0]
 
 
 def check_rest(q: torch.Tensor, attn_sink: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor | None:

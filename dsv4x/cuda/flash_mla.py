@@ -37,8 +37,8 @@ SM100_PAGE_ALIGNMENT = {layouts.DSV4.name: 576, layouts.DSV32.name: 656}
 BF16_LAYOUTS = (layouts.BF16_512.name, layouts.BF16_576.name)
 DECODE_LAYOUTS = (layouts.DSV4.name, layouts.DSV32.name, *BF16_LAYOUTS)
 
-# FlashMLA holds one float32 partial output a token and head; this bounds that buffer to 1 GiB.
-_MAX_PARTIAL_ELEMENTS = 1 << 28
+# FlashMLA holds one float32 partial output a token and head; this bounds that buffer to 256 MiB.
+_MAX_PARTIAL_ELEMENTS = 1 << 26
 
 
 def scheduler_limit(shared_memory: int) -> int:
@@ -283,7 +283,7 @@ def _predicted_us(problem: Problem) -> float:
     padded = next((h for h in HEADS if problem.heads <= h), HEADS[-1])
     table = costs.table_of(problem.arch)
     if table is not None:
-        op, width = problem.op.removeprefix("sparse_mla_"), problem.width + problem.extra_width
+        op, width = problem.op.removeprefix("sparse_mla_"), problem.entries or problem.width + problem.extra_width
         rows = problem.rows or max((cache.pages * cache.page_size for cache in problem.caches), default=1)
         return costs.kernel_us(table, op, padded, problem.tokens, width, rows)
     call, rate = _RATES[problem.op]
