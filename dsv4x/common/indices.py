@@ -223,7 +223,7 @@ def window_slots(
     checks.tensor("query_start_loc", query_start_loc, (requests + 1,), checks.INDEX_DTYPES, device)
     checks.tensor("block_table", block_table, (requests, None), torch.int32, device)
     _check_pool(page_size, pages)
-    checks.integer("window_size", window_size, 1)
+    checks.integer("window_size", window_size, 1, _INT32_MAX)
     checks.integer("tokens", tokens, 0)
     out_indices = torch.empty(tokens, window_size, dtype=torch.int32, device=device)
     out_lens = torch.empty(tokens, dtype=torch.int32, device=device)
