@@ -110,6 +110,34 @@ def test_rows_end_where_int32_does(kernel_device):
     assert got.tolist() == [[2**31 - 3, 2**31 - 2, 2**31 - 1, -1]]
 
 
+@properties
+@given(case=locals_of_requests(), page_size=st.sampled_from([1, 3]), table=st.data())
+def test_local_to_slots_takes_whatever_stands_there(case, page_size, table, kernel_device):
+    kernel, device = kernel_device
+    dtype, local, request, limits, bases, columns = case
+    pages, requests, table_columns = 7, len(bases), table.draw(st.integers(0, 4))
+    rows = matrix(table.draw, requests, table_columns, -1, pages, torch.int32)
+    got = dsv4x.local_to_slots(
+        tensor(local, dtype, device, (len(local), columns)),
+        tensor(request, dtype, device),
+        tensor(limits, dtype, device),
+        tensor(rows, torch.int32, device, (requests, table_columns)),
+        page_size,
+        pages,
+        kernel=kernel,
+    )
+
+    def slot(r, x):
+        page = rows[r][x // page_size] if x // page_size < table_columns else -1
+        return page * page_size + x % page_size if 0 <= page < pages else -1
+
+    want = [
+        [slot(r, x) if 0 <= r < requests and 0 <= x < limit else -1 for x in row]
+        for row, r, limit in zip(local, request, limits)
+    ]
+    assert got.tolist() == want
+
+
 @st.composite
 def slots_and_maps(draw):
     dtype, page_size, pages = draw(dtypes), draw(st.sampled_from([1, 2, 61])), draw(st.integers(0, 5))
