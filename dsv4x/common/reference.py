@@ -307,6 +307,8 @@ def combine_topk_swa_indices(
             row.append(win_base[r] + x - first_gathered if x >= first_gathered else -1)
         rows[t, : len(row)] = torch.tensor(row, dtype=torch.int64)
         lens[t] = len(row)
+    # A base in 64 bits may lead past what a row number can be.
+    rows[(rows < 0) | (rows >= 2**31)] = -1
     if row_slots is not None:
         slots = row_slots.cpu()
         there = (rows >= 0) & (rows < len(slots))

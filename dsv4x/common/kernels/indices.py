@@ -134,6 +134,8 @@ def combine_kernel(
         raw = position - window + 1 + offset - span
         swa = tl.where(raw >= first_gathered, swa_base + raw - first_gathered, -1)
         value = tl.where(offset < span, top, tl.where(offset < span + window, swa, -1))
+        # A base in 64 bits may lead past what a row number can be.
+        value = tl.where((value >= 0) & (value < INT32_END), value, -1)
         if HAS_ROW_SLOTS:
             slot = tl.load(row_slots_ptr + value, mask=(value >= 0) & (value < rows), other=-1)
             value = tl.where(slot >= 0, value, -1)
