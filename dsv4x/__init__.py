@@ -12,6 +12,9 @@ The step, once a step and once a layer::
 Under it, the ops: ``quantize_and_insert_k_cache``, ``dequantize_k_cache_paged``, ``combine_topk_swa_indices``,
 ``sparse_mla_decode``, ``sparse_mla_prefill``. ``explain(problem)`` tells which kernel runs and why the others do not.
 ``plan_cache(prefill, decode)`` tells what to store and where to convert for two kernels that read different layouts.
+Index remaps, bounds-checked: ``window_slots``, ``local_to_slots``, ``local_to_workspace_rows``,
+``slots_to_compact_slots``, ``dense_to_ragged``, ``ragged_to_dense``, ``combine_swa_extra_indices``,
+``build_swa_token_ids``.
 The same ops with flat arguments, for torch.compile, are ``torch.ops.dsv4x.*``.
 """
 
@@ -26,7 +29,18 @@ from .common.cache import (
     requantize_fp8_to_block_scale,
 )
 from .common.errors import BackendUnavailable, KernelNotSupported
-from .common.indices import combine_topk_swa_indices, combined_topk_width
+from .common.indices import (
+    build_swa_token_ids,
+    combine_swa_extra_indices,
+    combine_topk_swa_indices,
+    combined_topk_width,
+    dense_to_ragged,
+    local_to_slots,
+    local_to_workspace_rows,
+    ragged_to_dense,
+    slots_to_compact_slots,
+    window_slots,
+)
 from .common.layouts import CacheLayout, CacheSpec, MLAKVCacheLayout, PagedCache
 from .common.planning import CachePlan, plan_cache
 from .common.platform import platform
@@ -56,19 +70,27 @@ __all__ = [
     "PagedCache",
     "Problem",
     "SparsePrefillChunkCache",
+    "build_swa_token_ids",
+    "combine_swa_extra_indices",
     "combine_topk_swa_indices",
     "combined_topk_width",
     "convert_cache",
+    "dense_to_ragged",
     "dequantize_k_cache_paged",
     "explain",
     "layouts",
+    "local_to_slots",
+    "local_to_workspace_rows",
     "ops",
     "plan_cache",
     "platform",
     "quantize_and_insert_k_cache",
+    "ragged_to_dense",
     "reference",
     "requantize_fp8_to_block_scale",
+    "slots_to_compact_slots",
     "sparse_mla_attention",
     "sparse_mla_decode",
     "sparse_mla_prefill",
+    "window_slots",
 ]

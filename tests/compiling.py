@@ -106,6 +106,17 @@ def cases(arch: str) -> list[Case]:
         Case(indices.combine_kernel, {"BLOCK": 512, "HAS_ROW_SLOTS": True, "HAS_POSITIONS": False}, types=integers),
         gather_case(layouts.DSV4, layouts.DSV4, arch),
         gather_case(layouts.DSV41_FP4, layouts.DSV41_FP8, arch),
+        Case(indices.local_to_workspace_rows_kernel, {"BLOCK": 512}, types=integers),
+        Case(indices.slots_to_compact_slots_kernel, {"BLOCK": 512}, types=integers),
+        Case(indices.count_entries_kernel, {"BLOCK": 512, "HAS_LENS": True}, types={"counts_ptr": "*i64"}),
+        Case(indices.dense_to_ragged_kernel, {"BLOCK": 512, "HAS_LENS": True}, types={"upper": "i64"}),
+        Case(indices.ragged_to_dense_kernel, {"BLOCK": 512}, types=integers),
+        Case(
+            indices.combine_swa_extra_kernel,
+            {"BLOCK": 512, "HAS_SWA_LENS": True, "HAS_EXTRA_LENS": True},
+            types={"swa_ptr": "*i32", "extra_ptr": "*i64", **integers},
+        ),
+        Case(indices.build_swa_token_ids_kernel, {"BLOCK": 512}, types={"first_ptr": "*i64"}),
         Case(indices.sanitize_kernel, {"BLOCK": 512, "HAS_LENS": True}, types=integers),
         Case(decode.reduce_kernel, {"VALUE_DIM": 512, "HAS_SINK": True}, types=ATTENTION_OUT),
     ]

@@ -70,6 +70,59 @@ def combine_arguments():
     }
 
 
+def combine_halves_arguments():
+    return {
+        "swa_indices": zeros(T, 5, dtype=I32),
+        "swa_lens": zeros(T, dtype=I32),
+        "extra_indices": zeros(T, 7, dtype=I32),
+        "extra_lens": zeros(T, dtype=I64),
+        "s_kv_swa": 9,
+        "out_indices": zeros(T, 128, dtype=I32),
+        "out_lens": zeros(T, dtype=I32),
+    }
+
+
+def window_arguments():
+    return {
+        "query_start_loc": torch.tensor([0, 1, 3], dtype=I32),
+        "seq_lens": torch.tensor([9, 20], dtype=I32),
+        "block_table": zeros(2, 3, dtype=I32),
+        "page_size": 64,
+        "pages": 2,
+        "window_size": 16,
+        "tokens": T,
+    }
+
+
+def token_ids_arguments():
+    starts, seq_lens = torch.tensor([0, 1, 3], dtype=I32), torch.tensor([9, 20], dtype=I32)
+    return {"query_start_loc": starts, "seq_lens": seq_lens, "window_size": 16, "total": 40}
+
+
+def locals_arguments():
+    return {"local": zeros(T, 5, dtype=I32), "request": zeros(T, dtype=I32), "limits": zeros(T, dtype=I32)}
+
+
+def local_slots_arguments():
+    return {**locals_arguments(), "block_table": zeros(2, 3, dtype=I32), "page_size": 64, "pages": 2}
+
+
+def workspace_rows_arguments():
+    return {**locals_arguments(), "bases": zeros(2, dtype=I64)}
+
+
+def compact_arguments():
+    return {"slots": zeros(T, 5, dtype=I64), "page_map": zeros(4, dtype=I32), "page_size": 64}
+
+
+def to_ragged_arguments():
+    return {"indices": zeros(T, 5, dtype=I32), "lens": zeros(T, dtype=I32), "capacity": 9, "upper": 100}
+
+
+def to_dense_arguments():
+    return {"values": zeros(9, dtype=I32), "indptr": torch.tensor([0, 4, 9], dtype=I32), "width": 5}
+
+
 def build_arguments():
     return {
         "query_start_loc": torch.tensor([0, 1, 3], dtype=I32),
@@ -146,6 +199,31 @@ def scope_cases(scope):
     ]
 
 
+def anywhere(cases):
+    """Without the wrong device: the argument they are about decides where the others have to be."""
+    return [case for case in cases if case[3][0] != "meta"]
+
+
+CHOICE_CASES = [("kernel", "cutlass", ValueError, ["cutlass", "flash_mla", "triton", "reference"])]
+LENGTH_CASES = [
+    *anywhere(wrong_tensors("seq_lens", zeros(2, dtype=I32), need=EITHER, dtype=I32)),
+    *wrong_tensors("query_start_loc", torch.tensor([0, 1, 3], dtype=I32), need=EITHER, dtype=I32, resize=[(2,), (4,)]),
+    ("window_size", 0, ValueError, ["0", "1 to 2147483647"]),
+    ("window_size", 16.0, TypeError, ["float", "int"]),
+]
+LOCAL_CASES = [
+    *anywhere(wrong_tensors("local", zeros(T, 5, dtype=I32), need=EITHER, dtype=I32, resize=[(T,)])),
+    *wrong_tensors("request", zeros(T, dtype=I32), need=EITHER, dtype=I32, resize=[(T + 1,), (T, 1)]),
+    *wrong_tensors("limits", zeros(T, dtype=I32), need=EITHER, dtype=I32, resize=[(T - 1,)]),
+]
+POOL_CASES = [
+    *wrong_tensors("block_table", zeros(2, 3, dtype=I32), need="int32", dtype=I32, resize=[(2,)]),
+    ("block_table", zeros(2, 3, dtype=I64), TypeError, ["int64", "int32"]),
+    ("page_size", 0, ValueError, ["0", ">= 1"]),
+    ("page_size", "64", TypeError, ["str", "int"]),
+    ("pages", -1, ValueError, ["-1", ">= 0"]),
+    ("pages", 2**25 + 1, ValueError, [str(2**25 + 1), "64", "2**31"]),
+]
 Q_CASES = [
     # The device of q decides the others', so q cannot be on the wrong one; another is named instead.
     *[case for case in wrong_tensors("q", zeros(T, H, 512), need="bfloat16", dtype=BF16) if case[3][0] != "meta"],
@@ -160,7 +238,6 @@ SINK_AND_OUT_CASES = [
     *[("softmax_scale", scale, ValueError, [str(scale), "> 0"]) for scale in (0.0, -0.05, float("inf"), float("nan"))],
     ("softmax_scale", "1", TypeError, ["str", "float"]),
 ]
-CHOICE_CASES = [("kernel", "cutlass", ValueError, ["cutlass", "flash_mla", "triton", "reference"])]
 
 TABLE = {
     dsv4x.sparse_mla_decode: (
@@ -223,6 +300,91 @@ TABLE = {
             ("out_indices", zeros(T, 64, dtype=I32), ValueError, ["64", "128"]),
             ("out_indices", zeros(T, 200, dtype=I32), ValueError, ["200", "128"]),
             *wrong_tensors("out_lens", zeros(T, dtype=I32), need="int32", dtype=I32, resize=[(T + 1,)]),
+            *CHOICE_CASES,
+        ],
+    ),
+    dsv4x.combine_swa_extra_indices: (
+        combine_halves_arguments,
+        [
+            *anywhere(wrong_tensors("swa_indices", zeros(T, 5, dtype=I32), need=EITHER, dtype=I32, resize=[(T,)])),
+            *wrong_tensors("swa_lens", zeros(T, dtype=I32), need=EITHER, dtype=I32, resize=[(T + 1,)]),
+            *wrong_tensors("extra_indices", zeros(T, 7, dtype=I32), need=EITHER, dtype=I32, resize=[(T + 1, 7)]),
+            ("extra_indices", None, TypeError, ["NoneType", EITHER]),
+            *wrong_tensors("extra_lens", zeros(T, dtype=I32), need=EITHER, dtype=I32, resize=[(T, 1)]),
+            ("s_kv_swa", -1, ValueError, ["-1", "0 to 2147483647"]),
+            ("s_kv_swa", 2**31, ValueError, ["2147483648", "0 to 2147483647"]),
+            ("s_kv_swa", None, TypeError, ["NoneType", "int"]),
+            *wrong_tensors("out_indices", zeros(T, 128, dtype=I32), need="int32", dtype=I32, resize=[(T + 1, 128)]),
+            ("out_indices", zeros(T, 64, dtype=I32), ValueError, ["64", "128"]),
+            ("out_indices", zeros(T, 200, dtype=I32), ValueError, ["200", "128"]),
+            *wrong_tensors("out_lens", zeros(T, dtype=I32), need="int32", dtype=I32, resize=[(T + 1,)]),
+            *CHOICE_CASES,
+        ],
+    ),
+    dsv4x.window_slots: (
+        window_arguments,
+        [
+            *LENGTH_CASES,
+            *POOL_CASES,
+            ("block_table", zeros(3, 3, dtype=I32), ValueError, ["(3, 3)", "(2, any)"]),
+            ("tokens", -1, ValueError, ["-1", ">= 0"]),
+            ("tokens", 3.0, TypeError, ["float", "int"]),
+            *CHOICE_CASES,
+        ],
+    ),
+    dsv4x.build_swa_token_ids: (
+        token_ids_arguments,
+        [
+            *LENGTH_CASES,
+            ("total", -1, ValueError, ["-1", "0 to 2147483647"]),
+            ("total", 2**31, ValueError, ["2147483648", "0 to 2147483647"]),
+            ("total", torch.tensor(3), TypeError, ["Tensor", "int"]),
+            *CHOICE_CASES,
+        ],
+    ),
+    dsv4x.local_to_slots: (local_slots_arguments, [*LOCAL_CASES, *POOL_CASES, *CHOICE_CASES]),
+    dsv4x.local_to_workspace_rows: (
+        workspace_rows_arguments,
+        [
+            *LOCAL_CASES,
+            *wrong_tensors("bases", zeros(2, dtype=I64), need=EITHER, dtype=I64, resize=[(2, 1)]),
+            *CHOICE_CASES,
+        ],
+    ),
+    dsv4x.slots_to_compact_slots: (
+        compact_arguments,
+        [
+            *anywhere(wrong_tensors("slots", zeros(T, 5, dtype=I64), need=EITHER, dtype=I64, resize=[()])),
+            *anywhere(wrong_tensors("slots", zeros(T, 5, dtype=I64)[0], need=EITHER, dtype=I64))[-1:],
+            *wrong_tensors("page_map", zeros(4, dtype=I32), need="int32", dtype=I32, resize=[(4, 1)]),
+            ("page_map", zeros(4, dtype=I64), TypeError, ["int64", "int32"]),
+            ("page_size", 0, ValueError, ["0", "1 to 2147483647"]),
+            ("page_size", 64.0, TypeError, ["float", "int"]),
+            *CHOICE_CASES,
+        ],
+    ),
+    dsv4x.dense_to_ragged: (
+        to_ragged_arguments,
+        [
+            *anywhere(wrong_tensors("indices", zeros(T, 5, dtype=I32), need=EITHER, dtype=I32, resize=[(T,)])),
+            *wrong_tensors("lens", zeros(T, dtype=I32), need=EITHER, dtype=I32, resize=[(T + 1,)]),
+            ("capacity", -1, ValueError, ["-1", "0 to 2147483647"]),
+            ("capacity", None, TypeError, ["NoneType", "int"]),
+            ("upper", -1, ValueError, ["-1", "0 to 2147483648"]),
+            ("upper", 2**31 + 1, ValueError, ["2147483649", "0 to 2147483648"]),
+            ("upper", 1.5, TypeError, ["float", "int"]),
+            *CHOICE_CASES,
+        ],
+    ),
+    dsv4x.ragged_to_dense: (
+        to_dense_arguments,
+        [
+            *anywhere(wrong_tensors("values", zeros(9, dtype=I32), need="int32", dtype=I32, resize=[(9, 1)])),
+            ("values", zeros(9, dtype=I64), TypeError, ["int64", "int32"]),
+            *wrong_tensors("indptr", torch.tensor([0, 4, 9], dtype=I32), need=EITHER, dtype=I32, resize=[(3, 1)]),
+            ("indptr", zeros(0, dtype=I32), ValueError, ["(0,)", "leading 0"]),
+            ("width", -1, ValueError, ["-1", "0 to 2147483647"]),
+            ("width", "5", TypeError, ["str", "int"]),
             *CHOICE_CASES,
         ],
     ),

@@ -150,6 +150,16 @@ def test_a_hole_keeps_its_place_and_gets_no_base(kernel_device):
     assert lens.tolist() == [9]
 
 
+def test_a_base_that_leads_past_int32_makes_holes(kernel_device):
+    kernel, device = kernel_device
+    vectors = ([0, 1], [20], [4], [2**31 - 2], [-2])
+    got, lens = dsv4x.combine_topk_swa_indices(
+        int32([[0, 1, 2, 3, 4]]).to(device), *(torch.tensor(v, device=device) for v in vectors), 4, 4, 5, kernel=kernel
+    )
+    assert got[0, :9].tolist() == [2**31 - 2, 2**31 - 1, -1, -1, -1, -1, -1, 0, 1]
+    assert lens.tolist() == [9]
+
+
 @pytest.mark.parametrize("rows", [0, 1, 40, 400])
 def test_rows_that_no_page_backs_become_holes(rows, kernel_device, rng):
     """A workspace row without a slot was never written; nor was any row past the workspace."""

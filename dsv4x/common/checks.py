@@ -125,6 +125,16 @@ def no_holes(name: str, slots: torch.Tensor, lens: torch.Tensor, table: str) -> 
         raise ValueError(f"{table}: token {row} needs a page that is outside the pool ({name} column {column})")
 
 
+def ascending(name: str, starts: torch.Tensor, total: int) -> None:
+    """Report the first value of ``starts`` that is below the one before it or outside ``[0, total]``."""
+    starts = starts.long()
+    before = torch.cat([starts.new_zeros(1), starts[:-1].clamp_min(0)])
+    bad = (starts < before) | (starts > total)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"{name}: {int(starts[row])} at {row}, need {int(before[row])} to {total}")
+
+
 def finite_rows(name: str, values: torch.Tensor, spans: list[torch.Tensor | None] | None = None) -> None:
     """Report the first row of ``values`` that holds a NaN; rows whose spans are all 0 are padding and may."""
     bad = values.flatten(1).isnan().any(1)

@@ -6,6 +6,7 @@ Any index that is negative or past the end is no entry, wherever it stands.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -321,6 +322,8 @@ def combine_topk_swa_indices(
             row.append(win_base[r] + x - first_gathered if x >= first_gathered else -1)
         rows[t, : len(row)] = torch.tensor(row, dtype=torch.int64)
         lens[t] = len(row)
+    # A base in 64 bits may lead past what a row number can be.
+    rows[(rows < 0) | (rows >= 2**31)] = -1
     if row_slots is not None:
         slots = row_slots.cpu()
         there = (rows >= 0) & (rows < len(slots))
@@ -369,3 +372,91 @@ def local_to_slots(
     page = block_table.long()[torch.where(owned, request, 0)[:, None], torch.where(valid, column, 0)]
     valid &= (page >= 0) & (page < pages)
     out.copy_(torch.where(valid, page * page_size + local % page_size, -1))
+
+
+def local_to_workspace_rows(
+    local: torch.Tensor, request: torch.Tensor, limits: torch.Tensor, bases: torch.Tensor, out: torch.Tensor
+) -> None:
+    """:func:`dsv4x.local_to_workspace_rows` in torch."""
+    owned = (request >= 0) & (request < bases.shape[0])
+    # One base more, of no request: there may be none to look up.
+    base = torch.cat([bases.long(), bases.new_full((1,), -1).long()])[torch.where(owned, request, -1).long()]
+    room = torch.minimum(limits.long(), 2**31 - base)
+    valid = (local >= 0) & (local < room[:, None]) & (base >= 0)[:, None]
+    out.copy_(torch.where(valid, base[:, None] + local, -1))
+
+
+def slots_to_compact_slots(slots: torch.Tensor, page_map: torch.Tensor, page_size: int, out: torch.Tensor) -> None:
+    """:func:`dsv4x.slots_to_compact_slots` in torch."""
+    slots = slots.long()
+    known = (slots >= 0) & (slots < page_map.shape[0] * page_size)
+    compact = torch.full_like(slots, -1)
+    compact[known] = page_map.long()[slots[known] // page_size]
+    compact_slots = compact * page_size + slots % page_size
+    out.copy_(torch.where((compact >= 0) & (compact_slots < 2**31), compact_slots, -1))
+
+
+def dense_to_ragged(
+    indices: torch.Tensor,
+    lens: torch.Tensor | None,
+    upper: int,
+    values: torch.Tensor,
+    indptr: torch.Tensor,
+    count: torch.Tensor,
+) -> None:
+    """:func:`dsv4x.dense_to_ragged` in torch; ``values`` comes full of -1."""
+    # In 64 bits, because 2**31 is an upper bound and no int32.
+    valid = _valid_span(indices.long(), lens, upper)
+    capacity = values.shape[0]
+    kept = indices[valid][:capacity]
+    values[: len(kept)] = kept.int()
+    indptr[1:] = valid.sum(1).cumsum(0).clamp_max(capacity)
+    count.fill_(min(int(valid.sum()), 2**31 - 1))
+
+
+def ragged_to_dense(values: torch.Tensor, indptr: torch.Tensor, indices: torch.Tensor, lens: torch.Tensor) -> None:
+    """:func:`dsv4x.ragged_to_dense` row by row, as the definition reads."""
+    indices.fill_(-1)
+    at = indptr.tolist()
+    for t, (start, end) in enumerate(itertools.pairwise(at)):
+        # No negative bound: Python would count it from the end.
+        row = values[max(start, 0) : max(end, 0)][: indices.shape[1]]
+        indices[t, : len(row)] = row.clamp_min(-1)
+        lens[t] = len(row)
+
+
+def combine_swa_extra_indices(
+    swa_indices: torch.Tensor,
+    swa_lens: torch.Tensor | None,
+    extra_indices: torch.Tensor,
+    extra_lens: torch.Tensor | None,
+    s_kv_swa: int,
+    out_indices: torch.Tensor,
+    out_lens: torch.Tensor,
+) -> None:
+    """:func:`dsv4x.combine_swa_extra_indices` row by row, as the definition reads."""
+    swa, extra = swa_indices.long(), extra_indices.long()
+    swa = torch.where((swa >= 0) & (swa < s_kv_swa), swa, -1)
+    extra = torch.where((extra >= 0) & (extra < 2**31 - s_kv_swa), extra + s_kv_swa, -1)
+    out_indices.fill_(-1)
+    for t in range(swa.shape[0]):
+        parts = []
+        for rows, lens in ((swa, swa_lens), (extra, extra_lens)):
+            parts.append(rows[t] if lens is None else rows[t, : max(int(lens[t]), 0)])
+        row = torch.cat(parts)
+        out_indices[t, : len(row)] = row.int()
+        out_lens[t] = len(row)
+
+
+def build_swa_token_ids(
+    first: torch.Tensor, starts: torch.Tensor, token_ids: torch.Tensor, request: torch.Tensor
+) -> None:
+    """Positions from ``first`` on (int64 ``[R]``) in rows ``starts[r] ... starts[r+1] - 1``, one request at a time."""
+    token_ids.fill_(-1)
+    request.fill_(-1)
+    at = starts.tolist()
+    for r, (start, end) in enumerate(itertools.pairwise(at)):
+        rows = slice(start, min(end, token_ids.shape[0]))
+        count = max(rows.stop - rows.start, 0)
+        token_ids[rows] = (first[r] + torch.arange(count, device=first.device)).int()
+        request[rows] = r

@@ -4,6 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+# The first number that is no int32: rows and slots are computed in int64 and must stay below it.
+INT32_END = tl.constexpr(2**31)
+
 
 @triton.jit
 def _position_of(query_start_loc_ptr, seq_lens_ptr, requests, token):
@@ -139,11 +142,203 @@ def combine_kernel(
         raw = position - window + 1 + offset - span
         swa = tl.where(raw >= first_gathered, swa_base + raw - first_gathered, -1)
         value = tl.where(offset < span, top, tl.where(offset < span + window, swa, -1))
+        # A base in 64 bits may lead past what a row number can be.
+        value = tl.where((value >= 0) & (value < INT32_END), value, -1)
         if HAS_ROW_SLOTS:
             slot = tl.load(row_slots_ptr + value, mask=(value >= 0) & (value < rows), other=-1)
             value = tl.where(slot >= 0, value, -1)
         tl.store(out_ptr + row * out_stride + offset, value.to(tl.int32), mask=offset < width)
     tl.store(lens_ptr + token, span + window)
+
+
+@triton.jit
+def _span(lens_ptr, token, width, HAS_LENS: tl.constexpr):
+    """int32 scan span of a row: its length within ``[0, width]``, or the width."""
+    span = tl.cast(width, tl.int32)
+    if HAS_LENS:
+        span = tl.minimum(tl.maximum(tl.load(lens_ptr + token), 0), width).to(tl.int32)
+    return span
+
+
+@triton.jit
+def local_to_workspace_rows_kernel(
+    local_ptr,
+    request_ptr,
+    limits_ptr,
+    bases_ptr,
+    out_ptr,
+    width,
+    requests,
+    local_stride,
+    out_stride,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    request = tl.load(request_ptr + token).to(tl.int64)
+    base = tl.load(bases_ptr + request, mask=(request >= 0) & (request < requests), other=-1).to(tl.int64)
+    # Not base + local < INT32_END: with garbage in 64 bits the sum would wrap.
+    limit = tl.minimum(tl.load(limits_ptr + token).to(tl.int64), INT32_END - tl.maximum(base, 0))
+    limit = tl.where(base >= 0, limit, 0)
+    for start in range(0, width, BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        local = tl.load(local_ptr + token * local_stride + offset, mask=offset < width, other=-1)
+        row = tl.where((local >= 0) & (local < limit), base + local, -1)
+        tl.store(out_ptr + token * out_stride + offset, row.to(tl.int32), mask=offset < width)
+
+
+@triton.jit
+def slots_to_compact_slots_kernel(
+    slots_ptr,
+    page_map_ptr,
+    out_ptr,
+    width,
+    blocks,
+    pages,
+    page_size,
+    slots_stride,
+    out_stride,
+    BLOCK: tl.constexpr,
+):
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    offset = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.load(slots_ptr + row * slots_stride + offset, mask=offset < width, other=-1).to(tl.int64)
+    page = slot // page_size
+    compact = tl.load(page_map_ptr + page, mask=(slot >= 0) & (page < pages), other=-1).to(tl.int64)
+    compact_slot = compact * page_size + slot % page_size
+    compact_slot = tl.where((compact >= 0) & (compact_slot < INT32_END), compact_slot, -1)
+    tl.store(out_ptr + row * out_stride + offset, compact_slot.to(tl.int32), mask=offset < width)
+
+
+@triton.jit
+def count_entries_kernel(
+    indices_ptr,
+    lens_ptr,
+    counts_ptr,
+    width,
+    upper,
+    indices_stride,
+    HAS_LENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    span = _span(lens_ptr, token, width, HAS_LENS)
+    count = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, width, BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        index = tl.load(indices_ptr + token * indices_stride + offset, mask=offset < span, other=-1)
+        count += ((index >= 0) & (index < upper)).to(tl.int32)
+    tl.store(counts_ptr + token, tl.sum(count, 0))
+
+
+@triton.jit
+def dense_to_ragged_kernel(
+    indices_ptr,
+    lens_ptr,
+    indptr_ptr,
+    values_ptr,
+    width,
+    upper,
+    capacity,
+    indices_stride,
+    HAS_LENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    span = _span(lens_ptr, token, width, HAS_LENS)
+    first = tl.load(indptr_ptr + token).to(tl.int64)
+    for start in range(0, width, BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        index = tl.load(indices_ptr + token * indices_stride + offset, mask=offset < span, other=-1)
+        entry = (index >= 0) & (index < upper)
+        rank = tl.cumsum(entry.to(tl.int32), 0)
+        at = first + rank - 1
+        tl.store(values_ptr + at, index.to(tl.int32), mask=entry & (at < capacity))
+        first += tl.sum(entry.to(tl.int32), 0)
+
+
+@triton.jit
+def ragged_to_dense_kernel(
+    values_ptr,
+    indptr_ptr,
+    out_ptr,
+    lens_ptr,
+    total,
+    width,
+    out_stride,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    first = tl.maximum(tl.load(indptr_ptr + token).to(tl.int64), 0)
+    end = tl.minimum(tl.maximum(tl.load(indptr_ptr + token + 1).to(tl.int64), 0), total)
+    span = tl.minimum(tl.maximum(end - first, 0), width)
+    for start in range(0, width, BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        index = tl.load(values_ptr + first + offset, mask=offset < span, other=-1)
+        tl.store(out_ptr + token * out_stride + offset, tl.maximum(index, -1), mask=offset < width)
+    tl.store(lens_ptr + token, span.to(tl.int32))
+
+
+@triton.jit
+def combine_swa_extra_kernel(
+    swa_ptr,
+    swa_lens_ptr,
+    extra_ptr,
+    extra_lens_ptr,
+    out_ptr,
+    lens_ptr,
+    swa_width,
+    extra_width,
+    s_kv_swa,
+    width,
+    swa_stride,
+    extra_stride,
+    out_stride,
+    HAS_SWA_LENS: tl.constexpr,
+    HAS_EXTRA_LENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    swa_span = _span(swa_lens_ptr, token, swa_width, HAS_SWA_LENS)
+    extra_span = _span(extra_lens_ptr, token, extra_width, HAS_EXTRA_LENS)
+    base = tl.cast(s_kv_swa, tl.int64)
+    for start in range(0, width, BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        swa = tl.load(swa_ptr + token * swa_stride + offset, mask=offset < swa_span, other=-1).to(tl.int64)
+        column = offset - swa_span
+        extra = tl.load(
+            extra_ptr + token * extra_stride + column, mask=(column >= 0) & (column < extra_span), other=-1
+        ).to(tl.int64)
+        row = tl.where((swa >= 0) & (swa < base), swa, -1)
+        # The bound is on the index: with garbage in 64 bits the sum would wrap.
+        shifted = tl.where((extra >= 0) & (extra < INT32_END - base), extra + base, -1)
+        row = tl.where(column < 0, row, shifted)
+        tl.store(out_ptr + token * out_stride + offset, row.to(tl.int32), mask=offset < width)
+    tl.store(lens_ptr + token, swa_span + extra_span)
+
+
+@triton.jit
+def build_swa_token_ids_kernel(
+    first_ptr,
+    starts_ptr,
+    token_ids_ptr,
+    request_ptr,
+    requests,
+    total,
+    steps,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    low = tl.zeros([BLOCK], tl.int32)
+    high = low + requests
+    for _ in range(0, steps):
+        middle = (low + high) // 2
+        after = tl.load(starts_ptr + middle + 1, mask=low < high, other=INT32_END - 1) <= row
+        low = tl.where(after, middle + 1, low)
+        high = tl.where(after, high, middle)
+    owned = (low < requests) & (row < total)
+    position = tl.load(first_ptr + low, mask=owned, other=0) + row - tl.load(starts_ptr + low, mask=owned, other=0)
+    tl.store(token_ids_ptr + row, tl.where(owned, position, -1).to(tl.int32), mask=row < total)
+    tl.store(request_ptr + row, tl.where(owned, low, -1), mask=row < total)
 
 
 @triton.jit
@@ -161,9 +356,7 @@ def sanitize_kernel(
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    length = width
-    if HAS_LENS:
-        length = tl.minimum(tl.maximum(tl.load(lens_ptr + token), 0), width).to(tl.int32)
+    length = _span(lens_ptr, token, width, HAS_LENS)
     for start in range(0, out_width, BLOCK):
         offset = start + tl.arange(0, BLOCK)
         index = tl.load(indices_ptr + token * indices_stride + offset, mask=offset < length, other=-1)
@@ -244,6 +437,117 @@ def combine_topk_swa_indices(
         out_indices.stride(0),
         HAS_ROW_SLOTS=row_slots is not None,
         HAS_POSITIONS=positions is not None,
+        BLOCK=512,
+        num_warps=4,
+    )
+
+
+def local_to_workspace_rows(local, request, limits, bases, out):
+    """Launch over the rows of ``local``."""
+    tokens, width = local.shape
+    local_to_workspace_rows_kernel[(tokens,)](
+        local,
+        request,
+        limits,
+        bases,
+        out,
+        width,
+        bases.shape[0],
+        local.stride(0),
+        out.stride(0),
+        BLOCK=512,
+        num_warps=4,
+    )
+
+
+def slots_to_compact_slots(slots, page_map, page_size, out):
+    """Launch over blocks of the rows of ``slots``, of which there may be one long one."""
+    tokens, width = slots.shape
+    blocks = triton.cdiv(width, 512)
+    slots_to_compact_slots_kernel[(tokens * blocks,)](
+        slots,
+        page_map,
+        out,
+        width,
+        blocks,
+        page_map.shape[0],
+        page_size,
+        slots.stride(0),
+        out.stride(0),
+        BLOCK=512,
+        num_warps=4,
+    )
+
+
+def dense_to_ragged(indices, lens, upper, values, indptr, count):
+    """Launch over the rows of ``indices`` twice: to count their entries, and to write them; ``values`` is full of -1.
+
+    Between them, torch's prefix sum: like the launches, it waits for nothing and can be captured.
+    """
+    tokens, width = indices.shape
+    counts = torch.empty(tokens, dtype=torch.int64, device=indices.device)
+    rows = (indices, lens if lens is not None else counts)
+    options = {"HAS_LENS": lens is not None, "BLOCK": 512, "num_warps": 4}
+    count_entries_kernel[(tokens,)](*rows, counts, width, upper, indices.stride(0), **options)
+    ends = counts.cumsum(0)
+    indptr[1:] = ends.clamp_max(values.shape[0])
+    count.copy_(ends[-1:].clamp_max(2**31 - 1))
+    dense_to_ragged_kernel[(tokens,)](
+        *rows, indptr, values, width, upper, values.shape[0], indices.stride(0), **options
+    )
+
+
+def ragged_to_dense(values, indptr, indices, lens):
+    """Launch over the rows of ``indices``."""
+    tokens, width = indices.shape
+    ragged_to_dense_kernel[(tokens,)](
+        values,
+        indptr,
+        indices,
+        lens,
+        values.shape[0],
+        width,
+        indices.stride(0),
+        BLOCK=512,
+        num_warps=4,
+    )
+
+
+def combine_swa_extra_indices(swa_indices, swa_lens, extra_indices, extra_lens, s_kv_swa, out_indices, out_lens):
+    """Launch over the rows of ``out_indices``."""
+    tokens, width = out_indices.shape
+    combine_swa_extra_kernel[(tokens,)](
+        swa_indices,
+        swa_lens if swa_lens is not None else out_lens,
+        extra_indices,
+        extra_lens if extra_lens is not None else out_lens,
+        out_indices,
+        out_lens,
+        swa_indices.shape[1],
+        extra_indices.shape[1],
+        s_kv_swa,
+        width,
+        swa_indices.stride(0),
+        extra_indices.stride(0),
+        out_indices.stride(0),
+        HAS_SWA_LENS=swa_lens is not None,
+        HAS_EXTRA_LENS=extra_lens is not None,
+        BLOCK=512,
+        num_warps=4,
+    )
+
+
+def build_swa_token_ids(first, starts, token_ids, request):
+    """Launch over blocks of ``token_ids``; each row looks its request up in ``starts``."""
+    total, requests = token_ids.shape[0], first.shape[0]
+    build_swa_token_ids_kernel[(triton.cdiv(total, 512),)](
+        first,
+        starts,
+        token_ids,
+        request,
+        requests,
+        total,
+        requests.bit_length(),
         BLOCK=512,
         num_warps=4,
     )
