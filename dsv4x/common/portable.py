@@ -105,5 +105,7 @@ def register_portable() -> None:
     _pair("combine_topk_swa_indices", "indices")
     _pair("window_slots", "indices")
     _pair("local_to_slots", "indices")
+    _pair("list_referenced", "compaction")
+    _pair("copy_pages", "compaction")
     _pair("sparse_mla_decode", "decode", attention=True)
     _pair("sparse_mla_prefill", "prefill", attention=True)
