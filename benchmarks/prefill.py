@@ -1,6 +1,6 @@
 """A layer's whole prefill step on every path, the path the router picks, and what servers run today, in one run.
 
-Microseconds: the best of three medians of ``triton.testing.do_bench``, eager, DSv4 pages of 64, sink on, real FlashMLA.
+Microseconds: the best of five medians of ``triton.testing.do_bench``, eager, DSv4 pages of 64, sink on, real FlashMLA.
 ``direct`` and ``gathered`` are dsv4x's paths, ``chosen`` is what it picks by itself, ``predicted_*`` is what the pick
 rests on; ``peer_direct`` and ``peer_gathered`` are a server's steps (benchmarks/steps.py). ``regret`` is chosen over
 the best of dsv4x's paths, ``against_peers`` over the best of the peers'.
@@ -29,7 +29,6 @@ PREFIXES = (0, 8192, 131072, 1048576)
 SHAPES = ((64, 512), (128, 1024))
 RATIOS = (4, 1, 128)
 REQUESTS = (1, 8)
-ROUNDS = 3
 
 
 def measure(tokens: int, prefix: int, heads: int, topk: int, ratio: int, requests: int) -> dict:
@@ -41,8 +40,9 @@ def measure(tokens: int, prefix: int, heads: int, topk: int, ratio: int, request
         "peer_gathered": step.peer_gathered,
         "chosen": lambda: step.run(),
     }
-    # Long kernels throttle the clock by several percent within a point, so all take turns and each keeps its best.
-    rounds = [{name: median_us(run, 3, 12) for name, run in runs.items()} for _ in range(ROUNDS)]
+    # Long kernels throttle the clock by several percent within a point, so all take turns at every place and each keeps its best.
+    names = list(runs)
+    rounds = [{name: median_us(runs[name], 3, 12) for name in names[at:] + names[:at]} for at in range(len(names))]
     us = {name: min(each[name] for each in rounds) for name in runs}
     return {
         "tokens": tokens, "prefix": prefix, "heads": heads, "topk": topk, "ratio": ratio, "requests": requests, **us,

@@ -10,7 +10,8 @@ The step, once a step and once a layer::
     out, lse = dsv4x.sparse_mla_attention(q, swa_cache, extra_cache, meta, topk_indices, attn_sink)
 
 Under it, the ops: ``quantize_and_insert_k_cache``, ``dequantize_k_cache_paged``, ``combine_topk_swa_indices``,
-``sparse_mla_decode``, ``sparse_mla_prefill``. ``explain(problem)`` tells which kernel runs and why the others do not.
+``sparse_mla_decode``, ``sparse_mla_prefill``. ``gather_referenced_cache_blocks`` and ``gather_referenced_rows`` compact
+what a step refers to. ``explain(problem)`` tells which kernel runs and why the others do not.
 ``plan_cache(prefill, decode)`` tells what to store and where to convert for two kernels that read different layouts.
 Index remaps, bounds-checked: ``window_slots``, ``local_to_slots``, ``local_to_workspace_rows``,
 ``slots_to_compact_slots``, ``dense_to_ragged``, ``ragged_to_dense``, ``combine_swa_extra_indices``,
@@ -27,6 +28,13 @@ from .common.cache import (
     dequantize_k_cache_paged,
     quantize_and_insert_k_cache,
     requantize_fp8_to_block_scale,
+)
+from .common.compaction import (
+    CompactedCache,
+    CompactedRows,
+    compaction_scratch_bytes,
+    gather_referenced_cache_blocks,
+    gather_referenced_rows,
 )
 from .common.errors import BackendUnavailable, KernelNotSupported
 from .common.indices import (
@@ -65,6 +73,8 @@ __all__ = [
     "CacheLayout",
     "CachePlan",
     "CacheSpec",
+    "CompactedCache",
+    "CompactedRows",
     "KernelNotSupported",
     "MLAKVCacheLayout",
     "PagedCache",
@@ -74,10 +84,13 @@ __all__ = [
     "combine_swa_extra_indices",
     "combine_topk_swa_indices",
     "combined_topk_width",
+    "compaction_scratch_bytes",
     "convert_cache",
     "dense_to_ragged",
     "dequantize_k_cache_paged",
     "explain",
+    "gather_referenced_cache_blocks",
+    "gather_referenced_rows",
     "layouts",
     "local_to_slots",
     "local_to_workspace_rows",

@@ -8,12 +8,13 @@ import re
 from dataclasses import dataclass, field
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import dsv4x.common.kernels as kernels_package
 from dsv4x import layouts
-from dsv4x.common.kernels import cache, config, convert, decode, indices, prefill
+from dsv4x.common.kernels import cache, compaction, config, convert, decode, indices, prefill
 from dsv4x.common.kernels.entries import entry_format
 
 TARGETS = {
@@ -118,8 +119,23 @@ def cases(arch: str) -> list[Case]:
         ),
         Case(indices.build_swa_token_ids_kernel, {"BLOCK": 512}, types={"first_ptr": "*i64"}),
         Case(indices.sanitize_kernel, {"BLOCK": 512, "HAS_LENS": True}, types=integers),
+        Case(compaction.popcount_kernel, {"BLOCK": 64}),
         Case(decode.reduce_kernel, {"VALUE_DIM": 512, "HAS_SINK": True}, types=ATTENTION_OUT),
     ]
+    # Triton makes an integer argument of 1 a constant: the slots of a unit of one slot, and most sizes of a tiny pool.
+    tiny = ("width", "slots", "unit_slots", "units", "words", "capacity", "indices_stride", "out_stride")
+    for label, wide, ones in (("", False, ()), ("[wide]", True, ("unit_slots",)), ("[tiny]", False, tiny)):
+        types = {"indices_ptr": "*i64", "listed_ptr": "*i64", "slots": "i64", "first": "i64"} if wide else {}
+        for kernel, constants in (
+            (compaction.mark_kernel, {"BLOCK": 512, "HAS_LENS": True, "WIDE": wide}),
+            (compaction.list_kernel, {"BLOCK": 64}),
+            (compaction.remap_kernel, {"BLOCK": 512, "HAS_LENS": True, "WIDE": wide}),
+        ):
+            constants |= {name: 1 for name in ones if name in kernel.arg_names}
+            found.append(Case(kernel, constants, types={**types, "out_ptr": "*i32"}, label=label))
+    for word in (tl.int64, tl.int32):
+        constants = {"WORD": word, "BLOCK": 2048}
+        found.append(Case(compaction.copy_pages_kernel, constants, types={"out_ptr": "*u8"}, label=f"[{word}]"))
     for heads in (8, 64):
         shape = config.attention_config(arch, heads)
         block = {"BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k, "VALUE_DIM": 512, "HAS_SINK": True}

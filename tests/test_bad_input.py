@@ -56,6 +56,21 @@ def dequantize_arguments():
     return {"cache": cache(), "slots": zeros(T, dtype=I64), "out": zeros(T, 512)}
 
 
+def blocks_arguments():
+    return {
+        "cache": cache(),
+        "indices": zeros(T, 8, dtype=I32),
+        "lens": zeros(T, dtype=I32),
+        "capacity": 2,
+        "out": cache(),
+        "remapped": zeros(T, 8, dtype=I32),
+    }
+
+
+def rows_arguments():
+    return {**blocks_arguments(), "out": zeros(9, 512), "k_scale": 1.0}
+
+
 def combine_arguments():
     vectors = ("seq_lens", "gather_lens", "compressed_base", "swa_base")
     return {
@@ -238,6 +253,21 @@ SINK_AND_OUT_CASES = [
     *[("softmax_scale", scale, ValueError, [str(scale), "> 0"]) for scale in (0.0, -0.05, float("inf"), float("nan"))],
     ("softmax_scale", "1", TypeError, ["str", "float"]),
 ]
+COMPACTION_CASES = [
+    ("cache", None, TypeError, ["NoneType", "PagedCache"]),
+    ("cache", zeros(2, 37440, dtype=torch.uint8), TypeError, ["Tensor", "PagedCache"]),
+    *wrong_tensors("indices", zeros(T, 8, dtype=I32), need=EITHER, dtype=I32, resize=[(8,), (T, 1, 8)]),
+    ("indices", None, TypeError, ["NoneType", EITHER]),
+    *wrong_tensors("lens", zeros(T, dtype=I32), need=EITHER, dtype=I32, resize=[(T + 1,), (T, 1)]),
+    ("capacity", -1, ValueError, ["-1", "0 to"]),
+    ("capacity", 2.0, TypeError, ["float", "int"]),
+    ("capacity", True, TypeError, ["bool", "int"]),
+    ("capacity", 2**31, ValueError, [str(2**31), "0 to"]),
+    *wrong_tensors("remapped", zeros(T, 8, dtype=I32), need="int32", dtype=I32, resize=[(T, 9), (T + 1, 8)]),
+    ("remapped", zeros(T, 8, dtype=I64), TypeError, ["int64", "int32"]),
+    ("remapped", zeros(8, dtype=I32).expand(T, 8), ValueError, ["stride(0) is 0", ">= 8"]),
+]
+CHOICE_CASES = [("kernel", "cutlass", ValueError, ["cutlass", "flash_mla", "triton", "reference"])]
 
 TABLE = {
     dsv4x.sparse_mla_decode: (
@@ -273,6 +303,30 @@ TABLE = {
             *wrong_caches("cache"),
             *[c for c in wrong_tensors("slots", zeros(T, dtype=I64), need=EITHER, dtype=I64) if c[3][0] != "meta"],
             *wrong_tensors("out", zeros(T, 512), need="bfloat16", dtype=BF16, resize=[(T, 576), (T + 1, 512)]),
+            *CHOICE_CASES,
+        ],
+    ),
+    dsv4x.gather_referenced_cache_blocks: (
+        blocks_arguments,
+        [
+            *COMPACTION_CASES,
+            *wrong_caches("out"),
+            ("out", cache(DSV32), ValueError, ["DSv3.2", "DSv4"]),
+            ("out", cache(page_size=2), ValueError, ["2 DSv4", "64 DSv4"]),
+            ("out", cache(pages=1), ValueError, ["1", ">= capacity", "2"]),
+            ("capacity", 2**25 + 1, ValueError, [str(2**25 + 1), f"0 to {2**25}"]),
+            *CHOICE_CASES,
+        ],
+    ),
+    dsv4x.gather_referenced_rows: (
+        rows_arguments,
+        [
+            *COMPACTION_CASES,
+            *wrong_tensors("out", zeros(9, 512), need="bfloat16", dtype=BF16, resize=[(9, 576), (9, 1, 512)]),
+            ("out", zeros(1, 512), ValueError, ["1", ">= capacity", "2"]),
+            ("out", zeros(9, 512).as_strided((9, 512), (256, 1)), ValueError, ["stride(0) is 256", ">= 512"]),
+            ("k_scale", 2.0, ValueError, ["2.0", "1", "DSv4"]),
+            ("k_scale", "1", TypeError, ["str", "float"]),
             *CHOICE_CASES,
         ],
     ),
@@ -510,6 +564,19 @@ def test_a_layer_takes_only_what_its_kind_has(ratio, changes, says):
         dsv4x.sparse_mla_attention(**{**attention_arguments(), "meta": meta(ratio), **changes})
     for word in says:
         assert word in str(raised.value)
+
+
+@pytest.mark.parametrize("op", [dsv4x.gather_referenced_cache_blocks, dsv4x.gather_referenced_rows])
+def test_indices_are_not_remapped_in_their_own_memory(op):
+    indices = zeros(T, 8, dtype=I32)
+    with pytest.raises(ValueError, match="remapped: the memory of indices, need other memory"):
+        op(cache(), indices, remapped=indices)
+
+
+@pytest.mark.parametrize(("units", "error", "says"), [(-1, ValueError, "units: got -1"), (1.0, TypeError, "got float")])
+def test_scratch_bytes_check_their_argument(units, error, says):
+    with pytest.raises(error, match=says):
+        dsv4x.compaction_scratch_bytes(units)
 
 
 def test_dsv32_is_for_the_cache_ops():

@@ -37,11 +37,14 @@ def arguments(op, device):
         return {"q": q, "kv": kv, "indices": zeros(T, WIDTH), "lens": torch.full((T,), WIDTH, device=device)}
     if op is dsv4x.quantize_and_insert_k_cache:
         return {"k": zeros(T, 512, dtype=torch.bfloat16), "cache": cache(), "slots": torch.arange(T, device=device)}
+    if op in (BLOCKS, ROWS):
+        return {"cache": cache(), "indices": zeros(T, WIDTH), "lens": torch.full((T,), WIDTH, device=device)}
     return {"cache": cache(), "slots": torch.arange(T, device=device)}
 
 
 DECODE, PREFILL = dsv4x.sparse_mla_decode, dsv4x.sparse_mla_prefill
 QUANTIZE, DEQUANTIZE = dsv4x.quantize_and_insert_k_cache, dsv4x.dequantize_k_cache_paged
+BLOCKS, ROWS = dsv4x.gather_referenced_cache_blocks, dsv4x.gather_referenced_rows
 # op, argument, (index, value) pairs to set, what the message says: the first of two bad rows.
 BAD = [
     (DECODE, "q", [((2, 1, 511), NAN), ((3, 0, 0), NAN)], "q: NaN in row 2"),
@@ -57,6 +60,14 @@ BAD = [
     (PREFILL, "lens", [((3,), WIDTH + 5)], f"length {WIDTH + 5} in row 3, need 0 to {WIDTH}"),
     (QUANTIZE, "k", [((1, 500), NAN), ((3, 0), NAN)], "k: NaN in row 1"),
     (QUANTIZE, "slots", [((3,), CAPACITY)], f"slots: slot {CAPACITY} in row 3"),
+    *[
+        case
+        for op in (BLOCKS, ROWS)
+        for case in (
+            (op, "indices", [((1, 4), CAPACITY), ((2, 0), -9)], f"indices: slot {CAPACITY} in row 1, column 4"),
+            (op, "lens", [((2,), WIDTH + 1)], f"indices: length {WIDTH + 1} in row 2, need 0 to {WIDTH}"),
+        )
+    ],
     (DEQUANTIZE, "slots", [((1,), -2), ((2,), 10**12)], "slots: slot -2 in row 1"),
 ]  # fmt: skip
 
@@ -83,7 +94,7 @@ def test_nothing_is_looked_at_unless_asked(op, name, values, says, setting, devi
     op(**call)
 
 
-@pytest.mark.parametrize("op", [DECODE, PREFILL])
+@pytest.mark.parametrize("op", [DECODE, PREFILL, BLOCKS, ROWS])
 def test_what_stands_past_a_span_is_not_looked_at(op, device, checked):
     call = arguments(op, device)
     for name in [n for n in call if n.endswith("indices")]:
@@ -93,7 +104,7 @@ def test_what_stands_past_a_span_is_not_looked_at(op, device, checked):
     op(**call)
 
 
-@pytest.mark.parametrize("op", [DECODE, PREFILL])
+@pytest.mark.parametrize("op", [DECODE, PREFILL, BLOCKS, ROWS])
 @pytest.mark.parametrize("tokens", [0, T])
 @pytest.mark.parametrize("lens", [False, True])
 def test_empty_rows_have_nothing_bad(op, tokens, lens, device, checked):
@@ -115,7 +126,7 @@ def test_no_rows_have_nothing_bad(device, checked):
 
 
 def test_minus_one_is_never_bad(device, checked):
-    for op in (DECODE, PREFILL, QUANTIZE, DEQUANTIZE):
+    for op in (DECODE, PREFILL, QUANTIZE, DEQUANTIZE, BLOCKS, ROWS):
         call = arguments(op, device)
         for name in call:
             if name.endswith(("indices", "slots")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -23,10 +24,11 @@ _INTERPRETER_US = 1e6
 
 
 def _lazy(module: str, name: str) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(f".kernels.{module}", __package__), name)(*args, **kwargs)
+    @functools.cache
+    def launcher() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f".kernels.{module}", __package__), name)
 
-    return run
+    return lambda *args, **kwargs: launcher()(*args, **kwargs)
 
 
 def _triton_us(problem: Problem) -> float:
@@ -112,5 +114,7 @@ def register_portable() -> None:
     _pair("slots_to_compact_slots", "indices")
     _pair("dense_to_ragged", "indices")
     _pair("ragged_to_dense", "indices")
+    _pair("list_referenced", "compaction")
+    _pair("copy_pages", "compaction")
     _pair("sparse_mla_decode", "decode", attention=True)
     _pair("sparse_mla_prefill", "prefill", attention=True)

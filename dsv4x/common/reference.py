@@ -460,3 +460,31 @@ def build_swa_token_ids(
         count = max(rows.stop - rows.start, 0)
         token_ids[rows] = (first[r] + torch.arange(count, device=first.device)).int()
         request[rows] = r
+
+
+def list_referenced(
+    indices: torch.Tensor,
+    lens: torch.Tensor | None,
+    slots: int,
+    unit_slots: int,
+    listed: torch.Tensor,
+    remapped: torch.Tensor,
+    count: torch.Tensor,
+) -> None:
+    """The distinct units of ``unit_slots`` slots that valid indices point into, ascending, and the indices' own ranks.
+
+    ``listed`` and ``remapped`` come filled with -1 and ``count`` with 0.
+    """
+    valid = _valid_span(indices, lens, slots)
+    slot = indices[valid].long()
+    found, rank = torch.unique(slot // unit_slots, return_inverse=True)
+    kept = found[: len(listed)]
+    listed[: len(kept)] = kept.to(listed.dtype)
+    remapped[valid] = torch.where(rank < len(listed), rank * unit_slots + slot % unit_slots, -1).int()
+    count.fill_(len(found))
+
+
+def copy_pages(cache: PagedCache, pages: torch.Tensor, out: PagedCache) -> None:
+    """Page ``pages[i]`` of ``cache`` becomes page i of ``out``; where it is -1 that page is left alone."""
+    kept = pages >= 0
+    out.page_bytes[: len(pages)][kept] = cache.page_bytes[pages[kept].long()]
