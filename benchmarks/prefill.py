@@ -40,7 +40,7 @@ def measure(tokens: int, prefix: int, heads: int, topk: int, ratio: int, request
         "peer_gathered": step.peer_gathered,
         "chosen": lambda: step.run(),
     }
-    # Long kernels throttle the clock by several percent within a point, so all take turns at every place and each keeps its best.
+    # Long kernels throttle the clock by several percent, so all take turns at every place and each keeps its best.
     names = list(runs)
     rounds = [{name: median_us(runs[name], 3, 12) for name in names[at:] + names[:at]} for at in range(len(names))]
     us = {name: min(each[name] for each in rounds) for name in runs}

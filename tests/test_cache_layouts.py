@@ -263,8 +263,9 @@ def tile_scale(layout, amax):
     if layout.scale_encoding == "none":
         return 1.0
     if layout.scale_encoding == "e4m3fn":
-        codes = encodings.decode_e4m3fn(torch.arange(127, dtype=torch.uint8)).double().numpy()
-        return min(codes[codes >= 2.0**-9], key=lambda scale: abs(scale - max(amax / 6, 2.0**-9)))
+        scales = encodings.decode_e4m3fn(torch.arange(127, dtype=torch.uint8)).double().tolist()
+        wanted = max(amax / 6, 2.0**-9)
+        return scales[min(range(1, 127), key=lambda code: (abs(scales[code] - wanted), code & 1))]
     exponent = -127
     while layout.value_max * 2.0**exponent < max(amax, layout.amax_floor):
         exponent += 1
