@@ -1,7 +1,10 @@
 """Storing and reading K entries: one kernel each way, its layout the record's constants.
 
 A program takes a few rows, as tiles of values that share a scale. Addresses are int64, invalid slots are never touched.
+Launchers count programs in plain Python: triton.cdiv costs the host microseconds.
 """
+
+import functools
 
 import torch
 import triton
@@ -196,6 +199,7 @@ def quantize_insert_kernel(
         tl.store(rope[:, None] + column[None, :], values, mask=mask)
 
 
+@functools.lru_cache(maxsize=256)
 def cache_constexprs(layout: CacheLayout, arch: str) -> dict[str, object]:
     """What both kernels take from the record."""
     return {
@@ -223,7 +227,7 @@ def dequantize_k_cache_paged(cache: PagedCache, slots: torch.Tensor, out: torch.
     """Launch over ``slots [N]``; rows of ``out`` whose slot is invalid are left alone."""
     rows = slots.shape[0]
     block_n, num_warps = dequantize_shape(cache.layout)
-    dequantize_kernel[(triton.cdiv(rows, block_n),)](
+    dequantize_kernel[(-(-rows // block_n),)](
         cache.data, slots, out, k_scale, rows, cache.capacity, cache.page_size, cache.page_stride, out.stride(0),
         BLOCK_N=block_n, num_warps=num_warps, **_shared(cache),
     )  # fmt: skip
@@ -241,7 +245,7 @@ def gather_workspace(
     """Launch over ``slots [S]``: of ``extra_cache`` before row ``extra_rows``, of ``swa_cache`` from there on."""
     rows = slots.shape[0]
     (extra_block, num_warps), (swa_block, _) = dequantize_shape(extra_cache.layout), dequantize_shape(swa_cache.layout)
-    programs = triton.cdiv(extra_rows, extra_block) + triton.cdiv(rows - extra_rows, swa_block)
+    programs = -(-extra_rows // extra_block) + -(-(rows - extra_rows) // swa_block)
     extra, swa = _shared(extra_cache), _shared(swa_cache)
     gather_kernel[(programs,)](
         extra_cache.data, swa_cache.data, slots, out, extra_k_scale, swa_k_scale, extra_rows, rows,
@@ -257,7 +261,7 @@ def quantize_and_insert_k_cache(k: torch.Tensor, cache: PagedCache, slots: torch
     """Launch over rows of ``k``; rows whose slot is invalid are skipped."""
     rows = slots.shape[0]
     block_n, num_warps = quantize_shape(cache.layout)
-    quantize_insert_kernel[(triton.cdiv(rows, block_n),)](
+    quantize_insert_kernel[(-(-rows // block_n),)](
         k, cache.data, slots, k_scale, rows, cache.capacity, cache.page_size, cache.page_stride, k.stride(0),
         UNIT_SCALE=k_scale == 1, BLOCK_N=block_n, num_warps=num_warps,
         **quantize_constexprs(cache.layout), **_shared(cache),

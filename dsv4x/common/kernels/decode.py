@@ -157,9 +157,9 @@ def sparse_mla_decode(
     e_cache, e_indices = (swa_cache, swa_indices) if extra is None else (extra, extra_indices)
     assert e_indices is not None
     config = decode_config(limits.arch, heads, (swa_cache.layout, e_cache.layout))
-    head_blocks = triton.cdiv(heads, config.block_h)
+    head_blocks = -(-heads // config.block_h)
     if splits is None:
-        splits = num_splits(tokens * head_blocks, triton.cdiv(width, config.block_k), limits.multiprocessors)
+        splits = num_splits(tokens * head_blocks, -(-width // config.block_k), limits.multiprocessors)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     if splits > 1:
         partial = torch.empty(tokens, heads, splits, value_dim, dtype=torch.float32, device=q.device)

@@ -13,12 +13,12 @@ from .encodings import e2m1_to_f32, e4m3fn_to_f32, e4m3fnuz_to_f32, ue8m0_to_f32
 from .portability import to_bf16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EntryFormat:
     """A layout as kernels take it, one constexpr.
 
     Its derived numbers are fields, not properties, because Triton's cache of compiled kernels knows a constexpr by its
-    ``repr`` alone.
+    ``repr`` alone. Equal only to itself, because every launch looks it up and :func:`entry_format` makes each once.
 
     Attributes:
         nope_dim, rope_dim, tile: as in :class:`~dsv4x.CacheLayout`.

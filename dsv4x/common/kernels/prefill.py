@@ -60,7 +60,7 @@ def sparse_mla_prefill(
     value_dim = out.shape[2]
     config = attention_config(platform.limits(q.device).arch, heads)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    prefill_kernel[(tokens, triton.cdiv(heads, config.block_h))](
+    prefill_kernel[(tokens, -(-heads // config.block_h))](
         q, kv, indices, lens if lens is not None else lse, attn_sink if attn_sink is not None else lse, out, lse,
         heads, kv.shape[0], indices.shape[1], softmax_scale,
         q.stride(0), q.stride(1), kv.stride(0), indices.stride(0), out.stride(0), out.stride(1),
