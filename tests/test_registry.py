@@ -334,9 +334,9 @@ def test_the_schedulers_limit_is_51_less_than_the_quoted_one():
 
 def test_a_batch_is_bounded_by_the_scheduler_and_by_its_partial_outputs():
     assert flash_mla.max_batch(8, 232448) == 11622
-    assert flash_mla.max_batch(64, 232448) == (1 << 26) // (64 * 512)
-    assert flash_mla.max_batch(128, 232448) == (1 << 26) // (128 * 512)
-    assert flash_mla.max_batch(128, 232448) * 128 * 512 * 4 <= 1 << 28
+    assert flash_mla.max_batch(64, 232448) == (1 << 28) // (64 * 512)
+    assert flash_mla.max_batch(128, 232448) == (1 << 28) // (128 * 512)
+    assert flash_mla.max_batch(128, 232448) * 128 * 512 * 4 <= 1 << 30
 
 
 @pytest.mark.parametrize("base", [DECODE, PREFILL])
