@@ -503,6 +503,23 @@ def test_a_rebuilt_chunk_forgets_the_one_before(make_step, rng):
             check_prefill(*got, *step.expected(q, topk, sink))
 
 
+@pytest.mark.parametrize(("op", "path"), [("sparse_mla_decode", "gathered"), ("sparse_mla_prefill", "direct")])
+def test_a_path_whose_kernel_refuses_leaves_the_other(op, path, make_step, rng, monkeypatch, request):
+    step = make_step(BATCHES["mixed"])
+    q, topk, _ = attention_case(step, rng)
+    arguments = (q, step.swa, step.extra, step.build(), topk)
+    for name in (op, "sparse_mla_prefill"):
+        record = dataclasses.replace(registry.find(name, "reference"), further_reasons=lambda problem: ["it is not in"])
+        monkeypatch.setitem(registry._kernels[name], "reference", record)
+        registry.select.cache_clear()
+        request.addfinalizer(registry.select.cache_clear)
+        if name == op:
+            assert choose_path(*arguments, kernel="reference") == path
+    if op == "sparse_mla_decode":
+        with pytest.raises(dsv4x.KernelNotSupported, match="it is not in"):
+            choose_path(*arguments, kernel="reference")
+
+
 def test_the_caches_may_have_more_pages_than_the_metadata(make_step, rng):
     step = make_step(BATCHES["mixed"], 4)
     meta = step.build(swa_pages=step.swa.pages - 1)

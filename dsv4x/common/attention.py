@@ -12,6 +12,7 @@ import torch
 from . import checks, indices, reference
 from .cache import gather_workspace
 from .costs import step_costs
+from .errors import BackendUnavailable, KernelNotSupported
 from .layouts import PagedCache
 from .prefill_chunk import SparsePrefillChunkCache
 from .registry import Kernel, Problem, select
@@ -450,15 +451,28 @@ def choose_path(
     kernel: str | None = None,
     chunk: SparsePrefillChunkCache | None = None,
 ) -> str:
-    """``"direct"`` or ``"gathered"``, whichever is predicted to be faster and may run. Arguments as in the step."""
+    """``"direct"`` or ``"gathered"``, whichever is predicted to be faster and may run. Arguments as in the step.
+
+    Raises KernelNotSupported or BackendUnavailable when neither may.
+    """
     chunk = chunk or meta.chunk
     direct, gathered = path_problems(q, swa_cache, extra_cache, meta, topk_indices)
     if gathered.capturing or not chunk.fits or not gathered.rows:
         return "direct"
+    try:
+        in_place = select(direct, kernel)
+    except (KernelNotSupported, BackendUnavailable):
+        # A kernel that cannot read these pages may still attend to rows gathered from them.
+        select(gathered, kernel)
+        return "gathered"
+    try:
+        over_rows = select(gathered, kernel)
+    except (KernelNotSupported, BackendUnavailable):
+        return "direct"
     costs = step_costs(direct.arch)
     indexed = meta.compress_ratio == 4
-    direct_us = costs.direct_us(select(direct, kernel).predicted_us(direct), direct, indexed)
-    gathered_us = costs.gathered_us(select(gathered, kernel).predicted_us(gathered), gathered, indexed)
+    direct_us = costs.direct_us(in_place.predicted_us(direct), direct, indexed)
+    gathered_us = costs.gathered_us(over_rows.predicted_us(gathered), gathered, indexed)
     return "direct" if direct_us <= gathered_us else "gathered"
 
 
