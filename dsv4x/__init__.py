@@ -37,6 +37,15 @@ from .common.compaction import (
     gather_referenced_rows,
 )
 from .common.errors import BackendUnavailable, KernelNotSupported
+from .common.indexer import (
+    gather_indexer_k,
+    get_paged_mqa_logits_metadata,
+    indexer_context_lens,
+    indexer_topk,
+    mqa_logits,
+    paged_indexer_topk,
+    paged_mqa_logits,
+)
 from .common.indices import (
     build_swa_token_ids,
     combine_swa_extra_indices,
@@ -56,6 +65,7 @@ from .common.portable import register_portable
 from .common.prefill_chunk import SparsePrefillChunkCache
 from .common.registry import Problem, explain
 from .common.sparse_mla import sparse_mla_decode, sparse_mla_prefill
+from .common.topk import TopkMethod, topk_method, topk_transform
 
 register_portable()
 if platform.backend == "cuda":
@@ -80,6 +90,7 @@ __all__ = [
     "PagedCache",
     "Problem",
     "SparsePrefillChunkCache",
+    "TopkMethod",
     "build_swa_token_ids",
     "combine_swa_extra_indices",
     "combine_topk_swa_indices",
@@ -89,12 +100,19 @@ __all__ = [
     "dense_to_ragged",
     "dequantize_k_cache_paged",
     "explain",
+    "gather_indexer_k",
     "gather_referenced_cache_blocks",
     "gather_referenced_rows",
+    "get_paged_mqa_logits_metadata",
+    "indexer_context_lens",
+    "indexer_topk",
     "layouts",
     "local_to_slots",
     "local_to_workspace_rows",
+    "mqa_logits",
     "ops",
+    "paged_indexer_topk",
+    "paged_mqa_logits",
     "plan_cache",
     "platform",
     "quantize_and_insert_k_cache",
@@ -105,5 +123,7 @@ __all__ = [
     "sparse_mla_attention",
     "sparse_mla_decode",
     "sparse_mla_prefill",
+    "topk_method",
+    "topk_transform",
     "window_slots",
 ]
