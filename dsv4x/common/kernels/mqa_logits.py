@@ -26,12 +26,13 @@ _MINUS_INF = tl.constexpr(float("-inf"))
 
 @dataclass(frozen=True)
 class LogitsConfig:
-    """K entries a step, query rows a program, and how Triton launches it."""
+    """K entries a step, query rows a program, how Triton launches it, and programs wanted for each SM."""
 
     block: int
     rows: int
     num_warps: int
     num_stages: int
+    programs: int
     matrix_instr_nonkdim: int = 0
 
     @property
@@ -247,7 +248,7 @@ def mqa_logits_kernel(
 def clean_logits_kernel(
     logits_ptr, starts_ptr, ends_ptr, table_ptr, out_ptr,
     width, next_n, table_width, page_size, pages, logits_stride, logits_stride_n, starts_stride, ends_stride,
-    ends_stride_n, table_stride, out_stride,
+    ends_stride_n, table_stride, out_stride, out_stride_n,
     BLOCK: tl.constexpr, HAS_STARTS: tl.constexpr, SHIFTED: tl.constexpr, HAS_TABLE: tl.constexpr,
     IN_PLACE: tl.constexpr,
 ):  # fmt: skip
@@ -276,7 +277,8 @@ def clean_logits_kernel(
     if IN_PLACE:
         # Sound logits stay as they are, so that this pass writes next to nothing.
         written = written & (sound == 0)
-    tl.store(out_ptr + row * out_stride + column, tl.where(sound, value, _MINUS_INF), mask=written)
+    target = out_ptr + request * out_stride + row % next_n * out_stride_n + column
+    tl.store(target, tl.where(sound, value, _MINUS_INF), mask=written)
 
 
 @triton.jit
@@ -319,9 +321,14 @@ _GATHER_BLOCK = 32
 
 _ENCODINGS = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e4m3fnuz: "e4m3fnuz", torch.bfloat16: "bf16"}
 
-# A small problem still gives every SM several programs; a program's chunk stays long enough to hide its start.
-_PROGRAMS_PER_SM = 8
 _MIN_CHUNK, _MAX_CHUNK = 512, 8192
+
+# Of an H200 (benchmarks/results/indexer-h200.json): one row streams K and wants many loads under way; two are bound by
+# their product's sums, and by how evenly programs end.
+_HOPPER_PAGED = (LogitsConfig(64, 1, 4, 5, programs=4), LogitsConfig(64, 2, 4, 5, programs=8))
+_HOPPER_FLAT = LogitsConfig(64, 2, 4, 3, programs=32)
+_GFX = LogitsConfig(64, 1, 4, 2, programs=8, matrix_instr_nonkdim=16)
+_SMALLEST = LogitsConfig(64, 1, 4, 2, programs=8)
 
 
 def native(q: str, k: str, arch_fp8: str) -> bool:
@@ -329,20 +336,17 @@ def native(q: str, k: str, arch_fp8: str) -> bool:
     return not INTERPRETED.value and q == k == arch_fp8
 
 
-def logits_config(arch: str, native_fp8: bool, rows: int) -> LogitsConfig:
-    """The launch shape for ``rows`` query rows that read the same K; unknown archs get the smallest."""
+def logits_config(arch: str, native_fp8: bool, *, next_n: int | None) -> LogitsConfig:
+    """The launch shape of paged logits with ``next_n`` rows a request, or of flat ones; unknown archs' is small."""
     if arch.startswith(("sm_9", "sm_10")) and native_fp8:
-        return LogitsConfig(64, 1, 4, 5) if rows == 1 else LogitsConfig(128, 2, 8, 3)
-    if arch.startswith("gfx"):
-        return LogitsConfig(64, 1, 4, 2, 16)
-    return LogitsConfig(64, 1, 4, 2)
+        return _HOPPER_FLAT if next_n is None else _HOPPER_PAGED[next_n > 1]
+    return _GFX if arch.startswith("gfx") else _SMALLEST
 
 
-def _chunk(programs: int, width: int, block: int, multiprocessors: int) -> int:
-    """Entries a program covers: a power of two, so that few are ever compiled for."""
-    wanted = width * programs // (_PROGRAMS_PER_SM * multiprocessors)
-    chunk = 1 << max(wanted - 1, 0).bit_length()
-    return max(min(max(chunk, _MIN_CHUNK), _MAX_CHUNK), block)
+def _chunk(rows: int, width: int, config: LogitsConfig, multiprocessors: int) -> int:
+    """Entries a program covers: a power of two that gives every SM its programs, but never too few to begin for."""
+    wanted = -(-rows * width // (config.programs * multiprocessors))
+    return max(min(1 << max(wanted - 1, 0).bit_length(), _MAX_CHUNK), _MIN_CHUNK, config.block)
 
 
 def _decoded(q: torch.Tensor, q_scale: torch.Tensor | None) -> torch.Tensor:
@@ -377,9 +381,9 @@ def paged_mqa_logits(
     q, layout = _decoded(q, q_scale), cache.layout
     q_encoding = _ENCODINGS[q.dtype]
     is_native = native(q_encoding, layout.value_encoding, limits.fp8)
-    config = logits_config(limits.arch, is_native, next_n)
+    config = logits_config(limits.arch, is_native, next_n=next_n)
     groups = -(-next_n // config.rows)
-    chunk = _chunk(batch * groups, max_context_len, config.block, limits.multiprocessors)
+    chunk = _chunk(batch * groups, max_context_len, config, limits.multiprocessors)
     chunks = -(-max_context_len // chunk)
     paged_mqa_logits_kernel[(batch * groups * chunks,)](
         _bytes(q), cache.data, weights, context_lens, block_table, out,
@@ -413,9 +417,9 @@ def mqa_logits(
     q = _decoded(q, q_scale)
     q_encoding, k_encoding = _ENCODINGS[q.dtype], "e2m1" if k.dtype == torch.uint8 else _ENCODINGS[k.dtype]
     is_native = native(q_encoding, k_encoding, limits.fp8)
-    config = logits_config(limits.arch, is_native, 2)
+    config = logits_config(limits.arch, is_native, next_n=None)
     groups, span = -(-rows // config.rows), max(k.shape[0], width)
-    chunk = _chunk(groups, span, config.block, limits.multiprocessors)
+    chunk = _chunk(groups, span, config, limits.multiprocessors)
     chunks = -(-span // chunk)
     mqa_logits_kernel[(groups * chunks,)](
         _bytes(q), k.view(torch.uint8), k_scale.view(torch.uint8), weights, ks, ke, out,
@@ -438,22 +442,23 @@ def clean_logits(
     page_size: int = 1,
     pages: int = 0,
 ) -> None:
-    """Launch over ``logits [B, n, >= width]`` of a vendor's kernel, into ``out [B * n, width]``, or in place.
+    """Launch over ``logits [B, n, >= width]`` of a vendor's kernel, into ``out [B, n, width]``, or in place.
 
     Args:
         logits: float32, columns contiguous.
         ends: ``[B, n]``, the column behind each row's last entry.
-        out: float32, rows contiguous; the memory of ``logits`` for in place.
+        out: float32, columns contiguous; the memory of ``logits`` for in place.
         starts: ``[B * n]``, the column of each row's first entry.
         shifted: whether the column 0 of ``logits`` is each row's start.
         table: ``[B, m]`` page numbers, where a page outside the pool makes its columns -inf.
     """
-    rows, width = out.shape
-    some = out if table is None else table
-    clean_logits_kernel[(rows, -(-width // _CLEAN_BLOCK))](
+    batch, next_n, width = out.shape
+    some = ends if table is None else table
+    clean_logits_kernel[(batch * next_n, -(-width // _CLEAN_BLOCK))](
         logits, ends if starts is None else starts, ends, some, out,
-        width, logits.shape[1], some.shape[1], page_size, pages, logits.stride(0), logits.stride(1),
-        0 if starts is None else starts.stride(0), ends.stride(0), ends.stride(1), some.stride(0), out.stride(0),
+        width, next_n, some.shape[1], page_size, pages, logits.stride(0), logits.stride(1),
+        0 if starts is None else starts.stride(0), ends.stride(0), ends.stride(1), some.stride(0),
+        out.stride(0), out.stride(1),
         BLOCK=_CLEAN_BLOCK, HAS_STARTS=starts is not None, SHIFTED=shifted, HAS_TABLE=table is not None,
         IN_PLACE=logits.data_ptr() == out.data_ptr(), num_warps=8,
     )  # fmt: skip

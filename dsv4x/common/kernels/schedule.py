@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_ROWS = 4096
+BLOCK_ROWS = 1024
 _BLOCK_SUMS = 1024
 
 
@@ -77,17 +77,16 @@ def schedule_kernel(
 
 
 @triton.jit
-def limit_lens_kernel(lens_ptr, out_ptr, rows, next_n, most, lens_stride, lens_stride_n, PART: tl.constexpr,
-                      BLOCK: tl.constexpr):  # fmt: skip
-    """Each request's largest length within ``[0, most]``, ``PART`` times."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def limit_lens_kernel(lens_ptr, out_ptr, rows, next_n, part, most, lens_stride, lens_stride_n, BLOCK: tl.constexpr):
+    """Each request's largest length within ``[0, most]``, ``part`` times."""
+    row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     length = tl.zeros((BLOCK,), tl.int64)
     for j in tl.range(0, next_n):
-        at = row.to(tl.int64) * lens_stride + j * lens_stride_n
+        at = row * lens_stride + j * lens_stride_n
         length = tl.maximum(length, tl.load(lens_ptr + at, mask=row < rows, other=0).to(tl.int64))
     length = tl.minimum(length, most).to(tl.int32)
-    out = out_ptr + row[:, None].to(tl.int64) * PART + tl.arange(0, PART)[None, :]
-    tl.store(out, tl.broadcast_to(length[:, None], (BLOCK, PART)), mask=(row < rows)[:, None])
+    for j in tl.range(0, part):
+        tl.store(out_ptr + row * part + j, length, mask=row < rows)
 
 
 def get_paged_mqa_logits_metadata(
@@ -97,14 +96,14 @@ def get_paged_mqa_logits_metadata(
     rows, next_n = context_lens.shape
     lens = context_lens[:, next_n - 1]
     blocks = -(-rows // BLOCK_ROWS)
-    block = BLOCK_ROWS if blocks > 1 or rows > 256 else 256
+    block = BLOCK_ROWS if rows > 256 else 256
     sums = out
     if blocks > 1:
         sums = torch.empty(blocks, dtype=torch.int64, device=out.device)
         segment_sums_kernel[(blocks,)](lens, sums, rows, lens.stride(0), split, BLOCK=BLOCK_ROWS)
     schedule_kernel[(num_sms + 1,)](
         lens, sums, out, rows, blocks, num_sms, lens.stride(0), split, atoms,
-        ONE_BLOCK=blocks == 1, BLOCK=block, SUMS=_BLOCK_SUMS, num_warps=8 if block > 256 else 4,
+        ONE_BLOCK=blocks == 1, BLOCK=block, SUMS=_BLOCK_SUMS, num_warps=4,
     )  # fmt: skip
 
 
@@ -113,6 +112,6 @@ def limit_lens(context_lens: torch.Tensor, most: int, part: int) -> torch.Tensor
     rows, next_n = context_lens.shape
     out = torch.empty(rows, part, dtype=torch.int32, device=context_lens.device)
     limit_lens_kernel[(-(-rows // 256),)](
-        context_lens, out, rows, next_n, most, context_lens.stride(0), context_lens.stride(1), PART=part, BLOCK=256
+        context_lens, out, rows, next_n, part, most, context_lens.stride(0), context_lens.stride(1), BLOCK=256
     )
     return out

@@ -1,8 +1,10 @@
-"""Selection of a row's k largest values: the k-th one found digit by digit, then everything above it in index order.
+"""Selection of a row's k largest values: candidates kept in index order, the k-th found among them digit by digit.
 
-A value becomes an unsigned key of the same order. Four passes of 8-bit digits, a histogram each, narrow the key of the
-k-th value; a last pass writes what is above it and the first of what equals it. Nothing depends on which thread comes
-first, so the same logits give the same indices everywhere.
+A value becomes an unsigned key of the same order. Of a long row a sample tells a key that some more than k values pass;
+one pass over the row writes those down in their order, and everything after looks at them alone. Where the sample was
+no guide (too few pass, or more than there is room for, as with many equal values) the digits are found in passes over
+the whole row. Either way the result is the k largest, equal ones by the smaller index, in index order: nothing depends
+on which thread comes first, so the same logits give the same indices everywhere.
 """
 
 from __future__ import annotations
@@ -38,19 +40,109 @@ def _load_keys(logits_ptr, ids_ptr, at, length, HAS_IDS: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
+def _sampled_keys(logits_ptr, length, SAMPLE: tl.constexpr):
+    """Keys of ``SAMPLE`` columns, evenly spread over the row; ``length >= SAMPLE``."""
+    column = (tl.arange(0, SAMPLE).to(tl.int64) * length // SAMPLE).to(tl.int32)
+    return _keys(tl.load(logits_ptr + column)), column >= 0
+
+
+@triton.jit
+def _narrow(counts, threshold, wanted):
+    """One more digit of the ``wanted``-th largest key, by how many candidates have each; and its rank among those."""
+    above = tl.sum(counts) - tl.cumsum(counts, 0)
+    here = (above < wanted) & (above + counts >= wanted)
+    digit = tl.sum(tl.where(here, tl.arange(0, 256), 0))
+    return (threshold << 8) | digit.to(tl.uint32), wanted - tl.sum(tl.where(here, above, 0))
+
+
+@triton.jit
+def _count_digits(key, there, threshold, SHIFT: tl.constexpr):
+    """How many candidates whose higher digits are ``threshold`` have each digit at ``SHIFT``."""
+    if SHIFT < 24:
+        there = there & ((key >> (SHIFT + 8)) == threshold)
+    return tl.histogram(((key >> SHIFT) & 255).to(tl.int32), 256, mask=there)
+
+
+@triton.jit
+def _nth_key(key, there, wanted, DIGITS: tl.constexpr):
+    """(leading ``DIGITS`` digits of the ``wanted``-th largest key, rank among the keys that share them) of a block."""
+    threshold = tl.zeros((), tl.uint32)
+    for place in tl.static_range(DIGITS):
+        threshold, wanted = _narrow(_count_digits(key, there, threshold, 24 - 8 * place), threshold, wanted)
+    return threshold, wanted
+
+
+@triton.jit
+def _nth_key_of_row(logits_ptr, ids_ptr, length, wanted, HAS_IDS: tl.constexpr, BLOCK: tl.constexpr):
+    """The same with all digits, in passes over a row."""
+    threshold = tl.zeros((), tl.uint32)
+    for place in tl.static_range(4):
+        counts = tl.zeros((256,), tl.int32)
+        for at in tl.range(0, length, BLOCK):
+            key, there = _load_keys(logits_ptr, ids_ptr, at, length, HAS_IDS, BLOCK)
+            counts += _count_digits(key, there, threshold, 24 - 8 * place)
+        threshold, wanted = _narrow(counts, threshold, wanted)
+    return threshold, wanted
+
+
+@triton.jit
+def _compact(logits_ptr, kept_ptr, length, least, CAPACITY: tl.constexpr, BLOCK: tl.constexpr):
+    """Write down, in order, the columns whose key is at least ``least``; returns how many there are."""
+    count = tl.zeros((), tl.int32)
+    for at in tl.range(0, length, BLOCK):
+        column = at + tl.arange(0, BLOCK)
+        key, there = _load_keys(logits_ptr, logits_ptr, at, length, False, BLOCK)
+        kept = (there & (key >= least)).to(tl.int32)
+        place = count + tl.cumsum(kept, 0) - kept
+        tl.store(kept_ptr + place, column, mask=(kept == 1) & (place < CAPACITY))
+        count += tl.sum(kept)
+    return count
+
+
+@triton.jit
+def _emit(
+    key, there, index, value_ptr, threshold, wanted, taken, equal_before, out_ptr, values_ptr,
+    base, table_ptr, table_limit, page_size, pages, METHOD: tl.constexpr, HAS_VALUES: tl.constexpr,
+):  # fmt: skip
+    """Write a block's selected indices behind those of the blocks before; returns the counts up to here."""
+    above = (there & (key > threshold)).to(tl.int32)
+    equal = (there & (key == threshold)).to(tl.int32)
+    # One scan counts both: a block has fewer than 2**16 columns.
+    counted = tl.cumsum(above | (equal << 16), 0)
+    equal_rank = equal_before + (counted >> 16) - equal
+    kept = (above == 1) | ((equal == 1) & (equal_rank < wanted))
+    place = taken + (counted & 0xFFFF) - above + tl.minimum(equal_rank, wanted)
+    if METHOD == 1:
+        moved = base + index
+        index = tl.where((base >= 0) & (moved <= _INT_MAX), moved, -1).to(tl.int32)
+    if METHOD == 2:
+        held = kept & (index // page_size < table_limit)
+        page = tl.load(table_ptr + index // page_size, mask=held, other=-1)
+        in_pool = held & (page >= 0) & (page < pages)
+        index = tl.where(in_pool, page * page_size + index % page_size, -1)
+    tl.store(out_ptr + place, index, mask=kept)
+    if HAS_VALUES:
+        tl.store(values_ptr + place, tl.load(value_ptr, mask=kept), mask=kept)
+    return taken + tl.sum(above), equal_before + tl.sum(equal)
+
+
+@triton.jit
 def topk_kernel(
-    logits_ptr, ids_ptr, starts_ptr, lens_ptr, bases_ptr, requests_ptr, table_ptr, out_ptr, values_ptr,
-    width, k, parts, part, next_n, requests, table_width, page_size, pages,
+    logits_ptr, ids_ptr, starts_ptr, lens_ptr, bases_ptr, requests_ptr, table_ptr, kept_ptr, out_ptr, values_ptr,
+    width, k, parts, part, target, next_n, requests, table_width, page_size, pages,
     logits_stride, table_stride, out_stride,
     METHOD: tl.constexpr, HAS_IDS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_LENS: tl.constexpr,
-    HAS_REQUESTS: tl.constexpr, HAS_VALUES: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_REQUESTS: tl.constexpr, HAS_VALUES: tl.constexpr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr,
+    SAMPLE: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, part): the k largest of a row, or of ``part`` of its columns, written ``part`` after part."""
+    """Program (row, part): the k largest of a row, or of ``part`` of its columns, written ``part`` after part.
+
+    ``target``: how many candidates to aim for, between k and ``CAPACITY``.
+    """
     program = tl.program_id(0)
     row = (program // parts).to(tl.int64)
     first = tl.zeros((), tl.int32)
     length = tl.zeros((), tl.int32) + width
-    logits = logits_ptr + row * logits_stride
     if HAS_STARTS:
         first = tl.minimum(tl.maximum(tl.load(starts_ptr + row), 0), width).to(tl.int32)
         length -= first
@@ -59,7 +151,7 @@ def topk_kernel(
     # A part's columns count from the row's own first entry.
     skipped = program % parts * part
     length = tl.minimum(tl.maximum(length - skipped, 0), part)
-    logits += first + skipped
+    logits = logits_ptr + row * logits_stride + first + skipped
     ids = ids_ptr + row * logits_stride
     base = tl.zeros((), tl.int64)
     table = table_ptr
@@ -76,67 +168,87 @@ def topk_kernel(
     out = out_ptr + program.to(tl.int64) * out_stride
     values_out = values_ptr + program.to(tl.int64) * out_stride
 
-    digit = tl.arange(0, 256)
-    candidates = tl.zeros((), tl.int32) + length
-    if HAS_IDS:
-        candidates = tl.zeros((), tl.int32)
-        for at in tl.range(0, length, BLOCK):
-            _, there = _load_keys(logits, ids, at, length, HAS_IDS, BLOCK)
-            candidates += tl.sum(there.to(tl.int32))
     # Everything is above this where there is no more than k; -inf is above it too.
     threshold = tl.zeros((), tl.uint32)
     wanted = tl.zeros((), tl.int32)
-    if candidates > k:
-        wanted += k
-        for place in tl.static_range(4):
-            SHIFT: tl.constexpr = 24 - 8 * place
-            counts = tl.zeros((256,), tl.int32)
-            for at in tl.range(0, length, BLOCK):
-                key, there = _load_keys(logits, ids, at, length, HAS_IDS, BLOCK)
-                if place > 0:
-                    there &= (key >> (SHIFT + 8)) == threshold
-                counts += tl.histogram(((key >> SHIFT) & 255).to(tl.int32), 256, mask=there)
-            above = tl.sum(counts) - tl.cumsum(counts, 0)
-            here = (above < wanted) & (above + counts >= wanted)
-            threshold = (threshold << 8) | tl.sum(tl.where(here, digit, 0)).to(tl.uint32)
-            wanted -= tl.sum(tl.where(here, above, 0))
     taken = tl.zeros((), tl.int32)
     equal_before = tl.zeros((), tl.int32)
-    for at in tl.range(0, length, BLOCK):
-        column = at + tl.arange(0, BLOCK)
-        key, there = _load_keys(logits, ids, at, length, HAS_IDS, BLOCK)
-        above = (there & (key > threshold)).to(tl.int32)
-        equal = (there & (key == threshold)).to(tl.int32)
-        # One scan counts both: a block has fewer than 2**16 columns.
-        counted = tl.cumsum(above | (equal << 16), 0)
-        equal_rank = equal_before + (counted >> 16) - equal
-        kept = (above == 1) | ((equal == 1) & (equal_rank < wanted))
-        place = taken + (counted & 0xFFFF) - above + tl.minimum(equal_rank, wanted)
-        index = column + skipped
+    count = length
+    if HAS_IDS:
+        compact = length <= CAPACITY
+    else:
+        kept = kept_ptr + program.to(tl.int64) * CAPACITY
+        compact = (length > k) & (length <= CAPACITY)
+        if (length > CAPACITY) & (k < CAPACITY):
+            sampled, there = _sampled_keys(logits, length, SAMPLE)
+            aim = tl.zeros((), tl.int32) + target
+            tries = tl.zeros((), tl.int32)
+            while (tries < 2) & (compact == 0):
+                rank = tl.maximum((aim.to(tl.int64) * SAMPLE // length).to(tl.int32), 1)
+                least, _ = _nth_key(sampled, there, rank, 2)
+                # Triton orders no thread's load behind another's store; the reads below are of all threads' writes.
+                tl.debug_barrier()
+                count = _compact(logits, kept, length, least << 16, CAPACITY, BLOCK)
+                tl.debug_barrier()
+                compact = (count >= k) & (count <= CAPACITY)
+                aim = tl.where(count < k, CAPACITY - (CAPACITY - k) // 4, k + (target - k) // 2)
+                tries += 1
+    if compact:
+        candidate = tl.arange(0, CAPACITY)
+        listed = candidate < count
+        place = candidate
+        chosen = candidate + skipped
         if HAS_IDS:
-            index = tl.load(ids + column, mask=kept, other=0)
-        if METHOD == 1:
-            moved = base + index
-            index = tl.where((base >= 0) & (moved <= _INT_MAX), moved, -1).to(tl.int32)
-        if METHOD == 2:
-            held = kept & (index // page_size < table_limit)
-            page = tl.load(table + index // page_size, mask=held, other=-1)
-            there_is = held & (page >= 0) & (page < pages)
-            index = tl.where(there_is, page * page_size + index % page_size, -1)
-        tl.store(out + place, index, mask=kept)
-        if HAS_VALUES:
-            tl.store(values_out + place, tl.load(logits + column, mask=kept), mask=kept)
-        taken += tl.sum(above)
-        equal_before += tl.sum(equal)
+            chosen = tl.load(ids + candidate, mask=listed, other=-1)
+            listed = chosen >= 0
+        else:
+            if length > CAPACITY:
+                place = tl.load(kept + candidate, mask=listed, other=0)
+                chosen = place + skipped
+        keys = _keys(tl.load(logits + place, mask=listed, other=float("-inf")))
+        if tl.sum(listed.to(tl.int32)) > k:
+            threshold, wanted = _nth_key(keys, listed, wanted + k, 4)
+        taken, equal_before = _emit(
+            keys, listed, chosen, logits + place, threshold, wanted, taken, equal_before, out, values_out,
+            base, table, table_limit, page_size, pages, METHOD, HAS_VALUES,
+        )  # fmt: skip
+    else:
+        candidates = length
+        if HAS_IDS:
+            candidates = tl.zeros((), tl.int32)
+            for at in tl.range(0, length, BLOCK):
+                _, there = _load_keys(logits, ids, at, length, HAS_IDS, BLOCK)
+                candidates += tl.sum(there.to(tl.int32))
+        if candidates > k:
+            threshold, wanted = _nth_key_of_row(logits, ids, length, wanted + k, HAS_IDS, BLOCK)
+        for at in tl.range(0, length, BLOCK):
+            column = at + tl.arange(0, BLOCK)
+            key, there = _load_keys(logits, ids, at, length, HAS_IDS, BLOCK)
+            index = column + skipped
+            if HAS_IDS:
+                index = tl.load(ids + column, mask=there, other=0)
+            taken, equal_before = _emit(
+                key, there, index, logits + column, threshold, wanted, taken, equal_before, out, values_out,
+                base, table, table_limit, page_size, pages, METHOD, HAS_VALUES,
+            )  # fmt: skip
     filled = taken + tl.minimum(equal_before, wanted)
-    for at in tl.range(filled, k, BLOCK):
-        place = at + tl.arange(0, BLOCK)
-        tl.store(out + place, tl.full((BLOCK,), -1, tl.int32), mask=place < k)
+    for at in tl.range(filled, k, 256):
+        unused = at + tl.arange(0, 256)
+        tl.store(out + unused, tl.full((256,), -1, tl.int32), mask=unused < k)
 
 
 # Rows shorter than this are one program's; longer ones are shared where there are too few rows for the device.
 _MIN_PART = 8192
-_BLOCK, _WARPS = 4096, 8
+_BLOCK = 4096
+_SAMPLE = 2048
+# Candidates held at once: for most k a block of them stays in registers. Past the last, rows are gone through whole.
+_CAPACITIES = (4096, 8192, 16384)
+
+
+def _capacity(k: int) -> tuple[int, int]:
+    """(room for candidates, how many to aim for), at k above all rooms the largest, which is then not used."""
+    room = next((c for c in _CAPACITIES if 2 * k <= c), _CAPACITIES[-1])
+    return room, min(k + max(k // 2, room // 8), room - room // 4)
 
 
 def _launch(
@@ -156,13 +268,19 @@ def _launch(
     some: torch.Tensor = logits
     table = space.get("block_table", some)
     requests = space.get("requests")
+    capacity, target = _capacity(k)
+    kept = some
+    if ids is None and part > capacity > k:
+        kept = torch.empty(rows * parts, capacity, dtype=torch.int32, device=logits.device)
     topk_kernel[(rows * parts,)](
         logits, some if ids is None else ids, some if starts is None else starts, some if lengths is None else lengths,
-        space.get("bases", some), some if requests is None else requests, table, out, some if values is None else values,
-        width, k, parts, part, space.get("next_n", 1), table.shape[0], table.shape[1], space.get("page_size", 1),
+        space.get("bases", some), some if requests is None else requests, table, kept, out,
+        some if values is None else values,
+        width, k, parts, part, target, space.get("next_n", 1), table.shape[0], table.shape[1], space.get("page_size", 1),
         space.get("pages", 0), logits.stride(0), table.stride(0), out.stride(0),
         METHOD=method.value, HAS_IDS=ids is not None, HAS_STARTS=starts is not None, HAS_LENS=lengths is not None,
-        HAS_REQUESTS=requests is not None, HAS_VALUES=values is not None, BLOCK=_BLOCK, num_warps=_WARPS,
+        HAS_REQUESTS=requests is not None, HAS_VALUES=values is not None, BLOCK=_BLOCK,
+        CAPACITY=capacity, SAMPLE=min(_SAMPLE, capacity), num_warps=8 if capacity <= 4096 else 16,
     )  # fmt: skip
 
 
