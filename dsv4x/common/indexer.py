@@ -1,8 +1,8 @@
 """The indexer: scores of every compressed entry, and the best of them as index lists for attention.
 
-A logit is ``k_scale * sum over heads of w * max(q . k, 0)`` over 128 values. :func:`paged_mqa_logits` reads the indexer's
-paged K cache in place, :func:`mqa_logits` flat K rows; :func:`paged_indexer_topk` and :func:`indexer_topk` go from
-queries to selected entries within a budget of bytes for the logits, which are never all held where they do not fit.
+A logit is ``k_scale * sum over heads of w * max(q . k, 0)`` over 128 values. :func:`paged_mqa_logits` reads the
+indexer's paged K cache in place, :func:`mqa_logits` flat K rows; :func:`paged_indexer_topk` and :func:`indexer_topk` go
+from queries to selected entries within a budget of bytes for the logits, which are never all held where they do not fit.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from . import checks, layouts
-from .indices import local_to_slots, local_to_workspace_rows
 from .layouts import PagedCache
 from .platform import platform
 from .registry import Problem, select
-from .topk import TopkMethod, check_space, topk_transform
+from .topk import TopkMethod, check_space, put_in_space, topk_transform
 
 INDEX_DIM = 128
 """Values of an index q and K."""
@@ -279,8 +278,8 @@ def get_paged_mqa_logits_metadata(
 ) -> torch.Tensor:
     """DeepGEMM's schedule of a batch's paged logits: where each SM begins. Made once a step, for all its layers.
 
-    Segments of 4 pages are shared out in the order of the requests, of which the last row's length counts, each as often
-    as it has pairs of rows. Row i is (pair of rows, segment) where SM i begins, row ``num_sms`` the end; without any
+    Segments of 4 pages are shared out in the order of the requests, of which the last row's length counts, each as
+    often as it has pairs of rows. Row i is (pair of rows, segment) where SM i begins, row ``num_sms`` the end; without any
     entry all rows are (0, 0), which DeepGEMM's kernel takes for nothing to do.
 
     Args:
@@ -441,7 +440,7 @@ def paged_indexer_topk(
         slot_table = block_table if slot_table is None else slot_table
         slot_page_size = cache.page_size if slot_page_size is None else slot_page_size
         slot_pages = cache.pages if slot_pages is None else slot_pages
-    space = {
+    space: dict[str, Any] = {
         "bases": bases,
         "block_table": slot_table,
         "page_size": slot_page_size,
@@ -531,7 +530,7 @@ def indexer_topk(
     lens = (ke.clamp(0, entries) - starts).clamp(0, most)
     if method is TopkMethod.RAGGED and bases is None:
         bases = starts
-    space = {
+    space: dict[str, Any] = {
         "bases": bases,
         "block_table": slot_table,
         "page_size": slot_page_size,
@@ -555,13 +554,12 @@ def indexer_topk(
             clean_logits=False,
         )
 
-    return _bounded_topk(
-        logits, lens, rows, 1, most, 1, topk, method, space, stable, logits_bytes, out, topk_kernel
-    )
+    return _bounded_topk(logits, lens, rows, 1, most, 1, topk, method, space, stable, logits_bytes, out, topk_kernel)
 
 
 def _plan(rows: int, next_n: int, width: int, step: int, k: int, logits_bytes: int) -> tuple[int, int]:
     """(requests, columns) of a piece, so that its logits and selections stay within ``logits_bytes``."""
+
     # A stretch of context holds two selections of values and ids, and a vendor's result that is copied counts twice.
     def row_bytes(columns: int) -> int:
         aligned = -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
@@ -608,7 +606,8 @@ def _bounded_topk(
     if rows == 0:
         return out
     if width <= k:
-        return _every_entry(lens, k, method, space, out)
+        every = torch.arange(k, dtype=torch.int32, device=device).expand(out.shape)
+        return put_in_space(every, lens, method, space, out)
     # Whole pages, and whole tiles of every kernel.
     step = max(page_size, _ROW_ALIGNMENT // page_size * page_size)
     per_piece, columns = _plan(requests, next_n, width, step, k, logits_bytes)
@@ -636,22 +635,6 @@ def _rows_of(space: dict[str, Any], method: TopkMethod, rows: slice) -> dict[str
         return {**space, "requests": requests[rows], "bases": None}
     next_n = space["next_n"]
     return {**space, "block_table": space["block_table"][rows.start // next_n : -(-rows.stop // next_n)], "bases": None}
-
-
-def _every_entry(
-    lens: torch.Tensor, k: int, method: TopkMethod, space: dict[str, Any], out: torch.Tensor
-) -> torch.Tensor:
-    """The selection where no row has more than k entries."""
-    every = torch.arange(k, dtype=torch.int32, device=out.device)
-    if method is TopkMethod.LOCAL:
-        return out.copy_(torch.where(every < lens[:, None], every, -1))
-    local = every.expand(out.shape)
-    row = torch.arange(out.shape[0], dtype=torch.int32, device=out.device)
-    if method is TopkMethod.RAGGED:
-        return out.copy_(local_to_workspace_rows(local, row, lens, space["bases"]))
-    request = row // space["next_n"] if space["requests"] is None else space["requests"]
-    table, page_size, pages = space["block_table"], space["page_size"], space["pages"]
-    return out.copy_(local_to_slots(local, request, lens, table, page_size, pages))
 
 
 def _merged_topk(
@@ -712,6 +695,6 @@ def topk_merge(
     out: torch.Tensor,
     out_values: torch.Tensor | None,
 ) -> None:
-    """The k best of candidates ``values, ids [rows, w]``, ids ascending but for -1, which is none; with their values."""
+    """The k best of candidates ``values, ids [rows, w]``, ids ascending but for -1, which is none."""
     record = select(Problem.on("topk_merge", values.device, tokens=values.shape[0], width=values.shape[1]))
     record.launch(values.device, values, ids, k, method, space, out, out_values)

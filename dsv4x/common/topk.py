@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import checks
-from .indices import check_pool
+from .indices import check_pool, local_to_slots, local_to_workspace_rows
 from .registry import Problem, select
 
 _INT32_MAX = 2**31 - 1
@@ -170,3 +170,29 @@ def check_space(
         "next_n": next_n,
         "requests": requests,
     }
+
+
+def plain_order(logits: torch.Tensor) -> torch.Tensor:
+    """A copy in which a vendor's order of float32 is this module's: NaN as -inf, -0 as 0; rows back to back."""
+    return torch.where(logits.isnan(), -torch.inf, logits + 0.0).contiguous()
+
+
+def put_in_space(
+    local: torch.Tensor, lens: torch.Tensor, method: TopkMethod, space: dict[str, Any], out: torch.Tensor
+) -> torch.Tensor:
+    """Write local indices below ``lens``, -1 for none, to ``out`` in the space of ``method``.
+
+    Args:
+        local: int32 or int64 ``[rows, k]``, any row stride.
+        lens: int32 or int64 ``[rows]``.
+        method, space: as :func:`check_space` returns it.
+        out: int32 ``[rows, k]``.
+    """
+    if method is TopkMethod.LOCAL:
+        return out.copy_(torch.where(local < lens[:, None], local, -1))
+    row = torch.arange(out.shape[0], dtype=torch.int32, device=out.device)
+    if method is TopkMethod.RAGGED:
+        return out.copy_(local_to_workspace_rows(local, row, lens, space["bases"]))
+    request = row // space["next_n"] if space["requests"] is None else space["requests"]
+    table, page_size, pages = space["block_table"], space["page_size"], space["pages"]
+    return out.copy_(local_to_slots(local, request, lens, table, page_size, pages))

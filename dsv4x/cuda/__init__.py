@@ -1,6 +1,6 @@
 """NVIDIA: FlashMLA's, DeepGEMM's and FlashInfer's kernels beside the portable ones, where CUDA is the backend."""
 
-from . import deep_gemm, flash_mla, flashinfer
+from . import deep_gemm, flash_mla, flashinfer, flashinfer_topk
 from .deep_gemm import DEEP_GEMM
 
 LIBRARIES = (flash_mla.FLASH_MLA, DEEP_GEMM, flashinfer.FLASHINFER)
@@ -11,6 +11,7 @@ def register_kernels() -> None:
     flash_mla.register_kernels()
     deep_gemm.register_kernels()
     flashinfer.register_kernels()
+    flashinfer_topk.register_kernels()
 
 
 __all__ = ["DEEP_GEMM", "LIBRARIES", "register_kernels"]

@@ -125,7 +125,9 @@ def _schedule_reasons(problem: Problem) -> list[str]:
         if problem.tokens > limit:
             reasons.append(f"{problem.tokens} requests, need <= {limit}: its kernel's shared memory holds no more")
         if not reasons and DEEP_GEMM.reason is None and _needs_requests(problem.arch):
-            reasons.append("this DeepGEMM schedules rows by their requests on SM100, which paged_mqa_logits does itself")
+            reasons.append(
+                "this DeepGEMM schedules rows by their requests on SM100, which paged_mqa_logits does itself"
+            )
     return reasons
 
 
@@ -273,7 +275,7 @@ def _paged_batch(
 
 
 def _has_row_view(block_table: torch.Tensor, next_n: int) -> bool:
-    """Whether a row for each of a request's rows can stand in its own row's memory, the last ones inside the storage."""
+    """Whether a table row for each of a request's rows fits its own, and the last request's the storage."""
     stride, rest = divmod(block_table.stride(0), next_n)
     end = block_table.storage_offset() + (len(block_table) * next_n - 1) * stride + block_table.shape[1]
     return next_n == 1 or (rest == 0 and 4 * end <= block_table.untyped_storage().nbytes())
@@ -294,8 +296,8 @@ def _schedule(lens: torch.Tensor, page_size: int, module: ModuleType, arch: str)
 def _check_schedule(schedule: torch.Tensor, num_sms: int) -> None:
     if schedule.shape[0] != num_sms + 1 or not schedule.is_contiguous():
         raise ValueError(
-            f"schedule: shape {tuple(schedule.shape)}, strides {schedule.stride()}, need contiguous ({num_sms + 1}, 2): "
-            f"DeepGEMM runs on {num_sms} SMs"
+            f"schedule: shape {tuple(schedule.shape)}, strides {schedule.stride()}, "
+            f"need contiguous ({num_sms + 1}, 2): DeepGEMM runs on {num_sms} SMs"
         )
 
 
@@ -316,9 +318,7 @@ def _deliver(
         logits = parts[0][:, :max_context_len]
         if clean:
             rows = logits.unflatten(0, (batch, next_n))
-            clean_logits(
-                rows, context_lens, rows, table=block_table, page_size=cache.page_size, pages=cache.pages
-            )
+            clean_logits(rows, context_lens, rows, table=block_table, page_size=cache.page_size, pages=cache.pages)
         return logits
     if out is None:
         out = torch.empty(batch * next_n, max_context_len, dtype=torch.float32, device=context_lens.device)

@@ -2,6 +2,7 @@
 
 from ..common.registry import refuse
 from ..common.vendor import VendorLibrary
+from . import aiter_indexer
 
 AITER = VendorLibrary(
     "aiter",
@@ -18,3 +19,4 @@ def register_kernels() -> None:
     """The portable kernels are registered already; AITER's sparse attention cannot keep the ops' promise."""
     for op in ("sparse_mla_decode", "sparse_mla_prefill"):
         refuse(op, "aiter", f"AITER's sparse attention kernels return no lse, and {op} does")
+    aiter_indexer.register_kernels(AITER)

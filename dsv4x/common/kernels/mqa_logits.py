@@ -1,8 +1,8 @@
 """The indexer's logits: ``k_scale * sum over heads of w * max(q . k, 0)``, over pages and over flat rows.
 
-A program holds the heads of one or more query rows and walks K tiles: K's entries are the rows of the matrix product and
-heads its columns, so that the sum over heads stays inside a thread and its neighbours. FP8 of the arch's own flavour is
-multiplied as it is; everything else is exact in bf16 and multiplied there. A NaN product counts as 0, as in DeepGEMM,
+A program holds the heads of one or more query rows and walks K tiles: K's entries are the rows of the matrix product
+and heads its columns, so that the sum over heads stays inside a thread and its neighbours. FP8 of the arch's own flavour
+is multiplied as it is; everything else is exact in bf16 and multiplied there. A NaN product counts as 0, as in DeepGEMM,
 whose maximum with 0 drops it; a logit that is NaN all the same becomes -inf.
 """
 

@@ -1,8 +1,8 @@
 """DeepGEMM's schedule of paged logits: where in the batch each SM begins, for any number of rows.
 
 DeepGEMM keeps one prefix sum a request in shared memory, so its kernel has a largest batch, and another compilation for
-every 32 requests. Here each SM's program finds its own place: in a first pass which block of requests it begins in, from
-the blocks' sums, then where inside that block.
+every 32 requests. Here each SM's program finds its own place: first which block of requests it begins in, from the
+blocks' sums, then where inside that block.
 """
 
 from __future__ import annotations
