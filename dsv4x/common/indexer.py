@@ -163,7 +163,7 @@ def paged_mqa_logits(
         head_dim=INDEX_DIM,
         width=max_context_len,
         caches=(cache.spec,),
-        options=(_q_name(q),),
+        options=(_q_name(q), *(("clean",) if clean_logits else ())),
     )
     record = select(problem, kernel)
     if batch == 0 or max_context_len == 0 or cache.pages == 0 or block_table.shape[1] == 0:
@@ -259,7 +259,12 @@ def mqa_logits(
         head_dim=INDEX_DIM,
         width=width,
         rows=entries,
-        options=(_q_name(q), _q_name(k).replace("q", "k"), *(() if max_seqlen_k is None else ("relative",))),
+        options=(
+            _q_name(q),
+            _q_name(k).replace("q", "k"),
+            *(() if max_seqlen_k is None else ("relative",)),
+            *(("clean",) if clean_logits else ()),
+        ),
     )
     record = select(problem, kernel)
     if rows == 0 or width == 0 or entries == 0:

@@ -12,6 +12,7 @@ trusts lengths, ranges and its schedule, and reads the length of the request an 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from types import ModuleType
@@ -48,6 +49,8 @@ BY_NAME_ONLY = (
 
 # Microseconds a call, bytes of K, FLOP and bytes of logits a microsecond, of an H200.
 _RATES = (8.0, 3.9e6, 1150e6, 4e6)
+# A pass over logits that are still in the L2: microseconds a call, and bytes a microsecond.
+_PASS = (1.5, 5e6)
 
 
 def schedule_limit(arch: str, shared_memory: int) -> int:
@@ -240,7 +243,7 @@ def _paged_batch(
         if len(parts) > 1:
             rows = q[:, part]
             row_scale = None if q_scale is None else q_scale[:, part]
-            row_weights = weights.view(batch, next_n, heads)[:, part].reshape(-1, heads)
+            row_weights = weights.unflatten(0, (batch, next_n))[:, part].reshape(-1, heads)
         if "indices" in more:
             rows = rows.reshape(-1, 1, *rows.shape[2:])
             row_scale = None if row_scale is None else row_scale.reshape(-1, 1, *row_scale.shape[2:])
@@ -314,21 +317,18 @@ def _deliver(
     from ..common.kernels.mqa_logits import clean_logits
 
     batch, next_n = context_lens.shape
-    if len(parts) == 1 and out is None:
-        logits = parts[0][:, :max_context_len]
-        if clean:
-            rows = logits.unflatten(0, (batch, next_n))
-            clean_logits(rows, context_lens, rows, table=block_table, page_size=cache.page_size, pages=cache.pages)
-        return logits
+    if len(parts) == 1 and out is None and not clean:
+        return parts[0]
     if out is None:
-        out = torch.empty(batch * next_n, max_context_len, dtype=torch.float32, device=context_lens.device)
+        out = parts[0]
+        if len(parts) > 1:
+            out = torch.empty(batch * next_n, max_context_len, dtype=torch.float32, device=context_lens.device)
     first = 0
     for part in parts:
         width = part.shape[0] // batch
-        rows = slice(first, first + width)
         clean_logits(
-            part[:, :max_context_len].unflatten(0, (batch, width)), context_lens[:, rows],
-            out.unflatten(0, (batch, next_n))[:, rows], table=block_table, page_size=cache.page_size, pages=cache.pages,
+            part, context_lens, out, max_context_len, first=first, next_n=width, table=block_table,
+            page_size=cache.page_size, pages=cache.pages,
         )  # fmt: skip
         first += width
     return out
@@ -373,9 +373,9 @@ def mqa_logits(
     elif out is None:
         out = torch.empty(q.shape[0], width, dtype=torch.float32, device=q.device)
     if max_seqlen_k is None:
-        kernels.clean_logits(logits[:, None], ends[:, None], out[:, None], starts=starts, shifted=shifted)
+        kernels.clean_logits(logits, ends[:, None], out, width, starts=starts, shifted=shifted)
     else:
-        kernels.clean_logits(logits[:, None], (ends - starts)[:, None], out[:, None])
+        kernels.clean_logits(logits, (ends - starts)[:, None], out, width)
     return out
 
 
@@ -389,8 +389,20 @@ def get_paged_mqa_logits_metadata(
 
 
 def _paged_us(problem: Problem) -> float:
-    parts = len(next_n_parts(problem.arch, problem.next_n))
-    return parts * logits_us(problem, *_RATES) / (1 if parts == 1 else problem.next_n / SM90_NEXT_N)
+    """A call a part, each of which reads all of K, and a pass over the logits where they are cleaned or put together."""
+    parts = next_n_parts(problem.arch, problem.next_n)
+    calls = (dataclasses.replace(problem, next_n=part.stop - part.start) for part in parts)
+    total = sum(logits_us(call, *_RATES) for call in calls)
+    if len(parts) == 1 and "clean" not in problem.options:
+        return total
+    call, rate = _PASS
+    return total + len(parts) * call + 4.0 * problem.tokens * problem.next_n * problem.width / rate
+
+
+def _flat_us(problem: Problem) -> float:
+    call, rate = _PASS
+    passed = call + 4.0 * problem.tokens * problem.width / rate if "clean" in problem.options else 0.0
+    return logits_us(problem, *_RATES) + passed
 
 
 def register_kernels() -> None:
@@ -410,7 +422,7 @@ def register_kernels() -> None:
         "mqa_logits",
         "deep_gemm",
         mqa_logits,
-        lambda problem: logits_us(problem, *_RATES),
+        _flat_us,
         library=DEEP_GEMM,
         archs=ARCHS,
         further_reasons=_flat_reasons,

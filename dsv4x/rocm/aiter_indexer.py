@@ -151,7 +151,9 @@ def paged_mqa_logits(
             KVBlockSize=cache.page_size,
         )
     if clean_logits:
-        kernels.clean_logits(rows, lens, rows, table=block_table, page_size=cache.page_size, pages=cache.pages)
+        kernels.clean_logits(
+            out, lens, out, max_context_len, table=block_table, page_size=cache.page_size, pages=cache.pages
+        )
     return out
 
 
@@ -183,7 +185,7 @@ def mqa_logits(
     if out is None and not clean_logits:
         return logits
     out = logits if out is None else out
-    kernels.clean_logits(logits[:, None], ends[:, None], out[:, None], starts=starts)
+    kernels.clean_logits(logits, ends[:, None], out, k.shape[0], starts=starts)
     return out
 
 

@@ -247,20 +247,23 @@ def mqa_logits_kernel(
 @triton.jit
 def clean_logits_kernel(
     logits_ptr, starts_ptr, ends_ptr, table_ptr, out_ptr,
-    width, next_n, table_width, page_size, pages, logits_stride, logits_stride_n, starts_stride, ends_stride,
-    ends_stride_n, table_stride, out_stride, out_stride_n,
+    width, part, first, table_width, page_size, pages, logits_stride,
+    starts_stride, ends_stride, ends_stride_n, table_stride, out_stride, next_n,
     BLOCK: tl.constexpr, HAS_STARTS: tl.constexpr, SHIFTED: tl.constexpr, HAS_TABLE: tl.constexpr,
     IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     """-inf where a row has no entry, where a page is not in the pool, and for NaN; copied where not in place.
 
+    Row i of the logits is row ``first + i % part`` of request ``i // part``, which has ``next_n`` rows in the result.
     ``SHIFTED``: the source's column 0 is the row's start, the result's is entry 0.
     """
-    row = tl.program_id(0).to(tl.int64)
-    request = row // next_n
+    source_row = tl.program_id(0).to(tl.int64)
+    request = source_row // part
+    at = first + source_row % part
+    row = request * next_n + at
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     start = tl.zeros((), tl.int32)
-    end = tl.minimum(tl.load(ends_ptr + request * ends_stride + row % next_n * ends_stride_n), width).to(tl.int32)
+    end = tl.minimum(tl.load(ends_ptr + request * ends_stride + at * ends_stride_n), width).to(tl.int32)
     if HAS_STARTS:
         start = tl.maximum(tl.load(starts_ptr + row * starts_stride), 0).to(tl.int32)
     inside = (column >= start) & (column < end)
@@ -268,7 +271,7 @@ def clean_logits_kernel(
         inside = inside & (column // page_size < table_width)
         page = tl.load(table_ptr + request * table_stride + column // page_size, mask=inside, other=-1)
         inside = inside & (page >= 0) & (page < pages)
-    source = logits_ptr + request * logits_stride + row % next_n * logits_stride_n + column
+    source = logits_ptr + source_row * logits_stride + column
     if SHIFTED:
         source -= start
     value = tl.load(source, mask=inside, other=_MINUS_INF)
@@ -277,8 +280,7 @@ def clean_logits_kernel(
     if IN_PLACE:
         # Sound logits stay as they are, so that this pass writes next to nothing.
         written = written & (sound == 0)
-    target = out_ptr + request * out_stride + row % next_n * out_stride_n + column
-    tl.store(target, tl.where(sound, value, _MINUS_INF), mask=written)
+    tl.store(out_ptr + row * out_stride + column, tl.where(sound, value, _MINUS_INF), mask=written)
 
 
 @triton.jit
@@ -316,7 +318,7 @@ def gather_indexer_k_kernel(
     tl.store(scale_ptr + row, tl.load(scales, mask=valid, other=0), mask=row < rows)
 
 
-_CLEAN_BLOCK = 4096
+_CLEAN_BLOCK = 2048
 _GATHER_BLOCK = 32
 
 _ENCODINGS = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e4m3fnuz: "e4m3fnuz", torch.bfloat16: "bf16"}
@@ -435,32 +437,41 @@ def clean_logits(
     logits: torch.Tensor,
     ends: torch.Tensor,
     out: torch.Tensor,
+    width: int,
     *,
+    first: int = 0,
+    next_n: int | None = None,
     starts: torch.Tensor | None = None,
     shifted: bool = False,
     table: torch.Tensor | None = None,
     page_size: int = 1,
     pages: int = 0,
 ) -> None:
-    """Launch over ``logits [B, n, >= width]`` of a vendor's kernel, into ``out [B, n, width]``, or in place.
+    """Launch over a vendor's logits, which become rows of ``out``, or their own, clean.
 
     Args:
-        logits: float32, columns contiguous.
-        ends: ``[B, n]``, the column behind each row's last entry.
-        out: float32, columns contiguous; the memory of ``logits`` for in place.
+        logits: float32 ``[B * part, >= width]``, columns contiguous.
+        ends: ``[B, n]``, the column behind each row's last entry; the part is rows ``first`` to ``first + part - 1`` of
+            each request.
+        out: float32 ``[B * n, >= width]``, rows contiguous; ``logits`` for in place.
+        width: columns.
+        first: where the part begins.
+        next_n: the part's rows a request; None is n.
         starts: ``[B * n]``, the column of each row's first entry.
         shifted: whether the column 0 of ``logits`` is each row's start.
         table: ``[B, m]`` page numbers, where a page outside the pool makes its columns -inf.
     """
-    batch, next_n, width = out.shape
+    # Views would take longer to make than the kernel to run; the strides say the same.
+    rows_a_request = ends.shape[1]
+    part = rows_a_request if next_n is None else next_n
     some = ends if table is None else table
-    clean_logits_kernel[(batch * next_n, -(-width // _CLEAN_BLOCK))](
+    clean_logits_kernel[(ends.shape[0] * part, -(-width // _CLEAN_BLOCK))](
         logits, ends if starts is None else starts, ends, some, out,
-        width, next_n, some.shape[1], page_size, pages, logits.stride(0), logits.stride(1),
-        0 if starts is None else starts.stride(0), ends.stride(0), ends.stride(1), some.stride(0),
-        out.stride(0), out.stride(1),
+        width, part, first, some.shape[1], page_size, pages, logits.stride(0),
+        0 if starts is None else starts.stride(0), ends.stride(0), ends.stride(1), some.stride(0), out.stride(0),
+        rows_a_request,
         BLOCK=_CLEAN_BLOCK, HAS_STARTS=starts is not None, SHIFTED=shifted, HAS_TABLE=table is not None,
-        IN_PLACE=logits.data_ptr() == out.data_ptr(), num_warps=8,
+        IN_PLACE=logits is out, num_warps=8,
     )  # fmt: skip
 
 

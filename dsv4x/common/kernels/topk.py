@@ -86,10 +86,10 @@ def _nth_key_of_row(logits_ptr, ids_ptr, length, wanted, HAS_IDS: tl.constexpr, 
 
 
 @triton.jit
-def _compact(logits_ptr, kept_ptr, length, least, CAPACITY: tl.constexpr, BLOCK: tl.constexpr):
+def _compact(logits_ptr, kept_ptr, length, least, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """Write down, in order, the columns whose key is at least ``least``; returns how many there are."""
     count = tl.zeros((), tl.int32)
-    for at in tl.range(0, length, BLOCK):
+    for at in tl.range(0, length, BLOCK, num_stages=STAGES):
         column = at + tl.arange(0, BLOCK)
         key, there = _load_keys(logits_ptr, logits_ptr, at, length, False, BLOCK)
         kept = (there & (key >= least)).to(tl.int32)
@@ -133,7 +133,7 @@ def topk_kernel(
     logits_stride, table_stride, out_stride,
     METHOD: tl.constexpr, HAS_IDS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_LENS: tl.constexpr,
     HAS_REQUESTS: tl.constexpr, HAS_VALUES: tl.constexpr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr,
-    SAMPLE: tl.constexpr,
+    SAMPLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (row, part): the k largest of a row, or of ``part`` of its columns, written ``part`` after part.
 
@@ -188,7 +188,7 @@ def topk_kernel(
                 least, _ = _nth_key(sampled, there, rank, 2)
                 # Triton orders no thread's load behind another's store; the reads below are of all threads' writes.
                 tl.debug_barrier()
-                count = _compact(logits, kept, length, least << 16, CAPACITY, BLOCK)
+                count = _compact(logits, kept, length, least << 16, CAPACITY, BLOCK, STAGES)
                 tl.debug_barrier()
                 compact = (count >= k) & (count <= CAPACITY)
                 aim = tl.where(count < k, CAPACITY - (CAPACITY - k) // 4, k + (target - k) // 2)
@@ -239,10 +239,10 @@ def topk_kernel(
 
 # Rows shorter than this are one program's; longer ones are shared where there are too few rows for the device.
 _MIN_PART = 8192
-_BLOCK = 4096
+_BLOCK, _STAGES = 4096, 3
 _SAMPLE = 2048
 # Candidates held at once: for most k a block of them stays in registers. Past the last, rows are gone through whole.
-_CAPACITIES = (4096, 8192, 16384)
+_CAPACITIES = (2048, 4096, 8192, 16384)
 
 
 def _capacity(k: int) -> tuple[int, int]:
@@ -269,7 +269,8 @@ def _launch(
     table = space.get("block_table", some)
     requests = space.get("requests")
     capacity, target = _capacity(k)
-    kept = some
+    # Triton takes the type of what a kernel never reads as well.
+    kept = out
     if ids is None and part > capacity > k:
         kept = torch.empty(rows * parts, capacity, dtype=torch.int32, device=logits.device)
     topk_kernel[(rows * parts,)](
@@ -280,7 +281,7 @@ def _launch(
         space.get("page_size", 1), space.get("pages", 0), logits.stride(0), table.stride(0), out.stride(0),
         METHOD=method.value, HAS_IDS=ids is not None, HAS_STARTS=starts is not None, HAS_LENS=lengths is not None,
         HAS_REQUESTS=requests is not None, HAS_VALUES=values is not None, BLOCK=_BLOCK,
-        CAPACITY=capacity, SAMPLE=min(_SAMPLE, capacity), num_warps=8 if capacity <= 4096 else 16,
+        CAPACITY=capacity, SAMPLE=min(_SAMPLE, capacity), STAGES=_STAGES, num_warps=8 if capacity <= 4096 else 16,
     )  # fmt: skip
 
 
