@@ -73,8 +73,15 @@ def _check_q(q: torch.Tensor, q_scale: torch.Tensor | None, leading: tuple[int |
         raise ValueError(f"q: {q.shape[-2]} heads, need {' or '.join(map(str, HEADS))}")
 
 
-def _q_name(q: torch.Tensor) -> str:
-    return {torch.float8_e4m3fn: "q e4m3fn", torch.float8_e4m3fnuz: "q e4m3fnuz"}.get(q.dtype, "q e2m1")
+def _option(name: str, x: torch.Tensor) -> str:
+    """What a :class:`Problem` says of an operand's encoding."""
+    return name + {torch.float8_e4m3fn: " e4m3fn", torch.float8_e4m3fnuz: " e4m3fnuz"}.get(x.dtype, " e2m1")
+
+
+def encoding_of(problem: Problem, name: str) -> str:
+    """The encoding of operand ``"q"`` or ``"k"`` in a problem of the logits ops; e4m3fn where it says none."""
+    found = [option.split()[1] for option in problem.options if option.startswith(f"{name} ")]
+    return found[0] if found else "e4m3fn"
 
 
 def _check_out(out: torch.Tensor | None, rows: int, width: int, device: torch.device) -> None:
@@ -163,7 +170,7 @@ def paged_mqa_logits(
         head_dim=INDEX_DIM,
         width=max_context_len,
         caches=(cache.spec,),
-        options=(_q_name(q), *(("clean",) if clean_logits else ())),
+        options=(_option("q", q), *(("clean",) if clean_logits else ())),
     )
     record = select(problem, kernel)
     if batch == 0 or max_context_len == 0 or cache.pages == 0 or block_table.shape[1] == 0:
@@ -260,8 +267,8 @@ def mqa_logits(
         width=width,
         rows=entries,
         options=(
-            _q_name(q),
-            _q_name(k).replace("q", "k"),
+            _option("q", q),
+            _option("k", k),
             *(() if max_seqlen_k is None else ("relative",)),
             *(("clean",) if clean_logits else ()),
         ),

@@ -180,6 +180,8 @@ def find(op: str, name: str) -> Kernel | None:
 
 def absent(op: str, name: str) -> str:
     """Why no kernel of this name is registered for ``op``."""
+    if any(name in table for table in _kernels.values()):
+        return _refused.get((op, name), f"it has no {op}")
     return _refused.get((op, name), f"not on backend {platform.backend} ({platform.reason})")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..common import layouts
-from ..common.indexer import SPLIT_PAGES
+from ..common.indexer import SPLIT_PAGES, encoding_of
 from ..common.layouts import ALIGNMENT, PagedCache
 from ..common.platform import platform
 from ..common.portable import logits_us
@@ -88,7 +88,7 @@ def _wheel_reasons(problem: Problem, name: str) -> list[str]:
 
 def _operand_reasons(problem: Problem, k: str) -> list[str]:
     """What its matrix products do not take."""
-    q = problem.options[0].removeprefix("q ")
+    q = encoding_of(problem, "q")
     if q != k or q == "e4m3fnuz":
         return [f"q is {q} and K {k}, need e4m3fn for both or e2m1 for both"]
     if q == "e2m1" and problem.arch == "sm_90":
@@ -114,7 +114,7 @@ def _paged_reasons(problem: Problem) -> list[str]:
 
 
 def _flat_reasons(problem: Problem) -> list[str]:
-    reasons = _operand_reasons(problem, problem.options[1].removeprefix("k "))
+    reasons = _operand_reasons(problem, encoding_of(problem, "k"))
     return reasons + (_wheel_reasons(problem, "mqa_logits") or _triton_missing())
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..common import layouts
+from ..common.indexer import encoding_of
 from ..common.layouts import PagedCache
 from ..common.portable import logits_us
 from ..common.registry import Kernel, Problem, register
@@ -84,7 +85,7 @@ def _paged_reasons(library: VendorLibrary, problem: Problem) -> list[str]:
     reasons = []
     for cache in problem.caches:
         encoding = layouts.by_name(cache.layout).value_encoding
-        reasons += _flavour_reasons(problem, {"q": problem.options[0].removeprefix("q "), "K": encoding})
+        reasons += _flavour_reasons(problem, {"q": encoding_of(problem, "q"), "K": encoding})
         if cache.page_size != 1:
             reasons.append(f"page_size is {cache.page_size}, need 1: it reads larger pages shuffled only")
         if cache.pages * cache.page_stride > 2**31 - 1:
@@ -95,8 +96,7 @@ def _paged_reasons(library: VendorLibrary, problem: Problem) -> list[str]:
 
 
 def _flat_reasons(library: VendorLibrary, problem: Problem) -> list[str]:
-    q, k = (option[2:] for option in problem.options[:2])
-    reasons = _flavour_reasons(problem, {"q": q, "K": k})
+    reasons = _flavour_reasons(problem, {"q": encoding_of(problem, "q"), "K": encoding_of(problem, "k")})
     if "relative" in problem.options:
         reasons.append("max_seqlen_k is given, need None: it writes a column an entry")
     if not reasons and problem.device == "cuda" and problem.arch in ARCHS:
