@@ -17,8 +17,7 @@ import torch
 from flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 from steps import PAGE_SIZE, WINDOW, Step, median_us, pool
 
-from dsv4x.common import indices
-from dsv4x.common.cache import gather_workspace
+from dsv4x.common import indices, registry
 
 TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 WIDTHS = (128, 640, 1152, 4224)
@@ -82,7 +81,8 @@ def gather(rows: int):
     extra, swa = pool(max(1, rows // PAGE_SIZE)), pool(4)
     slots = torch.randperm(rows, device="cuda").int()
     out = torch.empty(rows, 512, dtype=torch.bfloat16, device="cuda")
-    return lambda: gather_workspace(extra, swa, slots, rows, out)
+    record = registry.find("gather_workspace", "triton")
+    return lambda: record.run(extra, swa, slots, rows, out, 1.0, 1.0)
 
 
 def remap(elements: int):

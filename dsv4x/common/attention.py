@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 
 from . import checks, indices, reference
-from .cache import gather_workspace
 from .costs import step_costs
 from .errors import BackendUnavailable, KernelNotSupported
 from .layouts import PagedCache
@@ -336,11 +335,12 @@ class _Layer(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What was decided for layers of one shape: the path, and the kernels of its attention and index ops."""
+    """What was decided for layers of one shape: the path, and the kernels of its attention, index and gather ops."""
 
     path: str
     attend: Kernel
     remap: Kernel
+    gather: Kernel
 
 
 def _plan(
@@ -358,7 +358,8 @@ def _plan(
     direct, gathered = path_problems(q, swa_cache, extra_cache, meta, topk_indices)
     problem, index_op = (direct, "local_to_slots") if path == "direct" else (gathered, "combine_topk_swa_indices")
     index = Problem.on(index_op, q.device, tokens=problem.tokens, width=problem.width)
-    return _Plan(path, select(problem, kernel), select(index, None))
+    gather = Problem.on("gather_workspace", q.device, tokens=gathered.rows, caches=direct.caches)
+    return _Plan(path, select(problem, kernel), select(index), select(gather))
 
 
 def _direct(
@@ -403,10 +404,11 @@ def _gathered(
     for group in chunk.groups:
         # Not filled: rows without a slot stay unwritten, and no index points at them.
         workspace = chunk.workspace(group.rows)
-        gather_workspace(
-            layer.extra_cache, layer.swa_cache, group.slots, group.compressed_rows, workspace,
-            extra_k_scale=layer.extra_k_scale, swa_k_scale=layer.swa_k_scale,
-        )  # fmt: skip
+        if group.rows:
+            plan.gather.launch(
+                device, layer.extra_cache, layer.swa_cache, group.slots, group.compressed_rows, workspace,
+                layer.extra_k_scale, layer.swa_k_scale,
+            )  # fmt: skip
         for block in group.blocks:
             rows, lens = chunk.index_rows(group, block, layer.topk_indices, plan.remap)
             q = layer.q if results.lse is None else layer.q[block]
