@@ -2,7 +2,8 @@
 
 Medians of ``triton.testing.do_bench`` in microseconds. ``decode`` and ``prefill`` are FlashMLA's kernels called bare,
 over index rows of the width given, drawn from pools of the rows given. ``gather``, ``remap`` and ``combine`` are
-straight lines through two sizes, ``host`` a whole eager step of one token on each path.
+straight lines through two sizes, ``listing`` is what finding and remapping references takes before their rows are
+gathered, ``host`` a whole eager step of one token on each path.
 
 Usage: python benchmarks/fit_costs.py --out dsv4x/cuda/costs_sm_90.json
 """
@@ -17,7 +18,7 @@ import torch
 from flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 from steps import PAGE_SIZE, WINDOW, Step, median_us, pool
 
-from dsv4x.common import indices, registry
+from dsv4x.common import compaction, indices, registry
 
 TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 WIDTHS = (128, 640, 1152, 4224)
@@ -99,12 +100,20 @@ def combine(elements: int):
     return lambda: step.chunk.index_rows(group, group.blocks[0], step.topk, step.combine)
 
 
+def listing(references: int):
+    """Nearly every reference to another row, of a pool of 1M-token prefixes; nothing is gathered."""
+    slots = torch.randint(0, 1 << 20, (references // 512, 512), device="cuda", dtype=torch.int32)
+    cache = pool((1 << 20) // PAGE_SIZE)
+    return lambda: compaction._list_referenced(cache, slots, None, 1, references, None, None, None)
+
+
 def host() -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {"direct": {}, "gathered": {}}
+    found: dict[str, dict[str, float]] = {"direct": {}, "gathered": {}, "referenced": {}}
     for ratio in (1, 4, 128):
         step = Step(1, 1024, 64, 512, ratio, 1)
         for path, us in found.items():
-            us[str(ratio)] = median_us(lambda step=step, path=path: step.run(path))
+            if path != "referenced" or ratio == 4:
+                us[str(ratio)] = median_us(lambda step=step, path=path: step.run(path), 30, 100)
     return found
 
 
@@ -120,9 +129,10 @@ def main() -> None:
         "gather": line(gather, (16384, 262144)),
         "remap": line(remap, (512 * 256, 512 * 8192)),
         "combine": line(combine, (640 * 256, 640 * 8192)),
+        "listing": line(listing, (512 * 64, 512 * 2048)),
         "host": host(),
     }
-    for name in ("gather", "remap", "combine", "host"):
+    for name in ("gather", "remap", "combine", "listing", "host"):
         print(name, result[name])
     if arguments.out:
         arguments.out.write_text(json.dumps(result) + "\n")
