@@ -1,9 +1,10 @@
 """A layer's whole prefill step on every path, the path the router picks, and what servers run today, in one run.
 
-Microseconds: the best of five medians of ``triton.testing.do_bench``, eager, DSv4 pages of 64, sink on, real FlashMLA.
+Microseconds: the best of three medians of ``triton.testing.do_bench``, eager, DSv4 pages of 64, sink on, real FlashMLA.
 ``direct``, ``gathered`` and ``referenced`` are dsv4x's paths, ``chosen`` is what it picks by itself, ``predicted_*`` is
-what the pick rests on; ``peer_direct`` and ``peer_gathered`` are a server's steps (benchmarks/steps.py). ``regret`` is
-chosen over the best of dsv4x's paths, ``against_peers`` over the best of the peers'.
+what the pick rests on; ``peer_direct`` and ``peer_gathered`` are a server's steps (benchmarks/steps.py), ``kernel``
+is ``flash_mla_sparse_fwd`` alone on rows gathered before. ``regret`` is chosen over the best of dsv4x's paths,
+``against_peers`` over the best of the peers'.
 
 Usage: python benchmarks/prefill.py --out benchmarks/results/prefill-<gpu>.json
 """
@@ -30,7 +31,7 @@ REQUESTS = (1, 8)
 
 COLUMNS = {
     "ratio": 5, "requests": 9, "heads": 6, "prefix": 8, "tokens": 7, "direct": 9, "gathered": 9, "referenced": 11,
-    "peer_direct": 12, "peer_gathered": 14, "chosen": 9, "path": 11, "regret": 8, "against_peers": 14,
+    "peer_direct": 12, "peer_gathered": 14, "kernel": 8, "chosen": 9, "path": 11, "regret": 8, "against_peers": 14,
 }  # fmt: skip
 
 
@@ -40,11 +41,14 @@ def measure(tokens: int, prefix: int, heads: int, topk: int, ratio: int, request
         **{path: lambda path=path: step.run(path) for path in paths_of(ratio)},
         "peer_direct": step.peer_direct,
         "peer_gathered": step.peer_gathered,
+        "kernel": step.kernel_alone(),
         "chosen": lambda: step.run(),
     }
     # Long kernels throttle the clock by several percent, so all take turns at every place and each keeps its best.
     names = list(runs)
-    rounds = [{name: median_us(runs[name], 3, 12) for name in names[at:] + names[:at]} for at in range(len(names))]
+    rounds = [
+        {name: median_us(runs[name], 3, 12) for name in names[at:] + names[:at]} for at in range(0, len(names), 2)
+    ]
     us = {name: min(each[name] for each in rounds) for name in runs}
     explained = dsv4x.explain_step(step.q, step.swa, step.extra, step.meta, step.topk, chunk=step.chunk)
     return {
