@@ -348,6 +348,7 @@ class _Plan(NamedTuple):
     attend: Kernel
     remap: Kernel
     gather: Kernel
+    gather_and_combine: Kernel
 
 
 def _plan(
@@ -366,8 +367,11 @@ def _plan(
     problem = problems[path]
     index_op = "combine_topk_swa_indices" if path == "gathered" else "local_to_slots"
     index = Problem.on(index_op, q.device, tokens=problem.tokens, width=problem.width)
-    gather = Problem.on("gather_workspace", q.device, tokens=problem.rows, caches=problems["direct"].caches)
-    return _Plan(path, select(problem, kernel), select(index), select(gather))
+    gathering = [
+        Problem.on(op, q.device, tokens=problem.rows, caches=problems["direct"].caches)
+        for op in ("gather_workspace", "gather_and_combine")
+    ]
+    return _Plan(path, select(problem, kernel), select(index), *map(select, gathering))
 
 
 def _direct(
@@ -410,13 +414,21 @@ def _gathered(
     for group in chunk.groups:
         # Not filled: rows without a slot stay unwritten, and no index points at them.
         workspace = chunk.workspace(group.rows)
-        if group.rows:
-            plan.gather.run(
-                layer.extra_cache, layer.swa_cache, group.slots, group.compressed_rows, workspace,
-                layer.extra_k_scale, layer.swa_k_scale,
-            )  # fmt: skip
+        gather = (
+            layer.extra_cache, layer.swa_cache, group.slots, group.compressed_rows, workspace,
+            layer.extra_k_scale, layer.swa_k_scale,
+        )  # fmt: skip
+        together = layer.topk_indices is not None and group.rows > 0
+        if group.rows and not together:
+            plan.gather.run(*gather)
         for block in group.blocks:
-            rows, lens = chunk.index_rows(group, block, layer.topk_indices, plan.remap)
+            if together:
+                combine = chunk.combining(group, block, layer.topk_indices)
+                plan.gather_and_combine.run(gather, combine)
+                rows, lens = combine[-2:]
+                together = False
+            else:
+                rows, lens = chunk.index_rows(group, block, layer.topk_indices, plan.remap)
             q = layer.q if results.lse is None else layer.q[block]
             results.add(block, *plan.attend.run(
                 q, workspace, rows, lens, layer.attn_sink, layer.scale, results.buffer(block), trusted_indices=True

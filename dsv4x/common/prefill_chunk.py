@@ -218,10 +218,21 @@ class SparsePrefillChunkCache:
 
         ``combine`` is the kernel of ``combine_topk_swa_indices`` that makes them, on the current device.
         """
-        meta = self._meta
-        assert meta is not None
         if topk_indices is None and self._shared is not None:
             return self._shared
+        arguments = self.combining(group, block, topk_indices)
+        combine.run(*arguments)
+        rows, lens = arguments[-2:]
+        # Only where it is the whole chunk: kept rows count against the cap too.
+        assert self._meta is not None
+        if topk_indices is None and _count(block) == self._meta.num_tokens:
+            self._shared = (rows, lens)
+        return rows, lens
+
+    def combining(self, group: Group, block: slice, topk_indices: torch.Tensor | None) -> tuple[Any, ...]:
+        """What the kernels of ``combine_topk_swa_indices`` take for one block's tokens: rows and spans come last."""
+        meta = self._meta
+        assert meta is not None
         tokens, device = _count(block), meta.seq_lens.device
         whole = tokens == meta.num_tokens
         if topk_indices is None:
@@ -234,14 +245,10 @@ class SparsePrefillChunkCache:
         )
         lens = torch.empty(tokens, dtype=torch.int32, device=device)
         positions = (meta.request, meta.position) if whole else (meta.request[block], meta.position[block])
-        combine.run(
+        return (
             local, meta.query_start_loc, meta.seq_lens, group.gather_lens, group.compressed_base,
             group.swa_base, meta.window_size, meta.compress_ratio, topk, group.slots, positions, rows, lens,
         )  # fmt: skip
-        # Only where it is the whole chunk: kept rows count against the cap too.
-        if topk_indices is None and whole:
-            self._shared = (rows, lens)
-        return rows, lens
 
 
 def _versions(meta: AttentionMetadata) -> tuple[int, ...]:
