@@ -16,7 +16,7 @@ from .errors import BackendUnavailable, KernelNotSupported
 from .layouts import PagedCache
 from .prefill_chunk import SparsePrefillChunkCache
 from .registry import Kernel, Problem, select
-from .sparse_mla import check_cache, check_heads, check_rest, scale_of
+from .sparse_mla import attend, check_cache, check_heads, check_rest, scale_of
 
 HEAD_DIM = 512
 """DeepSeek-V4's values of K, all of which are V."""
@@ -252,7 +252,8 @@ def sparse_mla_attention(
     chunk: SparsePrefillChunkCache | None = None,
     swa_k_scale: float = 1.0,
     extra_k_scale: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    return_lse: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one layer over one step's batch; the entries of the step are in the caches already.
 
     Args:
@@ -270,9 +271,10 @@ def sparse_mla_attention(
         chunk: the gathered path's plan, cap and workspace, rebuilt for ``meta``; None takes ``meta``'s own, with a cap
             of 256 MiB.
         swa_k_scale, extra_k_scale: as in :func:`~dsv4x.sparse_mla_decode`.
+        return_lse: whether the lse is wanted; a server whose sink is in the kernel seldom needs it.
 
     Returns:
-        ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``.
+        ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``, or None for lse under ``return_lse=False``.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride, device, layout or page size; a ``chunk`` built
@@ -311,14 +313,16 @@ def sparse_mla_attention(
     key = (
         q.shape[1], swa_cache.spec, None if extra_cache is None else extra_cache.spec,
         None if topk_indices is None else topk_indices.shape[1], path, kernel,
-        q.is_cuda and torch.cuda.is_current_stream_capturing(),
+        return_lse, q.is_cuda and torch.cuda.is_current_stream_capturing(),
     )  # fmt: skip
     plan = chunk.plans.get(key)
     if plan is None:
-        plan = chunk.plans[key] = _plan(q, swa_cache, extra_cache, meta, topk_indices, path, kernel, chunk)
+        plan = chunk.plans[key] = _plan(
+            q, swa_cache, extra_cache, meta, topk_indices, path, kernel, chunk, return_lse
+        )  # fmt: skip
     if not meta.num_tokens:
-        return _Results(q, out, 0).all()
-    layer = _Layer(q, swa_cache, extra_cache, topk_indices, attn_sink, scale, swa_k_scale, extra_k_scale)
+        return _Results(q, out, 0, return_lse).all()
+    layer = _Layer(q, swa_cache, extra_cache, topk_indices, attn_sink, scale, swa_k_scale, extra_k_scale, return_lse)
     return (_direct if plan.path == "direct" else _gathered)(plan, layer, meta, chunk, out)
 
 
@@ -333,6 +337,7 @@ class _Layer(NamedTuple):
     scale: float
     swa_k_scale: float
     extra_k_scale: float
+    return_lse: bool
 
 
 class _Plan(NamedTuple):
@@ -352,10 +357,11 @@ def _plan(
     path: str | None,
     kernel: str | None,
     chunk: SparsePrefillChunkCache,
+    return_lse: bool,
 ) -> _Plan:
     if path is None:
-        path = choose_path(q, swa_cache, extra_cache, meta, topk_indices, kernel, chunk)
-    direct, gathered = path_problems(q, swa_cache, extra_cache, meta, topk_indices)
+        path = choose_path(q, swa_cache, extra_cache, meta, topk_indices, kernel, chunk, return_lse)
+    direct, gathered = path_problems(q, swa_cache, extra_cache, meta, topk_indices, return_lse)
     problem, index_op = (direct, "local_to_slots") if path == "direct" else (gathered, "combine_topk_swa_indices")
     index = Problem.on(index_op, q.device, tokens=problem.tokens, width=problem.width)
     return _Plan(path, select(problem, kernel), select(index, None))
@@ -363,9 +369,9 @@ def _plan(
 
 def _direct(
     plan: _Plan, layer: _Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache, out: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     blocks = meta.direct_blocks
-    results = _Results(layer.q, out, len(blocks))
+    results = _Results(layer.q, out, len(blocks), layer.return_lse)
     device = layer.q.device
     for block in blocks:
         whole = len(blocks) == 1
@@ -386,19 +392,19 @@ def _direct(
                     extra_lens = extra_lens.clamp_max(layer.topk_indices.shape[1])
             else:
                 extra_indices = meta.slot_rows(block) if meta.extra_indices is None else meta.extra_indices
-        results.add(block, *plan.attend.launch(
-            device, part(layer.q), layer.swa_cache, part(meta.swa_indices), part(meta.swa_lens),
+        results.add(block, *attend(
+            plan.attend, device, part(layer.q), layer.swa_cache, part(meta.swa_indices), part(meta.swa_lens),
             layer.extra_cache, extra_indices, extra_lens, layer.attn_sink, layer.scale, results.buffer(block),
             trusted_indices=True, schedule=meta._schedule.setdefault(block.start, {}),
-            swa_k_scale=layer.swa_k_scale, extra_k_scale=layer.extra_k_scale,
+            swa_k_scale=layer.swa_k_scale, extra_k_scale=layer.extra_k_scale, return_lse=layer.return_lse,
         ))  # fmt: skip
     return results.all()
 
 
 def _gathered(
     plan: _Plan, layer: _Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache, out: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    results = _Results(layer.q, out, sum(len(group.blocks) for group in chunk.groups))
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    results = _Results(layer.q, out, sum(len(group.blocks) for group in chunk.groups), layer.return_lse)
     device = layer.q.device
     for group in chunk.groups:
         # Not filled: rows without a slot stay unwritten, and no index points at them.
@@ -409,10 +415,10 @@ def _gathered(
         )  # fmt: skip
         for block in group.blocks:
             rows, lens = chunk.index_rows(group, block, layer.topk_indices, plan.remap)
-            q = layer.q if results.lse is None else layer.q[block]
-            results.add(block, *plan.attend.launch(
-                device, q, workspace, rows, lens, layer.attn_sink, layer.scale, results.buffer(block),
-                trusted_indices=True,
+            q = layer.q if results.whole else layer.q[block]
+            results.add(block, *attend(
+                plan.attend, device, q, workspace, rows, lens, layer.attn_sink, layer.scale, results.buffer(block),
+                trusted_indices=True, return_lse=layer.return_lse,
             ))  # fmt: skip
     return results.all()
 
@@ -420,25 +426,26 @@ def _gathered(
 class _Results:
     """Output of a call made in ``parts``: one part's as it is, several (or none) in one buffer."""
 
-    def __init__(self, q: torch.Tensor, out: torch.Tensor | None, parts: int):
-        self.out, self.lse, self._whole = out, None, parts == 1
-        if not self._whole:
+    def __init__(self, q: torch.Tensor, out: torch.Tensor | None, parts: int, return_lse: bool):
+        self.out, self.whole = out, parts == 1
+        self.lse: torch.Tensor | None = None
+        if not self.whole:
             self.out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-            self.lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+            if return_lse:
+                self.lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
 
     def buffer(self, block: slice) -> torch.Tensor | None:
-        return self.out if self._whole or self.out is None else self.out[block]
+        return self.out if self.whole or self.out is None else self.out[block]
 
-    def add(self, block: slice, out: torch.Tensor, lse: torch.Tensor) -> None:
-        if self._whole:
+    def add(self, block: slice, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        if self.whole:
             self.out, self.lse = out, lse
-        else:
+        elif lse is not None:
             assert self.lse is not None
             self.lse[block] = lse
 
-    def all(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def all(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert self.out is not None
-        assert self.lse is not None
         return self.out, self.lse
 
 
@@ -450,13 +457,14 @@ def choose_path(
     topk_indices: torch.Tensor | None = None,
     kernel: str | None = None,
     chunk: SparsePrefillChunkCache | None = None,
+    return_lse: bool = True,
 ) -> str:
     """``"direct"`` or ``"gathered"``, whichever is predicted to be faster and may run. Arguments as in the step.
 
     Raises KernelNotSupported or BackendUnavailable when neither may.
     """
     chunk = chunk or meta.chunk
-    direct, gathered = path_problems(q, swa_cache, extra_cache, meta, topk_indices)
+    direct, gathered = path_problems(q, swa_cache, extra_cache, meta, topk_indices, return_lse)
     if gathered.capturing or not chunk.fits or not gathered.rows:
         return "direct"
     try:
@@ -482,6 +490,7 @@ def path_problems(
     extra_cache: PagedCache | None,
     meta: AttentionMetadata,
     topk_indices: torch.Tensor | None = None,
+    return_lse: bool = True,
 ) -> tuple[Problem, Problem]:
     """The attention problem of the direct and of the gathered path, for :func:`dsv4x.explain`."""
     tokens, heads = q.shape[:2]
@@ -495,11 +504,12 @@ def path_problems(
     direct = Problem.on(
         "sparse_mla_decode", q.device, tokens=tokens, heads=heads,
         width=meta.swa_indices.shape[1], extra_width=extra_width, entries=entries, caches=caches,
+        lse=return_lse,
     )  # fmt: skip
     gathered = Problem.on(
         "sparse_mla_prefill", q.device, tokens=tokens, heads=heads, entries=entries,
         width=indices.combined_topk_width(extra_width, meta.window_size),
-        rows=sum(meta.compressed_counts) + sum(meta.gather_counts),
+        rows=sum(meta.compressed_counts) + sum(meta.gather_counts), lse=return_lse,
     )  # fmt: skip
     return direct, gathered
 
