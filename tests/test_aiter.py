@@ -516,6 +516,7 @@ ROUTES = [
     pytest.param("gfx950", LATER, DSV4, DSV4, False, id="later pages"),
     pytest.param("gfx950", LATER, DSV4, DSV4, True, id="later partials"),
     pytest.param("gfx950", LATER, DSV32, None, True, id="its own lse"),
+    pytest.param("gfx950", LATER, UNIFORM, UNIFORM, True, id="its own lse of two"),
     pytest.param("gfx950", LATER, BF16_576, None, False, id="newer"),
     pytest.param("gfx942", RELEASED, BF16, None, False, id="rows"),
     pytest.param("gfx942", LATER, BF16, None, True, id="newer on gfx942"),
@@ -723,7 +724,9 @@ def test_strided_and_unaligned_tensors_are_taken(only, prefill_case):
     wide[:, 5:517] = case["kv"]
     flat = torch.zeros(case["q"].numel() + 1, dtype=torch.bfloat16)
     flat[1:] = case["q"].flatten()
-    for q in (strided, flat[1:].view(case["q"].shape)):
+    aligned = torch.zeros(8, 5, 608, dtype=torch.bfloat16)[:, 1:4, 8:520].transpose(0, 1)
+    aligned.copy_(case["q"])
+    for q in (strided, aligned, flat[1:].view(case["q"].shape)):
         run_prefill({**case, "q": q, "kv": wide[:, 5:517]}, torch.empty_like(case["q"]), lse=False)
 
 
@@ -987,7 +990,7 @@ def test_registering_imports_nothing(own_registry, monkeypatch):
 
 
 @pytest.fixture
-def served(monkeypatch, install, request):
+def served(monkeypatch, install):
     def put(arch="gfx950", build=RELEASED):
         double = install(arch, build)
         monkeypatch.setattr(registry, "_kernels", {op: dict(table) for op, table in registry._kernels.items()})
