@@ -950,6 +950,7 @@ def test_a_function_that_moved_or_changed_is_told(reasons):
 def test_a_library_that_cannot_be_used_is_the_only_reason(reasons):
     broken = Aiter("gfx950", LATER)
     broken.reason = "import aiter failed: OSError: libamdhip64"
+    broken.modules.clear()
     assert reasons(DECODE, double=broken) == [broken.reason]
     with pytest.raises(BackendUnavailable, match=r"kernel='aiter' of sparse_mla_decode: import aiter failed"):
         registry.select(DECODE, "aiter")
