@@ -23,6 +23,7 @@ from dsv4x.common import registry
 from dsv4x.common.errors import BackendUnavailable, KernelNotSupported
 from dsv4x.common.layouts import CacheSpec, PagedCache
 from dsv4x.common.registry import Kernel, Problem
+from dsv4x.common.routing import paths_of
 from dsv4x.rocm import aiter
 
 INF, NAN = float("inf"), float("nan")
@@ -1034,10 +1035,9 @@ def test_a_pool_that_no_entry_point_takes_is_refused_at_the_call(install, decode
         aiter.decode(*decode_case(DSV4).values(), SCALE, None)
 
 
-@pytest.mark.parametrize("path", ["direct", "gathered"])
-@pytest.mark.parametrize("ratio", [1, 4, 128])
+@pytest.mark.parametrize(("ratio", "path"), [(r, p) for r in (1, 4, 128) for p in paths_of(r)])
 @pytest.mark.parametrize("build", [RELEASED, LATER])
-def test_a_step_runs_it_on_both_paths(build, ratio, path, served):
+def test_a_step_runs_it_on_every_path(build, ratio, path, served):
     from dsv4x.common.layer import Layer
     from dsv4x.demo import serve_and_check, tokens_of
 

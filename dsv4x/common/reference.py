@@ -79,7 +79,7 @@ def dequantize_k_cache_paged(cache: PagedCache, slots: torch.Tensor, out: torch.
 
 
 def gather_workspace(
-    extra_cache: PagedCache,
+    extra_cache: PagedCache | None,
     swa_cache: PagedCache,
     slots: torch.Tensor,
     extra_rows: int,
@@ -88,7 +88,8 @@ def gather_workspace(
     swa_k_scale: float = 1.0,
 ) -> None:
     """Rows before ``extra_rows`` from one cache, the others from the other."""
-    dequantize_k_cache_paged(extra_cache, slots[:extra_rows], out[:extra_rows], extra_k_scale)
+    if extra_cache is not None:
+        dequantize_k_cache_paged(extra_cache, slots[:extra_rows], out[:extra_rows], extra_k_scale)
     dequantize_k_cache_paged(swa_cache, slots[extra_rows:], out[extra_rows:], swa_k_scale)
 
 

@@ -134,11 +134,16 @@ class Kernel:
         return reasons
 
     def launch(self, device: torch.device, *args: Any, **kwargs: Any) -> Any:
-        """Call ``run`` with ``device`` current, which Triton and the vendor libraries expect and callers may forget."""
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self.run(*args, **kwargs)
-        return self.run(*args, **kwargs)
+        """Call ``run`` with ``device`` current."""
+        return call_on(device, self.run, *args, **kwargs)
+
+
+def call_on(device: torch.device, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``run`` with ``device`` current, which Triton and the vendor libraries expect and callers may forget."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return run(*args, **kwargs)
+    return run(*args, **kwargs)
 
 
 _kernels: dict[str, dict[str, Kernel]] = {}

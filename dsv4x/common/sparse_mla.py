@@ -8,7 +8,7 @@ import torch
 
 from . import checks
 from .layouts import PagedCache
-from .registry import Kernel, Problem, select
+from .registry import Kernel, Problem, call_on, select
 
 VALUE_DIM = 512
 """V is the first 512 values of K."""
@@ -110,9 +110,10 @@ def sparse_mla_decode(
     record = select(problem, kernel)
     if tokens == 0:
         return _empty(q, out, return_lse)
-    return attend(
-        record,
+    return call_on(
         q.device,
+        attend,
+        record,
         q,
         swa_cache,
         swa_indices,
@@ -193,9 +194,10 @@ def sparse_mla_prefill(
     record = select(problem, kernel)
     if tokens == 0:
         return _empty(q, out, return_lse)
-    return attend(
-        record,
+    return call_on(
         q.device,
+        attend,
+        record,
         q,
         kv,
         indices,
@@ -208,13 +210,11 @@ def sparse_mla_prefill(
     )
 
 
-def attend(
-    record: Kernel, device: torch.device, *args: Any, return_lse: bool, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Launch an attention kernel; None for the lse where none is wanted, whatever the kernel made."""
+def attend(record: Kernel, *args: Any, return_lse: bool, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run an attention kernel; None for the lse where none is wanted, whatever the kernel made."""
     if record.lse_optional:
         options["return_lse"] = return_lse
-    out, lse = record.launch(device, *args, **options)
+    out, lse = record.run(*args, **options)
     return out, lse if return_lse else None
 
 

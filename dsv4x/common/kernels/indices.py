@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import Launcher
+
 # The first number that is no int32: rows and slots are computed in int64 and must stay below it.
 INT32_END = tl.constexpr(2**31)
 
@@ -365,6 +367,11 @@ def sanitize_kernel(
     tl.store(out_lens_ptr + token, length)
 
 
+_launch_local_to_slots = Launcher(local_to_slots_kernel)
+_launch_combine = Launcher(combine_kernel)
+_launch_sanitize = Launcher(sanitize_kernel)
+
+
 def window_slots(query_start_loc, seq_lens, block_table, page_size, pages, out_indices, out_lens):
     """Launch over the rows of ``out_indices``."""
     tokens, width = out_indices.shape
@@ -389,22 +396,13 @@ def window_slots(query_start_loc, seq_lens, block_table, page_size, pages, out_i
 def local_to_slots(local, request, limits, block_table, page_size, pages, out):
     """Launch over the rows of ``local``."""
     tokens, width = local.shape
-    local_to_slots_kernel[(tokens,)](
-        local,
-        request,
-        limits,
-        block_table,
-        out,
-        width,
-        block_table.shape[0],
-        local.stride(0),
-        block_table.stride(0),
-        block_table.shape[1],
-        page_size,
-        pages,
-        out.stride(0),
-        BLOCK=512,
-        num_warps=4,
+    requests, columns = block_table.shape
+    _launch_local_to_slots(
+        tokens,
+        (local, request, limits, block_table, out),
+        (width, requests, local.stride(0), block_table.stride(0), columns, page_size, pages, out.stride(0)),
+        (512,),
+        4,
     )
 
 
@@ -415,31 +413,19 @@ def combine_topk_swa_indices(
     """Launch over the rows of ``topk_indices``."""
     tokens, width = out_indices.shape
     request, position = positions if positions is not None else (out_lens, out_lens)
-    combine_kernel[(tokens,)](
-        topk_indices,
-        query_start_loc,
-        seq_lens,
-        gather_lens,
-        compressed_base,
-        swa_base,
-        row_slots if row_slots is not None else out_indices,
-        request,
-        position,
-        out_indices,
-        out_lens,
-        seq_lens.shape[0],
-        min(topk, topk_indices.shape[1]),
-        window_size,
-        compress_ratio,
-        width,
-        row_slots.shape[0] if row_slots is not None else 0,
-        topk_indices.stride(0),
-        out_indices.stride(0),
-        HAS_ROW_SLOTS=row_slots is not None,
-        HAS_POSITIONS=positions is not None,
-        BLOCK=512,
-        num_warps=4,
-    )
+    _launch_combine(
+        tokens,
+        (
+            topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
+            row_slots if row_slots is not None else out_indices, request, position, out_indices, out_lens,
+        ),
+        (
+            seq_lens.shape[0], min(topk, topk_indices.shape[1]), window_size, compress_ratio, width,
+            row_slots.shape[0] if row_slots is not None else 0, topk_indices.stride(0), out_indices.stride(0),
+        ),
+        (row_slots is not None, positions is not None, 512),
+        4,
+    )  # fmt: skip
 
 
 def local_to_workspace_rows(local, request, limits, bases, out):
@@ -566,21 +552,14 @@ def sanitize_indices(
         int32 ``[T, ceil(w / multiple) * multiple]`` and int32 ``[T]``.
     """
     tokens, width = indices.shape
-    out_width = max(1, triton.cdiv(width, multiple)) * multiple
+    out_width = max(1, -(-width // multiple)) * multiple
     out = torch.empty(tokens, out_width, dtype=torch.int32, device=indices.device)
     out_lens = torch.empty(tokens, dtype=torch.int32, device=indices.device)
-    sanitize_kernel[(tokens,)](
-        indices,
-        lens if lens is not None else out_lens,
-        out,
-        out_lens,
-        width,
-        out_width,
-        capacity,
-        indices.stride(0),
-        out.stride(0),
-        HAS_LENS=lens is not None,
-        BLOCK=512,
-        num_warps=4,
+    _launch_sanitize(
+        tokens,
+        (indices, lens if lens is not None else out_lens, out, out_lens),
+        (width, out_width, capacity, indices.stride(0), out.stride(0)),
+        (lens is not None, 512),
+        4,
     )
     return out, out_lens
