@@ -114,6 +114,7 @@ class PagedServer:
         out, lse = sparse_mla_attention(
             batch, self.swa, self.extra, meta, indices, layer.attn_sink, path=chosen_path, kernel=kernel
         )
+        assert lse is not None
         report = StepReport(chosen_path, _now(self.device) - began, batch, self, meta, indices)
         sizes = [*queries, padding]
         return list(out.split(sizes))[: len(queries)], list(lse.split(sizes))[: len(queries)], report

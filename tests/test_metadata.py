@@ -512,6 +512,25 @@ def test_long_c128_rows_are_made_a_block_of_tokens_at_a_time(make_step, rng, mon
         assert all(map(torch.equal, got, want))
 
 
+@pytest.mark.parametrize(("ratio", "path"), [(r, p) for r in (1, 4, 128) for p in (*paths_of(r), None)])
+def test_a_step_without_the_lse_is_the_same_step(path, ratio, make_step, rng, monkeypatch):
+    monkeypatch.setattr(attention, "MAX_SLOT_ROW_BYTES", 3 * 64 * 4)
+    for requests in (BATCHES["mixed"], [(0, 9)]):
+        step = make_step(requests, ratio)
+        meta = step.build()
+        q, topk, sink = attention_case(step, rng)
+        # Small enough that rows gathered come in several groups; one token's references need more.
+        cap = max(s for _, s in requests) * 1024 + (400_000 if path == "referenced" else 8000)
+        chunk = dsv4x.SparsePrefillChunkCache(cap).rebuild(meta)
+        assert chunk.fits
+        arguments = (q, step.swa, step.extra, meta, topk, sink)
+        want, lse = dsv4x.sparse_mla_attention(*arguments, path=path, chunk=chunk)
+        got, none = dsv4x.sparse_mla_attention(*arguments, path=path, chunk=chunk, return_lse=False)
+        assert none is None
+        assert torch.equal(got, want)
+        assert lse.shape == q.shape[:2]
+
+
 def test_a_chunk_is_for_the_metadata_it_was_built_for(make_step, rng):
     step = make_step(BATCHES["mixed"], 4)
     meta, other = step.build(), step.build()

@@ -15,7 +15,7 @@ from .layouts import PagedCache
 from .prefill_chunk import SparsePrefillChunkCache
 from .registry import Kernel, Problem, call_on, select
 from .routing import PATHS, choose_path, path_problems
-from .sparse_mla import check_cache, check_heads, check_rest, scale_of
+from .sparse_mla import attend, check_cache, check_heads, check_rest, scale_of
 
 HEAD_DIM = 512
 """DeepSeek-V4's values of K, all of which are V."""
@@ -250,7 +250,8 @@ def sparse_mla_attention(
     chunk: SparsePrefillChunkCache | None = None,
     swa_k_scale: float = 1.0,
     extra_k_scale: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    return_lse: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one layer over one step's batch; the entries of the step are in the caches already.
 
     Args:
@@ -269,9 +270,10 @@ def sparse_mla_attention(
         chunk: the gathered path's plan, cap and workspace, rebuilt for ``meta``; None takes ``meta``'s own, with a cap
             of 256 MiB.
         swa_k_scale, extra_k_scale: as in :func:`~dsv4x.sparse_mla_decode`.
+        return_lse: whether the lse is wanted; a server whose sink is in the kernel seldom needs it.
 
     Returns:
-        ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``.
+        ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``, or None for lse under ``return_lse=False``.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride, device, layout or page size; a ``chunk`` built
@@ -317,14 +319,15 @@ def sparse_mla_attention(
     key = (
         q.shape[1], swa_cache.spec, None if extra_cache is None else extra_cache.spec,
         None if topk_indices is None else topk_indices.shape[1], path, kernel,
-        q.is_cuda and torch.cuda.is_current_stream_capturing(),
+        return_lse, q.is_cuda and torch.cuda.is_current_stream_capturing(),
     )  # fmt: skip
     plan = chunk.plans.get(key)
     if plan is None:
-        plan = chunk.plans[key] = _plan(q, swa_cache, extra_cache, meta, topk_indices, path, kernel, chunk)
+        plan = _plan(q, swa_cache, extra_cache, meta, topk_indices, path, kernel, chunk, return_lse)
+        chunk.plans[key] = plan
     if not meta.num_tokens:
-        return _Results(q, out, 0).all()
-    layer = _Layer(q, swa_cache, extra_cache, topk_indices, attn_sink, scale, swa_k_scale, extra_k_scale)
+        return _Results(q, out, 0, return_lse).all()
+    layer = _Layer(q, swa_cache, extra_cache, topk_indices, attn_sink, scale, swa_k_scale, extra_k_scale, return_lse)
     return call_on(q.device, _RUN[plan.path], plan, layer, meta, chunk, out)
 
 
@@ -339,6 +342,7 @@ class _Layer(NamedTuple):
     scale: float
     swa_k_scale: float
     extra_k_scale: float
+    return_lse: bool
 
 
 class _Plan(NamedTuple):
@@ -360,10 +364,11 @@ def _plan(
     path: str | None,
     kernel: str | None,
     chunk: SparsePrefillChunkCache,
+    return_lse: bool,
 ) -> _Plan:
     if path is None:
-        path = choose_path(q, swa_cache, extra_cache, meta, topk_indices, kernel, chunk)
-    problems = path_problems(q, swa_cache, extra_cache, meta, topk_indices, chunk)
+        path = choose_path(q, swa_cache, extra_cache, meta, topk_indices, kernel, chunk, return_lse)
+    problems = path_problems(q, swa_cache, extra_cache, meta, topk_indices, chunk, return_lse)
     problem = problems[path]
     index_op = "combine_topk_swa_indices" if path == "gathered" else "local_to_slots"
     index = Problem.on(index_op, q.device, tokens=problem.tokens, width=problem.width)
@@ -376,9 +381,9 @@ def _plan(
 
 def _direct(
     plan: _Plan, layer: _Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache, out: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     blocks = meta.direct_blocks
-    results = _Results(layer.q, out, len(blocks))
+    results = _Results(layer.q, out, len(blocks), layer.return_lse)
     for block in blocks:
         q, topk_indices, extra_indices = layer.q, layer.topk_indices, meta.extra_indices
         swa_indices, swa_lens, extra_lens = meta.swa_indices, meta.swa_lens, meta.extra_lens
@@ -398,19 +403,19 @@ def _direct(
                 extra_lens = extra_lens.clamp_max(width)
         elif extra_lens is not None and extra_indices is None:
             extra_indices = meta.slot_rows(block)
-        results.add(block, *plan.attend.run(
-            q, layer.swa_cache, swa_indices, swa_lens, layer.extra_cache, extra_indices, extra_lens,
+        results.add(block, *attend(
+            plan.attend, q, layer.swa_cache, swa_indices, swa_lens, layer.extra_cache, extra_indices, extra_lens,
             layer.attn_sink, layer.scale, results.buffer(block),
             trusted_indices=True, schedule=meta._schedule.setdefault(block.start, {}),
-            swa_k_scale=layer.swa_k_scale, extra_k_scale=layer.extra_k_scale,
+            swa_k_scale=layer.swa_k_scale, extra_k_scale=layer.extra_k_scale, return_lse=layer.return_lse,
         ))  # fmt: skip
     return results.all()
 
 
 def _gathered(
     plan: _Plan, layer: _Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache, out: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    results = _Results(layer.q, out, sum(len(group.blocks) for group in chunk.groups))
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    results = _Results(layer.q, out, sum(len(group.blocks) for group in chunk.groups), layer.return_lse)
     for group in chunk.groups:
         # Not filled: rows without a slot stay unwritten, and no index points at them.
         workspace = chunk.workspace(group.rows)
@@ -429,16 +434,17 @@ def _gathered(
                 together = False
             else:
                 rows, lens = chunk.index_rows(group, block, layer.topk_indices, plan.remap)
-            q = layer.q if results.lse is None else layer.q[block]
-            results.add(block, *plan.attend.run(
-                q, workspace, rows, lens, layer.attn_sink, layer.scale, results.buffer(block), trusted_indices=True
+            q = layer.q if results.whole else layer.q[block]
+            results.add(block, *attend(
+                plan.attend, q, workspace, rows, lens, layer.attn_sink, layer.scale, results.buffer(block),
+                trusted_indices=True, return_lse=layer.return_lse,
             ))  # fmt: skip
     return results.all()
 
 
 def _referenced(
     plan: _Plan, layer: _Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache, out: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     topk_indices, extra_lens = layer.topk_indices, meta.extra_lens
     assert topk_indices is not None
     assert extra_lens is not None
@@ -447,7 +453,7 @@ def _referenced(
     window, blocks = chunk.window, chunk.referenced_blocks(width)
     if width < meta.topk:
         extra_lens = extra_lens.clamp_max(width)
-    results = _Results(layer.q, out, len(blocks))
+    results = _Results(layer.q, out, len(blocks), layer.return_lse)
     capacity = chunk.referenced_rows(width)
     workspace = chunk.workspace(capacity + window.rows)
     if window.rows:
@@ -465,9 +471,9 @@ def _referenced(
         rows, lens = indices.combine_swa_extra_indices(
             compacted.indices, extra_lens[block], window.indices[block], window.lens[block], capacity
         )
-        results.add(block, *plan.attend.run(
-            layer.q[block], workspace, rows, lens, layer.attn_sink, layer.scale, results.buffer(block),
-            trusted_indices=True,
+        results.add(block, *attend(
+            plan.attend, layer.q[block], workspace, rows, lens, layer.attn_sink, layer.scale, results.buffer(block),
+            trusted_indices=True, return_lse=layer.return_lse,
         ))  # fmt: skip
     return results.all()
 
@@ -478,25 +484,26 @@ _RUN = {"direct": _direct, "gathered": _gathered, "referenced": _referenced}
 class _Results:
     """Output of a call made in ``parts``: one part's as it is, several (or none) in one buffer."""
 
-    def __init__(self, q: torch.Tensor, out: torch.Tensor | None, parts: int):
-        self.out, self.lse, self._whole = out, None, parts == 1
-        if not self._whole:
+    def __init__(self, q: torch.Tensor, out: torch.Tensor | None, parts: int, return_lse: bool):
+        self.out, self.whole = out, parts == 1
+        self.lse: torch.Tensor | None = None
+        if not self.whole:
             self.out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-            self.lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+            if return_lse:
+                self.lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
 
     def buffer(self, block: slice) -> torch.Tensor | None:
-        return self.out if self._whole or self.out is None else self.out[block]
+        return self.out if self.whole or self.out is None else self.out[block]
 
-    def add(self, block: slice, out: torch.Tensor, lse: torch.Tensor) -> None:
-        if self._whole:
+    def add(self, block: slice, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        if self.whole:
             self.out, self.lse = out, lse
-        else:
+        elif lse is not None:
             assert self.lse is not None
             self.lse[block] = lse
 
-    def all(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def all(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert self.out is not None
-        assert self.lse is not None
         return self.out, self.lse
 
 

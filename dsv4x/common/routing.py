@@ -68,11 +68,12 @@ def explain_step(
     topk_indices: torch.Tensor | None = None,
     kernel: str | None = None,
     chunk: SparsePrefillChunkCache | None = None,
+    return_lse: bool = True,
 ) -> StepExplanation:
     """The path :func:`~dsv4x.sparse_mla_attention` takes for these arguments, which are its own, and the times it
     predicts for each. Runs nothing. Raises ValueError when ``kernel`` is no kernel's name.
     """
-    return _explain(q, swa_cache, extra_cache, meta, topk_indices, kernel, chunk)[0]
+    return _explain(q, swa_cache, extra_cache, meta, topk_indices, kernel, chunk, return_lse)[0]
 
 
 def choose_path(
@@ -83,9 +84,10 @@ def choose_path(
     topk_indices: torch.Tensor | None = None,
     kernel: str | None = None,
     chunk: SparsePrefillChunkCache | None = None,
+    return_lse: bool = True,
 ) -> str:
     """The path of :func:`explain_step`. Raises KernelNotSupported or BackendUnavailable when none can run."""
-    explanation, errors = _explain(q, swa_cache, extra_cache, meta, topk_indices, kernel, chunk)
+    explanation, errors = _explain(q, swa_cache, extra_cache, meta, topk_indices, kernel, chunk, return_lse)
     if explanation.chosen is None:
         raise errors[0]
     return explanation.chosen
@@ -98,6 +100,7 @@ def path_problems(
     meta: AttentionMetadata,
     topk_indices: torch.Tensor | None = None,
     chunk: SparsePrefillChunkCache | None = None,
+    return_lse: bool = True,
 ) -> dict[str, Problem]:
     """The attention problem of every path the step's kind has, for :func:`dsv4x.explain`.
 
@@ -115,11 +118,11 @@ def path_problems(
     problems = {
         "direct": Problem.on(
             "sparse_mla_decode", q.device, tokens=tokens, heads=heads, width=meta.swa_indices.shape[1],
-            extra_width=extra_width, entries=entries, caches=caches,
+            extra_width=extra_width, entries=entries, caches=caches, lse=return_lse,
         ),
         "gathered": Problem.on(
             "sparse_mla_prefill", q.device, tokens=tokens, heads=heads, width=width, entries=entries,
-            rows=sum(meta.compressed_counts) + sum(meta.gather_counts),
+            rows=sum(meta.compressed_counts) + sum(meta.gather_counts), lse=return_lse,
         ),
     }  # fmt: skip
     if topk_indices is not None:
@@ -127,7 +130,7 @@ def path_problems(
         rows = min(block * extra_width, sum(meta.compressed_counts)) + sum(meta.gather_counts)
         problems["referenced"] = Problem.on(
             "sparse_mla_prefill", q.device, tokens=min(block, tokens), heads=heads, width=width, entries=entries,
-            rows=rows,
+            rows=rows, lse=return_lse,
         )  # fmt: skip
     return problems
 
@@ -140,9 +143,10 @@ def _explain(
     topk_indices: torch.Tensor | None,
     kernel: str | None,
     chunk: SparsePrefillChunkCache | None,
+    return_lse: bool,
 ) -> tuple[StepExplanation, list[Exception]]:
     chunk = chunk or meta.chunk
-    problems = path_problems(q, swa_cache, extra_cache, meta, topk_indices, chunk)
+    problems = path_problems(q, swa_cache, extra_cache, meta, topk_indices, chunk, return_lse)
     kernels: dict[str, str] = {}
     predicted: dict[str, float] = {}
     others = [path for path in PATHS if path not in paths_of(meta.compress_ratio)]
