@@ -21,7 +21,7 @@ def sizes(request, monkeypatch):
     """The kernel's own sizes, or small ones, with which short rows take every way a long one can."""
     if request.param == "small":
         monkeypatch.setattr(kernels, "_CAPACITIES", (64, 128))
-        monkeypatch.setattr(kernels, "_SAMPLE", 32)
+        monkeypatch.setattr(kernels, "_SAMPLE", 16)
         monkeypatch.setattr(kernels, "_BLOCK", 128)
         monkeypatch.setattr(kernels, "_MIN_PART", 200)
 

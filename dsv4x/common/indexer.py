@@ -2,7 +2,8 @@
 
 A logit is ``k_scale * sum over heads of w * max(q . k, 0)`` over 128 values. :func:`paged_mqa_logits` reads the
 indexer's paged K cache in place, :func:`mqa_logits` flat K rows; :func:`paged_indexer_topk` and :func:`indexer_topk` go
-from queries to selected entries within a budget of bytes for the logits, which are never all held where they do not fit.
+from queries to selected entries within a budget of bytes for the logits, which are never all held where they do not
+fit.
 """
 
 from __future__ import annotations
@@ -291,8 +292,8 @@ def get_paged_mqa_logits_metadata(
     """DeepGEMM's schedule of a batch's paged logits: where each SM begins. Made once a step, for all its layers.
 
     Segments of 4 pages are shared out in the order of the requests, of which the last row's length counts, each as
-    often as it has pairs of rows. Row i is (pair of rows, segment) where SM i begins, row ``num_sms`` the end; without any
-    entry all rows are (0, 0), which DeepGEMM's kernel takes for nothing to do.
+    often as it has pairs of rows. Row i is (pair of rows, segment) where SM i begins, row ``num_sms`` the end; without
+    any entry all rows are (0, 0), which DeepGEMM's kernel takes for nothing to do.
 
     Args:
         context_lens: int32 or int64 ``[B, n]``, any B >= 0; a negative length is 0.

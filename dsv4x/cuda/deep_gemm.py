@@ -49,8 +49,10 @@ BY_NAME_ONLY = (
 
 # Microseconds a call, bytes of K, FLOP and bytes of logits a microsecond, of an H200.
 _RATES = (8.0, 3.9e6, 1150e6, 4e6)
-# A pass over logits that are still in the L2: microseconds a call, and bytes a microsecond.
-_PASS = (1.5, 5e6)
+# A pass over logits that are still in the L2: microseconds a call as an eager step sees them, bytes a microsecond.
+_PASS = (20.0, 5e6)
+# What a part costs the host beside its call: its rows of q and of the weights are copied, its logits put in place.
+_PART_US = 100.0
 
 
 def schedule_limit(arch: str, shared_memory: int) -> int:
@@ -389,14 +391,15 @@ def get_paged_mqa_logits_metadata(
 
 
 def _paged_us(problem: Problem) -> float:
-    """A call a part, each of which reads all of K, and a pass over the logits where they are cleaned or put together."""
+    """A call a part, each of which reads all of K, and a pass over logits that are cleaned or put together."""
     parts = next_n_parts(problem.arch, problem.next_n)
     calls = (dataclasses.replace(problem, next_n=part.stop - part.start) for part in parts)
     total = sum(logits_us(call, *_RATES) for call in calls)
     if len(parts) == 1 and "clean" not in problem.options:
         return total
     call, rate = _PASS
-    return total + len(parts) * call + 4.0 * problem.tokens * problem.next_n * problem.width / rate
+    host = 0.0 if len(parts) == 1 else len(parts) * _PART_US
+    return total + host + call + 4.0 * problem.tokens * problem.next_n * problem.width / rate
 
 
 def _flat_us(problem: Problem) -> float:

@@ -1,9 +1,9 @@
 """The indexer's logits: ``k_scale * sum over heads of w * max(q . k, 0)``, over pages and over flat rows.
 
 A program holds the heads of one or more query rows and walks K tiles: K's entries are the rows of the matrix product
-and heads its columns, so that the sum over heads stays inside a thread and its neighbours. FP8 of the arch's own flavour
-is multiplied as it is; everything else is exact in bf16 and multiplied there. A NaN product counts as 0, as in DeepGEMM,
-whose maximum with 0 drops it; a logit that is NaN all the same becomes -inf.
+and heads its columns, so that the sum over heads stays inside a thread and its neighbours. FP8 of the arch's own
+flavour is multiplied as it is; everything else is exact in bf16 and multiplied there. A NaN product counts as 0, as in
+DeepGEMM, whose maximum with 0 drops it; a logit that is NaN all the same becomes -inf.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .. import encodings
 from ..layouts import PagedCache
 from ..platform import platform
 from .encodings import e2m1_to_f32, e4m3fn_to_f32, e4m3fnuz_to_f32, ue8m0_to_f32
+from .launch import Launcher
 from .portability import INTERPRETED, dot, to_bf16
 
 DIM = tl.constexpr(128)
@@ -247,7 +248,7 @@ def mqa_logits_kernel(
 @triton.jit
 def clean_logits_kernel(
     logits_ptr, starts_ptr, ends_ptr, table_ptr, out_ptr,
-    width, part, first, table_width, page_size, pages, logits_stride,
+    blocks, width, part, first, table_width, page_size, pages, logits_stride,
     starts_stride, ends_stride, ends_stride_n, table_stride, out_stride, next_n,
     BLOCK: tl.constexpr, HAS_STARTS: tl.constexpr, SHIFTED: tl.constexpr, HAS_TABLE: tl.constexpr,
     IN_PLACE: tl.constexpr,
@@ -257,11 +258,12 @@ def clean_logits_kernel(
     Row i of the logits is row ``first + i % part`` of request ``i // part``, which has ``next_n`` rows in the result.
     ``SHIFTED``: the source's column 0 is the row's start, the result's is entry 0.
     """
-    source_row = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
+    source_row = (program // blocks).to(tl.int64)
     request = source_row // part
     at = first + source_row % part
     row = request * next_n + at
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    column = program % blocks * BLOCK + tl.arange(0, BLOCK)
     start = tl.zeros((), tl.int32)
     end = tl.minimum(tl.load(ends_ptr + request * ends_stride + at * ends_stride_n), width).to(tl.int32)
     if HAS_STARTS:
@@ -319,6 +321,7 @@ def gather_indexer_k_kernel(
 
 
 _CLEAN_BLOCK = 2048
+_launch_clean, _launch_limit = Launcher(clean_logits_kernel), Launcher(limit_ranges_kernel)
 _GATHER_BLOCK = 32
 
 _ENCODINGS = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e4m3fnuz: "e4m3fnuz", torch.bfloat16: "bf16"}
@@ -462,23 +465,27 @@ def clean_logits(
         table: ``[B, m]`` page numbers, where a page outside the pool makes its columns -inf.
     """
     # Views would take longer to make than the kernel to run; the strides say the same.
-    rows_a_request = ends.shape[1]
+    batch, rows_a_request = ends.shape
     part = rows_a_request if next_n is None else next_n
-    some = ends if table is None else table
-    clean_logits_kernel[(ends.shape[0] * part, -(-width // _CLEAN_BLOCK))](
-        logits, ends if starts is None else starts, ends, some, out,
-        width, part, first, some.shape[1], page_size, pages, logits.stride(0),
-        0 if starts is None else starts.stride(0), ends.stride(0), ends.stride(1), some.stride(0), out.stride(0),
-        rows_a_request,
-        BLOCK=_CLEAN_BLOCK, HAS_STARTS=starts is not None, SHIFTED=shifted, HAS_TABLE=table is not None,
-        IN_PLACE=logits is out, num_warps=8,
+    some, blocks = ends if table is None else table, -(-width // _CLEAN_BLOCK)
+    _launch_clean(
+        batch * part * blocks,
+        (logits, ends if starts is None else starts, ends, some, out),
+        (
+            blocks, width, part, first, some.shape[1], page_size, pages, logits.stride(0),
+            0 if starts is None else starts.stride(0), ends.stride(0), ends.stride(1), some.stride(0), out.stride(0),
+            rows_a_request,
+        ),
+        (_CLEAN_BLOCK, starts is not None, shifted, table is not None, logits is out),
+        num_warps=8,
     )  # fmt: skip
 
 
 def limit_ranges(ks: torch.Tensor, ke: torch.Tensor, entries: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
     """int32 ``(ks, ke)`` with ``0 <= ks <= ke <= entries`` and ``ke <= ks + most``: what DeepGEMM may have."""
     out = torch.empty(2, ks.shape[0], dtype=torch.int32, device=ks.device)
-    limit_ranges_kernel[(-(-ks.shape[0] // 1024),)](ks, ke, out, ks.shape[0], entries, most, BLOCK=1024)
+    rows = ks.shape[0]
+    _launch_limit(-(-rows // 1024), (ks, ke, out), (rows, entries, most), (1024,), num_warps=4)
     return out[0], out[1]
 
 

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import Launcher
+
 BLOCK_ROWS = 1024
 _BLOCK_SUMS = 1024
 
@@ -89,6 +91,10 @@ def limit_lens_kernel(lens_ptr, out_ptr, rows, next_n, part, most, lens_stride, 
         tl.store(out_ptr + row * part + j, length, mask=row < rows)
 
 
+_launch_sums, _launch_schedule = Launcher(segment_sums_kernel), Launcher(schedule_kernel)
+_launch_limit = Launcher(limit_lens_kernel)
+
+
 def get_paged_mqa_logits_metadata(
     context_lens: torch.Tensor, split: int, atoms: int, num_sms: int, out: torch.Tensor
 ) -> None:
@@ -100,18 +106,25 @@ def get_paged_mqa_logits_metadata(
     sums = out
     if blocks > 1:
         sums = torch.empty(blocks, dtype=torch.int64, device=out.device)
-        segment_sums_kernel[(blocks,)](lens, sums, rows, lens.stride(0), split, BLOCK=BLOCK_ROWS)
-    schedule_kernel[(num_sms + 1,)](
-        lens, sums, out, rows, blocks, num_sms, lens.stride(0), split, atoms,
-        ONE_BLOCK=blocks == 1, BLOCK=block, SUMS=_BLOCK_SUMS, num_warps=4,
-    )  # fmt: skip
+        _launch_sums(blocks, (lens, sums), (rows, lens.stride(0), split), (BLOCK_ROWS,), num_warps=4)
+    _launch_schedule(
+        num_sms + 1,
+        (lens, sums, out),
+        (rows, blocks, num_sms, lens.stride(0), split, atoms),
+        (blocks == 1, block, _BLOCK_SUMS),
+        num_warps=4,
+    )
 
 
 def limit_lens(context_lens: torch.Tensor, most: int, part: int) -> torch.Tensor:
     """int32 ``[B, part]``: every column each request's largest length, within ``[0, most]``; B > 0."""
     rows, next_n = context_lens.shape
     out = torch.empty(rows, part, dtype=torch.int32, device=context_lens.device)
-    limit_lens_kernel[(-(-rows // 256),)](
-        context_lens, out, rows, next_n, part, most, context_lens.stride(0), context_lens.stride(1), BLOCK=256
+    _launch_limit(
+        -(-rows // 256),
+        (context_lens, out),
+        (rows, next_n, part, most, context_lens.stride(0), context_lens.stride(1)),
+        (256,),
+        num_warps=4,
     )
     return out

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from ..platform import platform
 from ..topk import TopkMethod
+from .launch import Launcher
 
 _INT_MAX = tl.constexpr(2**31 - 1)
 
@@ -237,18 +238,24 @@ def topk_kernel(
         tl.store(out + unused, tl.full((256,), -1, tl.int32), mask=unused < k)
 
 
+_launch_topk = Launcher(topk_kernel)
+
 # Rows shorter than this are one program's; longer ones are shared where there are too few rows for the device.
 _MIN_PART = 8192
-_BLOCK, _STAGES = 4096, 3
-_SAMPLE = 2048
+_BLOCK, _STAGES = 1024, 3
 # Candidates held at once: for most k a block of them stays in registers. Past the last, rows are gone through whole.
-_CAPACITIES = (2048, 4096, 8192, 16384)
+_CAPACITIES, _SAMPLE = (2048, 4096, 8192, 16384), 1024
+
+
+def _sample(capacity: int) -> int:
+    """Columns looked at first: with few of them, and 8 warps, two programs' registers fit an SM of sm_90."""
+    return min(max(capacity // 2, _SAMPLE), capacity)
 
 
 def _capacity(k: int) -> tuple[int, int]:
     """(room for candidates, how many to aim for), at k above all rooms the largest, which is then not used."""
     room = next((c for c in _CAPACITIES if 2 * k <= c), _CAPACITIES[-1])
-    return room, min(k + max(k // 2, room // 8), room - room // 4)
+    return room, min(k + max(k // 2, room // 4), room - room // 4)
 
 
 def _launch(
@@ -273,15 +280,22 @@ def _launch(
     kept = out
     if ids is None and part > capacity > k:
         kept = torch.empty(rows * parts, capacity, dtype=torch.int32, device=logits.device)
-    topk_kernel[(rows * parts,)](
-        logits, some if ids is None else ids, some if starts is None else starts, some if lengths is None else lengths,
-        space.get("bases", some), some if requests is None else requests, table, kept, out,
-        some if values is None else values,
-        width, k, parts, part, target, space.get("next_n", 1), table.shape[0], table.shape[1],
-        space.get("page_size", 1), space.get("pages", 0), logits.stride(0), table.stride(0), out.stride(0),
-        METHOD=method.value, HAS_IDS=ids is not None, HAS_STARTS=starts is not None, HAS_LENS=lengths is not None,
-        HAS_REQUESTS=requests is not None, HAS_VALUES=values is not None, BLOCK=_BLOCK,
-        CAPACITY=capacity, SAMPLE=min(_SAMPLE, capacity), STAGES=_STAGES, num_warps=8 if capacity <= 4096 else 16,
+    _launch_topk(
+        rows * parts,
+        (
+            logits, some if ids is None else ids, some if starts is None else starts,
+            some if lengths is None else lengths, space.get("bases", some), some if requests is None else requests,
+            table, kept, out, some if values is None else values,
+        ),
+        (
+            width, k, parts, part, target, space.get("next_n", 1), table.shape[0], table.shape[1],
+            space.get("page_size", 1), space.get("pages", 0), logits.stride(0), table.stride(0), out.stride(0),
+        ),
+        (
+            method.value, ids is not None, starts is not None, lengths is not None, requests is not None,
+            values is not None, _BLOCK, capacity, _sample(capacity), _STAGES,
+        ),
+        num_warps=8 if capacity == _CAPACITIES[0] else 16,
     )  # fmt: skip
 
 
