@@ -1,8 +1,9 @@
 """The indexer beside DeepGEMM called bare and torch.topk, on one GPU in one run.
 
-64 heads, pages of 64, every request of 16 384 entries; medians of ``triton.testing.do_bench``, which flushes the L2.
-"bare" is DeepGEMM's own call with its own schedule and nothing cleaned; dsv4x's call is given the same schedule. "raw"
-leaves open what stands past a length, as bare does; "clean" is the contract of ``paged_mqa_logits``.
+64 heads, pages of 64, every request of 16 384 entries. ``us`` is the median of ``triton.testing.do_bench``, which
+flushes the L2 and calls eagerly; ``graph_us`` the time of a call in a captured graph of ten, as servers replay decode
+steps. "bare" is DeepGEMM's own call with its own schedule and nothing cleaned; dsv4x's call is given the same schedule.
+"raw" leaves open what stands past a length, as bare does; "clean" is the contract of ``paged_mqa_logits``.
 
 Usage: python benchmarks/indexer.py --out benchmarks/results/indexer-<gpu>.json
 """
@@ -27,6 +28,25 @@ TOPK_SHAPE = (4096, 32768)
 
 def median_us(run) -> float:
     return 1e3 * triton.testing.do_bench(run, warmup=20, rep=80, return_mode="median")
+
+
+def graph_us(run, calls: int = 10) -> float:
+    """Microseconds of a call of ``run`` in a graph, host work left out."""
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            run()
+    graph.replay()
+    times = []
+    for _ in range(5):
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began.record()
+        graph.replay()
+        ended.record()
+        torch.cuda.synchronize()
+        times.append(1e3 * began.elapsed_time(ended) / calls)
+    return sorted(times)[2]
 
 
 def fp8(*shape: int) -> torch.Tensor:
@@ -88,11 +108,12 @@ def paged(rows: list[dict]) -> None:
             if "deep_gemm" in kernels("paged_mqa_logits") and next_n <= 2:
                 call = problem.bare()
                 expected, bare = call(), median_us(call)
-                rows.append({**shape, "kernel": "deep_gemm bare", "us": bare})
+                rows.append({**shape, "kernel": "deep_gemm bare", "us": bare, "graph_us": graph_us(call)})
             for kernel in kernels("paged_mqa_logits"):
                 for clean in (False, True):
                     call = problem.run(kernel, clean)
                     row = {**shape, "kernel": f"{kernel} {'clean' if clean else 'raw'}", "us": median_us(call)}
+                    row["graph_us"] = graph_us(call)
                     if bare is not None:
                         row |= {"bare_over_us": bare / row["us"], "difference": difference(call(), expected)}
                     rows.append(row)
@@ -158,6 +179,10 @@ def bounded(rows: list[dict]) -> None:
     out = torch.empty(batch, k, dtype=torch.int32, device="cuda")
     for kernel in kernels("paged_mqa_logits"):
         for budget in (1 << 28, 1 << 31):
+            # Compiles every kernel, for a fraction of the rows.
+            dsv4x.paged_indexer_topk(
+                q[:256], cache, weights[:256], lens[:256], table[:256], entries, k, logits_bytes=budget, kernel=kernel
+            )
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()

@@ -14,6 +14,9 @@ Under it, the ops: ``quantize_and_insert_k_cache``, ``dequantize_k_cache_paged``
 what a step refers to. ``explain(problem)`` tells which kernel runs and why the others do not, ``explain_step`` which
 path a step takes and what was predicted for each.
 ``plan_cache(prefill, decode)`` tells what to store and where to convert for two kernels that read different layouts.
+The indexer of C4 layers: ``paged_indexer_topk`` and ``indexer_topk`` go from index queries to the entries that
+attention reads, over ``paged_mqa_logits``, ``mqa_logits`` (with ``gather_indexer_k``), ``topk_transform`` and
+``get_paged_mqa_logits_metadata``; ``indexer_context_lens`` gives the lengths, ``topk_method`` the index space.
 Index remaps, bounds-checked: ``window_slots``, ``local_to_slots``, ``local_to_workspace_rows``,
 ``slots_to_compact_slots``, ``dense_to_ragged``, ``ragged_to_dense``, ``combine_swa_extra_indices``,
 ``build_swa_token_ids``.

@@ -429,7 +429,8 @@ def paged_indexer_topk(
         slot_table, slot_page_size, slot_pages: int32 ``[B, m]`` block table, page size and pages of the cache that
             attention reads (PAGED); None takes those of the index cache.
         stable: as in :func:`~dsv4x.topk_transform`.
-        logits_bytes: bytes of logits and of their selection that may be held at once.
+        logits_bytes: bytes of logits and of their selection that may be held at once; a few MiB of scratch come beside
+            them where few rows are so long that several programs share one.
         out: int32 ``[B * n, k]``, rows contiguous, or None.
         kernel, topk_kernel: the kernels of the logits and of the selection; None picks.
 
@@ -445,6 +446,7 @@ def paged_indexer_topk(
     batch, next_n = q.shape[:2]
     device = q.device
     cache = _check_cache(cache, device)
+    checks.tensor("weights", weights, (batch * next_n, q.shape[2]), torch.float32, device)
     checks.tensor("context_lens", context_lens, (batch, next_n), checks.INDEX_DTYPES, device)
     checks.tensor("block_table", block_table, (batch, None), torch.int32, device)
     checks.integer("max_context_len", max_context_len, 0, _MAX_WIDTH)
@@ -534,6 +536,7 @@ def indexer_topk(
     _check_q(q, q_scale, (None,))
     rows, device = q.shape[0], q.device
     checks.tensor("k", k, (None, None), (*_FP8, torch.uint8), device)
+    checks.tensor("weights", weights, (rows, q.shape[1]), torch.float32, device)
     for name, value in (("ks", ks), ("ke", ke)):
         checks.tensor(name, value, (rows,), checks.INDEX_DTYPES, device)
     checks.integer("topk", topk, 1)
@@ -573,11 +576,14 @@ def indexer_topk(
 def _plan(rows: int, next_n: int, width: int, step: int, k: int, logits_bytes: int) -> tuple[int, int]:
     """(requests, columns) of a piece, so that its logits and selections stay within ``logits_bytes``."""
 
-    # A stretch of context holds two selections of values and ids, and a vendor's result that is copied counts twice.
+    # A stretch of context holds two selections of values and ids, a vendor's result that is copied counts twice, and
+    # the selection of a long row keeps its candidates.
     def row_bytes(columns: int) -> int:
         aligned = -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
         held = 4 * aligned * (2 if next_n > 2 else 1)
-        return next_n * (held + (0 if columns >= width else 4 * 8 * k + 12 * k))
+        merged = 0 if columns >= width else 4 * 8 * k + 12 * k
+        candidates = 16 * k + 8192 if columns > 2048 else 0
+        return next_n * (held + merged + candidates)
 
     fitting = logits_bytes // row_bytes(width)
     if fitting >= min(rows, -(-_MIN_ROWS // next_n)):
