@@ -71,8 +71,9 @@ def _reference_attention(name: str) -> Callable[..., torch.Tensor]:
     return run
 
 
-# Of an H200: microseconds a call, and bytes of K, FLOP and bytes of logits a microsecond. The reference's are a guess.
-_LOGITS_RATES = {"triton": (8.0, 2.6e6, 650e6, 3e6), "reference": (500.0, 1e5, 1e6, 1e5)}
+# Microseconds a call, and bytes of K, FLOP and bytes of logits a microsecond: an H200's, and for the reference a guess.
+TRITON_LOGITS_RATES = {"paged_mqa_logits": (8.0, 3.8e6, 650e6, 4e6), "mqa_logits": (8.0, 3.8e6, 880e6, 4e6)}
+_REFERENCE_LOGITS_RATES = (500.0, 1e5, 1e6, 1e5)
 
 
 def logits_us(problem: Problem, call: float, k_rate: float, flop_rate: float, logits_rate: float) -> float:
@@ -84,11 +85,11 @@ def logits_us(problem: Problem, call: float, k_rate: float, flop_rate: float, lo
 
 
 def _logits_triton_us(problem: Problem) -> float:
-    return logits_us(problem, *_LOGITS_RATES["triton"]) + (_INTERPRETER_US if problem.interpreter else 0.0)
+    return logits_us(problem, *TRITON_LOGITS_RATES[problem.op]) + (_INTERPRETER_US if problem.interpreter else 0.0)
 
 
 def _logits_reference_us(problem: Problem) -> float:
-    return logits_us(problem, *_LOGITS_RATES["reference"])
+    return logits_us(problem, *_REFERENCE_LOGITS_RATES)
 
 
 def _pair(

@@ -20,7 +20,7 @@ import torch
 from ..common import layouts
 from ..common.indexer import encoding_of
 from ..common.layouts import PagedCache
-from ..common.portable import logits_us
+from ..common.portable import TRITON_LOGITS_RATES, logits_us
 from ..common.registry import Kernel, Problem, register
 from ..common.topk import TopkMethod, plain_order, put_in_space
 from ..common.vendor import TRITON, VendorLibrary
@@ -49,7 +49,6 @@ ENTRY_POINTS = {
 
 # A guess: AITER's kernels were tuned on these GPUs, dsv4x's were not.
 _SHARE_OF_TRITON = 0.9
-_RATES = (8.0, 2.6e6, 650e6, 3e6)
 _TOPK_US = 25.0
 
 
@@ -224,7 +223,7 @@ def topk_transform(
 
 
 def _logits_us(problem: Problem) -> float:
-    return _SHARE_OF_TRITON * logits_us(problem, *_RATES)
+    return _SHARE_OF_TRITON * logits_us(problem, *TRITON_LOGITS_RATES[problem.op])
 
 
 def register_kernels(library: VendorLibrary) -> None:
