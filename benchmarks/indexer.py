@@ -27,7 +27,7 @@ TOPK_SHAPE = (4096, 32768)
 
 
 def median_us(run) -> float:
-    return 1e3 * triton.testing.do_bench(run, warmup=20, rep=80, return_mode="median")
+    return 1e3 * triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")
 
 
 def graph_us(run, calls: int = 10) -> float:

@@ -99,7 +99,7 @@ def test_batches_at_and_past_the_schedules_limit(kernel, batch):
     assert (nothing == -torch.inf).all()
 
 
-@pytest.mark.parametrize("batch", [1, 64, 1000, 4097, 58112])
+@pytest.mark.parametrize("batch", [1, 64, 4097, 58112])
 def test_the_schedule_is_deep_gemms(batch):
     record = registry.find("get_paged_mqa_logits_metadata", "deep_gemm")
     if record is None or record.library.reason:

@@ -17,12 +17,16 @@ INF = math.inf
 
 
 @pytest.fixture(params=["small", "large"])
-def sizes(request, monkeypatch):
-    """The kernel's own sizes, or small ones, with which short rows take every way a long one can."""
+def sizes(request, kernel_device, monkeypatch):
+    """The kernel's own sizes, or small ones, with which short rows take every way a long one can.
+
+    On a GPU a block has an element for every thread at least.
+    """
     if request.param == "small":
-        monkeypatch.setattr(kernels, "_CAPACITIES", (64, 128))
-        monkeypatch.setattr(kernels, "_SAMPLE", 16)
-        monkeypatch.setattr(kernels, "_BLOCK", 128)
+        room = 64 if kernel_device[1] == "cpu" else 512
+        monkeypatch.setattr(kernels, "_CAPACITIES", (room, 2 * room))
+        monkeypatch.setattr(kernels, "_SAMPLE", room // 2)
+        monkeypatch.setattr(kernels, "_BLOCK", 128 if room == 64 else 512)
         monkeypatch.setattr(kernels, "_MIN_PART", 200)
 
 
