@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -91,6 +92,12 @@ def gather_workspace(
     if extra_cache is not None:
         dequantize_k_cache_paged(extra_cache, slots[:extra_rows], out[:extra_rows], extra_k_scale)
     dequantize_k_cache_paged(swa_cache, slots[extra_rows:], out[extra_rows:], swa_k_scale)
+
+
+def gather_and_combine(gather: tuple[Any, ...], combine: tuple[Any, ...]) -> None:
+    """:func:`gather_workspace` and :func:`combine_topk_swa_indices`, of their arguments."""
+    gather_workspace(*gather)
+    combine_topk_swa_indices(*combine)
 
 
 def quantize_and_insert_k_cache(k: torch.Tensor, cache: PagedCache, slots: torch.Tensor, k_scale: float = 1.0) -> None:

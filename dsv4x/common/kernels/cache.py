@@ -115,17 +115,16 @@ def dequantize_kernel(
 
 
 @triton.jit
-def gather_kernel(
-    extra_ptr, swa_ptr, slots_ptr, out_ptr, extra_k_scale, swa_k_scale, extra_rows, rows,
+def gather_rows(
+    program, extra_ptr, swa_ptr, slots_ptr, out_ptr, extra_k_scale, swa_k_scale, extra_rows, rows,
     extra_capacity, extra_page_size, extra_page_stride, swa_capacity, swa_page_size, swa_page_stride, out_stride,
     EXTRA_BLOCK: tl.constexpr, EXTRA_TILES: tl.constexpr, EXTRA_ROPE: tl.constexpr, EXTRA_WIDE: tl.constexpr,
     EXTRA: tl.constexpr,
     SWA_BLOCK: tl.constexpr, SWA_TILES: tl.constexpr, SWA_ROPE: tl.constexpr, SWA_WIDE: tl.constexpr,
     SWA: tl.constexpr,
 ):  # fmt: skip
-    """The first ``extra_rows`` rows from one cache, the others from another, in one launch."""
+    """One program's rows: of the first ``extra_rows`` from one cache, of the others from another."""
     extra_programs = tl.cdiv(extra_rows, EXTRA_BLOCK)
-    program = tl.program_id(0)
     if program < extra_programs:
         row = program * EXTRA_BLOCK + tl.arange(0, EXTRA_BLOCK)
         _dequantize_rows(
@@ -140,6 +139,22 @@ def gather_kernel(
             swa_capacity, swa_page_size, swa_page_stride, out_stride,
             SWA_BLOCK, SWA_TILES, SWA_ROPE, SWA_WIDE, SWA,
         )  # fmt: skip
+
+
+@triton.jit
+def gather_kernel(
+    extra_ptr, swa_ptr, slots_ptr, out_ptr, extra_k_scale, swa_k_scale, extra_rows, rows,
+    extra_capacity, extra_page_size, extra_page_stride, swa_capacity, swa_page_size, swa_page_stride, out_stride,
+    EXTRA_BLOCK: tl.constexpr, EXTRA_TILES: tl.constexpr, EXTRA_ROPE: tl.constexpr, EXTRA_WIDE: tl.constexpr,
+    EXTRA: tl.constexpr,
+    SWA_BLOCK: tl.constexpr, SWA_TILES: tl.constexpr, SWA_ROPE: tl.constexpr, SWA_WIDE: tl.constexpr,
+    SWA: tl.constexpr,
+):  # fmt: skip
+    gather_rows(
+        tl.program_id(0), extra_ptr, swa_ptr, slots_ptr, out_ptr, extra_k_scale, swa_k_scale, extra_rows, rows,
+        extra_capacity, extra_page_size, extra_page_stride, swa_capacity, swa_page_size, swa_page_stride, out_stride,
+        EXTRA_BLOCK, EXTRA_TILES, EXTRA_ROPE, EXTRA_WIDE, EXTRA, SWA_BLOCK, SWA_TILES, SWA_ROPE, SWA_WIDE, SWA,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -285,10 +300,23 @@ def gather_workspace(
     if extra_cache is None:
         dequantize_k_cache_paged(swa_cache, slots, out, swa_k_scale)
         return
+    _launch_gather(*gather_launch(extra_cache, swa_cache, slots, extra_rows, out, extra_k_scale, swa_k_scale))
+
+
+def gather_launch(
+    extra_cache: PagedCache,
+    swa_cache: PagedCache,
+    slots: torch.Tensor,
+    extra_rows: int,
+    out: torch.Tensor,
+    extra_k_scale: float,
+    swa_k_scale: float,
+) -> tuple[int, tuple[torch.Tensor, ...], tuple[float, ...], tuple[Any, ...], int]:
+    """What :class:`Launcher` takes to run :func:`gather_kernel`."""
     rows = slots.shape[0]
     extra = _reading(extra_cache.layout, _wide(extra_cache), extra_cache.device)
     swa = _reading(swa_cache.layout, _wide(swa_cache), swa_cache.device)
-    _launch_gather(
+    return (
         -(-extra_rows // extra.rows) + -(-(rows - extra_rows) // swa.rows),
         (extra_cache.data, swa_cache.data, slots, out),
         (

@@ -98,7 +98,8 @@ def local_to_slots_kernel(
 
 
 @triton.jit
-def combine_kernel(
+def combine_row(
+    token,
     topk_ptr,
     query_start_loc_ptr,
     seq_lens_ptr,
@@ -122,7 +123,7 @@ def combine_kernel(
     HAS_POSITIONS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    token = tl.program_id(0)
+    """The index row and span of one query token."""
     if HAS_POSITIONS:
         request = tl.load(request_ptr + token)
         position = tl.load(position_ptr + token)
@@ -151,6 +152,58 @@ def combine_kernel(
             value = tl.where(slot >= 0, value, -1)
         tl.store(out_ptr + row * out_stride + offset, value.to(tl.int32), mask=offset < width)
     tl.store(lens_ptr + token, span + window)
+
+
+@triton.jit
+def combine_kernel(
+    topk_ptr,
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    gather_lens_ptr,
+    compressed_base_ptr,
+    swa_base_ptr,
+    row_slots_ptr,
+    request_ptr,
+    position_ptr,
+    out_ptr,
+    lens_ptr,
+    requests,
+    topk,
+    window_size,
+    compress_ratio,
+    width,
+    rows,
+    topk_stride,
+    out_stride,
+    HAS_ROW_SLOTS: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    combine_row(
+        tl.program_id(0),
+        topk_ptr,
+        query_start_loc_ptr,
+        seq_lens_ptr,
+        gather_lens_ptr,
+        compressed_base_ptr,
+        swa_base_ptr,
+        row_slots_ptr,
+        request_ptr,
+        position_ptr,
+        out_ptr,
+        lens_ptr,
+        requests,
+        topk,
+        window_size,
+        compress_ratio,
+        width,
+        rows,
+        topk_stride,
+        out_stride,
+        HAS_ROW_SLOTS,
+        HAS_POSITIONS,
+        BLOCK,
+    )
 
 
 @triton.jit
@@ -411,9 +464,22 @@ def combine_topk_swa_indices(
     window_size, compress_ratio, topk, row_slots, positions, out_indices, out_lens,
 ):  # fmt: skip
     """Launch over the rows of ``topk_indices``."""
+    _launch_combine(
+        *combine_launch(
+            topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
+            window_size, compress_ratio, topk, row_slots, positions, out_indices, out_lens,
+        )
+    )  # fmt: skip
+
+
+def combine_launch(
+    topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
+    window_size, compress_ratio, topk, row_slots, positions, out_indices, out_lens,
+):  # fmt: skip
+    """What :class:`Launcher` takes to run :func:`combine_kernel`."""
     tokens, width = out_indices.shape
     request, position = positions if positions is not None else (out_lens, out_lens)
-    _launch_combine(
+    return (
         tokens,
         (
             topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
