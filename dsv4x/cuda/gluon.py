@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..common.registry import Kernel, Problem, register
+from ..common.registry import Kernel, Problem, refuse, register
 from ..common.sparse_mla import VALUE_DIM
 from ..common.vendor import VendorLibrary
 
@@ -60,6 +60,7 @@ def _predicted_us(problem: Problem) -> float:
 
 def register_kernels() -> None:
     """Add the prefill kernel of Hopper."""
+    refuse("sparse_mla_decode", "gluon", "there is no Gluon kernel of decode")
     register(
         Kernel(
             "sparse_mla_prefill",
