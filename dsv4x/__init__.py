@@ -12,7 +12,7 @@ The step, once a step and once a layer::
 Under it, the ops: ``quantize_and_insert_k_cache``, ``dequantize_k_cache_paged``, ``combine_topk_swa_indices``,
 ``sparse_mla_decode``, ``sparse_mla_prefill``. ``gather_referenced_cache_blocks`` and ``gather_referenced_rows`` compact
 what a step refers to. ``explain(problem)`` tells which kernel runs and why the others do not, ``explain_step`` which
-path a step takes and what was predicted for each.
+path a step takes and what was predicted for each. ``warmup`` compiles what a server's steps will launch.
 ``plan_cache(prefill, decode)`` tells what to store and where to convert for two kernels that read different layouts.
 The indexer of C4 layers: ``paged_indexer_topk`` and ``indexer_topk`` go from index queries to the entries that
 attention reads, over ``paged_mqa_logits``, ``mqa_logits`` (with ``gather_indexer_k``), ``topk_transform`` and
@@ -71,6 +71,7 @@ from .common.registry import Problem, explain
 from .common.routing import StepExplanation, explain_step
 from .common.sparse_mla import sparse_mla_decode, sparse_mla_prefill
 from .common.topk import TopkMethod, topk_method, topk_transform
+from .common.warmup import warmup
 
 register_portable()
 if platform.backend == "cuda":
@@ -132,5 +133,6 @@ __all__ = [
     "sparse_mla_prefill",
     "topk_method",
     "topk_transform",
+    "warmup",
     "window_slots",
 ]

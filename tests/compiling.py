@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import pathlib
 import pkgutil
 import re
+import subprocess
 from dataclasses import dataclass, field
 
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 import dsv4x.common.kernels as kernels_package
 from dsv4x import layouts
@@ -24,6 +27,8 @@ from dsv4x.common.kernels import (
     indices,
     mqa_logits,
     prefill,
+    prefill_config,
+    prefill_hopper,
     schedule,
     topk,
 )
@@ -153,10 +158,6 @@ def cases(arch: str) -> list[Case]:
     for heads in (8, 64):
         shape = config.attention_config(arch, heads)
         block = {"BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k, "VALUE_DIM": 512, "HAS_SINK": True}
-        for tail in (0, 64):
-            constants = {**block, "TAIL": tail, "HAS_LENS": True}
-            label = f"[H={heads},tail={tail}]"
-            found.append(Case(prefill.prefill_kernel, constants, shape.options, ATTENTION_OUT, label=label))
         flags = {"HAS_SWA_LENS": True, "HAS_EXTRA": True, "HAS_EXTRA_LENS": True}
         for swa, extra, split in decode_scopes(heads):
             shape = config.decode_config(arch, heads, (swa, extra))
@@ -167,6 +168,22 @@ def cases(arch: str) -> list[Case]:
             }  # fmt: skip
             label = f"[H={heads},{swa.name}+{extra.name},split={split}]"
             found.append(Case(decode.decode_kernel, constants, shape.options, ATTENTION_OUT, label=label))
+    for head_dim in (512, 576):
+        for most, shape in prefill_config.prefill_configs(arch, head_dim):
+            constants = {
+                "BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k, "PREFETCH": shape.prefetch, "VALUE_DIM": 512,
+                "TAIL": head_dim - 512, "HAS_LENS": True, "HAS_SINK": True,
+            }  # fmt: skip
+            label = f"[H<={most},D={head_dim}]"
+            found.append(Case(prefill.prefill_kernel, constants, shape.options, ATTENTION_OUT, label=label))
+    if arch == "sm_90":
+        options = {"num_warps": prefill_hopper.NUM_WARPS}
+        for index in ("*i32", "*i64"):
+            for given in (False, True):
+                constants = {"HAS_LENS": given, "HAS_SINK": given}
+                types = {**ATTENTION_OUT, "indices_ptr": index, "lens_ptr": index}
+                label = f"[{index},lens={given}]"
+                found.append(Case(prefill_hopper.prefill_hopper_kernel, constants, options, types, label=label))
     return found + logits_cases(arch)
 
 
@@ -287,7 +304,8 @@ def compile_case(case: Case, arch: str) -> triton.compiler.CompiledKernel:
         signature[name] = case.types.get(name) or POINTERS.get(name) or SCALARS.get(name, default)
         if name.endswith(("_ptr", "_stride", "_stride_t", "_stride_h")):
             attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(case.kernel, signature, dict(case.constants), attributes)
+    make = GluonASTSource if case.kernel.is_gluon() else ASTSource
+    source = make(case.kernel, signature, dict(case.constants), attributes)
     return triton.compile(source, target=TARGETS[arch], options=dict(case.options))
 
 
@@ -307,3 +325,13 @@ def amd_report(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
         "spills": field_of("vgpr_spill_count"),
         "mfma": len(re.findall(r"^\s*v_mfma_", text, re.M)),
     }
+
+
+def nvidia_report(compiled: triton.compiler.CompiledKernel, cubin: pathlib.Path) -> dict[str, int]:
+    """Bytes of stack a thread, which is where spills go, and warpgroup MMA instructions; writes ``cubin``."""
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match is not None, usage
+    return {"stack": int(match.group(2)), "wgmma": compiled.asm["ptx"].count("wgmma.mma_async")}

@@ -4,6 +4,8 @@ import compiling
 import pytest
 import triton
 
+from dsv4x.common.kernels import prefill_hopper
+
 PRODUCTS = ("decode", "prefill", "paged_mqa_logits", "mqa_logits")
 CASES = [(arch, case) for arch in compiling.TARGETS for case in compiling.cases(arch)]
 
@@ -20,6 +22,17 @@ def test_kernel_compiles_and_fits(arch, case):
         report = compiling.amd_report(compiled)
         assert report["spills"] == 0
         assert (report["mfma"] > 0) == case.name.startswith(PRODUCTS)
+
+
+def test_the_hopper_kernel_keeps_its_registers_and_the_tensor_cores(tmp_path):
+    cases = [case for arch, case in CASES if arch == "sm_90" and case.kernel is prefill_hopper.prefill_hopper_kernel]
+    assert cases
+    for case in cases:
+        report = compiling.nvidia_report(compiling.compile_case(case, "sm_90"), tmp_path / "kernel.cubin")
+        # Two consumers: the logits of a tile of 64 entries over 512 values, and two tiles' weights times half of V.
+        assert report["wgmma"] == 2 * (512 // 16 + 2 * 64 // 16)
+        # Triton 3.6 keeps 32-bit indices with lengths in registers; the others, and 3.9, lack a few.
+        assert report["stack"] <= 64, case.name
 
 
 def test_a_kernel_that_does_not_compile_fails(monkeypatch):

@@ -17,7 +17,9 @@ from .vendor import TRITON
 
 # Microseconds a call and FLOP a microsecond. Triton's are an H200's (benchmarks/results/attention-h200.json); the
 # reference's are a guess that keeps it last on a GPU.
-_TRITON_RATES = {"sparse_mla_decode": (55.0, 32e6), "sparse_mla_prefill": (70.0, 145e6)}
+_TRITON_RATES = {"sparse_mla_decode": (55.0, 32e6)}
+# Prefill's (benchmarks/results/prefill-kernels-h200.json): heads a program covers -> a call, the rate.
+_TRITON_PREFILL_RATES = {16: (50.0, 116e6), 64: (50.0, 190e6)}
 _OTHER_TRITON_RATES = (30.0, 1e6)
 _REFERENCE_RATES = (200.0, 1e6)
 _INTERPRETER_US = 1e6
@@ -34,6 +36,14 @@ def _lazy(module: str, name: str) -> Callable[..., Any]:
 def _triton_us(problem: Problem) -> float:
     call, rate = _TRITON_RATES.get(problem.op, _OTHER_TRITON_RATES)
     return call + problem.attention_flops / rate + (_INTERPRETER_US if problem.interpreter else 0.0)
+
+
+def _triton_prefill_us(problem: Problem) -> float:
+    """Every program takes its block of heads for full: gathering bounds few heads, and products count rows."""
+    block = 16 if problem.heads <= 16 else 64
+    call, rate = _TRITON_PREFILL_RATES[block]
+    flops = problem.attention_flops / max(problem.heads, 1) * -(-problem.heads // block) * block
+    return call + flops / rate + (_INTERPRETER_US if problem.interpreter else 0.0)
 
 
 def _reference_us(problem: Problem) -> float:
@@ -152,4 +162,4 @@ def register_portable() -> None:
     _pair("topk_transform", "topk")
     _pair("topk_merge", "topk")
     _pair("sparse_mla_decode", "decode", attention=True)
-    _pair("sparse_mla_prefill", "prefill", attention=True)
+    _pair("sparse_mla_prefill", "prefill", attention=True, triton_us=_triton_prefill_us)

@@ -24,7 +24,7 @@ from .vendor import VendorLibrary
 # Triton reads it once too, when a kernel is defined.
 _INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 
-KERNEL_NAMES = ("flash_mla", "deep_gemm", "triton", "aiter", "flashinfer", "reference")
+KERNEL_NAMES = ("flash_mla", "deep_gemm", "gluon", "triton", "aiter", "flashinfer", "reference")
 
 
 @dataclass(frozen=True)

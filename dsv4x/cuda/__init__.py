@@ -1,17 +1,18 @@
-"""NVIDIA: FlashMLA's, DeepGEMM's and FlashInfer's kernels beside the portable ones, where CUDA is the backend."""
+"""NVIDIA: FlashMLA, DeepGEMM, FlashInfer and Gluon kernels beside the portable ones, where CUDA is the backend."""
 
-from . import deep_gemm, flash_mla, flashinfer, flashinfer_topk
+from . import deep_gemm, flash_mla, flashinfer, flashinfer_topk, gluon
 from .deep_gemm import DEEP_GEMM
 
 LIBRARIES = (flash_mla.FLASH_MLA, DEEP_GEMM, flashinfer.FLASHINFER)
 
 
 def register_kernels() -> None:
-    """Add the libraries' kernels to the ops they serve; no library is imported."""
+    """Add all their kernels to the ops they serve; no library is imported."""
     flash_mla.register_kernels()
     deep_gemm.register_kernels()
     flashinfer.register_kernels()
     flashinfer_topk.register_kernels()
+    gluon.register_kernels()
 
 
 __all__ = ["DEEP_GEMM", "LIBRARIES", "register_kernels"]
