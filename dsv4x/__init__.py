@@ -14,6 +14,9 @@ Under it, the ops: ``quantize_and_insert_k_cache``, ``dequantize_k_cache_paged``
 what a step refers to. ``explain(problem)`` tells which kernel runs and why the others do not, ``explain_step`` which
 path a step takes and what was predicted for each. ``warmup`` compiles what a server's steps will launch.
 ``plan_cache(prefill, decode)`` tells what to store and where to convert for two kernels that read different layouts.
+The indexer of C4 layers: ``paged_indexer_topk`` and ``indexer_topk`` go from index queries to the entries that
+attention reads, over ``paged_mqa_logits``, ``mqa_logits`` (with ``gather_indexer_k``), ``topk_transform`` and
+``get_paged_mqa_logits_metadata``; ``indexer_context_lens`` gives the lengths, ``topk_method`` the index space.
 Index remaps, bounds-checked: ``window_slots``, ``local_to_slots``, ``local_to_workspace_rows``,
 ``slots_to_compact_slots``, ``dense_to_ragged``, ``ragged_to_dense``, ``combine_swa_extra_indices``,
 ``build_swa_token_ids``.
@@ -38,6 +41,15 @@ from .common.compaction import (
     gather_referenced_rows,
 )
 from .common.errors import BackendUnavailable, KernelNotSupported
+from .common.indexer import (
+    gather_indexer_k,
+    get_paged_mqa_logits_metadata,
+    indexer_context_lens,
+    indexer_topk,
+    mqa_logits,
+    paged_indexer_topk,
+    paged_mqa_logits,
+)
 from .common.indices import (
     build_swa_token_ids,
     combine_swa_extra_indices,
@@ -58,6 +70,7 @@ from .common.prefill_chunk import SparsePrefillChunkCache
 from .common.registry import Problem, explain
 from .common.routing import StepExplanation, explain_step
 from .common.sparse_mla import sparse_mla_decode, sparse_mla_prefill
+from .common.topk import TopkMethod, topk_method, topk_transform
 from .common.warmup import warmup
 
 register_portable()
@@ -84,6 +97,7 @@ __all__ = [
     "Problem",
     "SparsePrefillChunkCache",
     "StepExplanation",
+    "TopkMethod",
     "build_swa_token_ids",
     "combine_swa_extra_indices",
     "combine_topk_swa_indices",
@@ -94,12 +108,19 @@ __all__ = [
     "dequantize_k_cache_paged",
     "explain",
     "explain_step",
+    "gather_indexer_k",
     "gather_referenced_cache_blocks",
     "gather_referenced_rows",
+    "get_paged_mqa_logits_metadata",
+    "indexer_context_lens",
+    "indexer_topk",
     "layouts",
     "local_to_slots",
     "local_to_workspace_rows",
+    "mqa_logits",
     "ops",
+    "paged_indexer_topk",
+    "paged_mqa_logits",
     "plan_cache",
     "platform",
     "quantize_and_insert_k_cache",
@@ -110,6 +131,8 @@ __all__ = [
     "sparse_mla_attention",
     "sparse_mla_decode",
     "sparse_mla_prefill",
+    "topk_method",
+    "topk_transform",
     "warmup",
     "window_slots",
 ]

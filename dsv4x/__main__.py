@@ -38,9 +38,9 @@ def collect(self_test: bool) -> dict[str, Any]:
     facts["libraries"] = [library.describe() for library in (TRITON, *cuda.LIBRARIES, *rocm.LIBRARIES)]
     facts["kernels"] = {}
     for op in ops():
-        attention = op in ("sparse_mla_decode", "sparse_mla_prefill")
+        with_heads = op in ("sparse_mla_decode", "sparse_mla_prefill", "paged_mqa_logits", "mqa_logits")
         problem = Problem(
-            op, device.type, arch, tokens=128, heads=64 * attention, width=128, extra_width=512, rows=65536
+            op, device.type, arch, tokens=128, heads=64 * with_heads, width=128, extra_width=512, rows=65536
         )
         explanation = explain(problem)
         facts["kernels"][op] = {

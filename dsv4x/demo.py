@@ -1,7 +1,7 @@
 """``python -m dsv4x demo``: the DSv4-shaped layer over a text, served in mixed batches from paged caches and checked.
 
 :class:`PagedServer` is what a server does around dsv4x in one layer, at its smallest: block tables, slots, inserts,
-metadata, one attention call a step.
+the indexer of a C4 layer, metadata, one attention call a step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,20 @@ from pathlib import Path
 
 import torch
 
-from . import AttentionMetadata, PagedCache, explain, layouts, platform, quantize_and_insert_k_cache
+from . import (
+    AttentionMetadata,
+    CacheLayout,
+    PagedCache,
+    explain,
+    gather_indexer_k,
+    indexer_context_lens,
+    indexer_topk,
+    layouts,
+    paged_indexer_topk,
+    platform,
+    quantize_and_insert_k_cache,
+    topk_method,
+)
 from .common.attention import sparse_mla_attention
 from .common.layer import Layer, Sequence
 from .common.registry import Explanation
@@ -26,6 +39,8 @@ MAX_ERROR = 4e-3
 """Of the dense layer over the stored entries, relative: twice what rounding weights and output to bf16 costs."""
 MAX_FP8_ERROR = 3e-2
 """Of the dense layer over exact entries, relative: e4m3 keeps 3 bits behind the leading one."""
+MAX_NEXT_N = 4
+"""Queries a request up to which the demo's server takes a step for decode or verification."""
 MAX_LSE_ERROR = 1e-4
 """Of lse, relative, over the stored entries."""
 
@@ -58,41 +73,50 @@ class PagedServer:
         self.swa, self.swa_table = self._pool([len(s.raw) for s in sequences], swa_page_size, shuffle)
         self.extra: PagedCache | None = None
         self.extra_table: torch.Tensor | None = None
+        self.index: PagedCache | None = None
         if layer.compress_ratio > 1:
             self.extra, self.extra_table = self._pool([len(s.compressed) for s in sequences], extra_page_size, shuffle)
+        if layer.compress_ratio == 4 and self.extra is not None:
+            # The indexer's entries stand on pages of the same numbers.
+            self.index = self._garbage(self.extra.pages, layer.index_layout, extra_page_size)
 
     def _pool(self, lengths: list[int], page_size: int, shuffle: random.Random) -> tuple[PagedCache, torch.Tensor]:
         needed = [-(-length // page_size) for length in lengths]
         pages = list(range(sum(needed) + 3))
         shuffle.shuffle(pages)
-        cache = PagedCache.zeros(len(pages), layouts.DSV4, page_size, self.device)
-        # Bytes nobody stored are NaN: an entry read by mistake cannot go unseen.
-        cache.data.fill_(0xFF)
+        cache = self._garbage(len(pages), layouts.DSV4, page_size)
         garbage = (-(2**31), -7, 10**6, 2**31 - 1)
         table = [[pages.pop() for _ in range(n)] for n in needed]
         width = max(needed) + 2
         rows = [row + [shuffle.choice(garbage) for _ in range(width - len(row))] for row in table]
         return cache, torch.tensor(rows, dtype=torch.int32, device=self.device)
 
+    def _garbage(self, pages: int, layout: CacheLayout, page_size: int) -> PagedCache:
+        cache = PagedCache.zeros(pages, layout, page_size, self.device)
+        # Bytes nobody stored are NaN: an entry read by mistake cannot go unseen.
+        cache.data.fill_(0xFF)
+        return cache
+
     def step(
         self, queries: list[int], *, path: str | None = None, kernel: str | None = None, padding: int = 0
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], StepReport]:
         """Advance sequence i by ``queries[i]`` tokens (0 for none). Returns each one's out and lse, and a report."""
         ratio, layer = self.layer.compress_ratio, self.layer
-        q, topk = [], []
+        q = []
         for i, (sequence, count) in enumerate(zip(self.sequences, queries)):
             start, end = self.done[i], self.done[i] + count
             self._insert(self.swa, self.swa_table[i], sequence.raw, start, end)
             if self.extra is not None and self.extra_table is not None:
                 self._insert(self.extra, self.extra_table[i], sequence.compressed, start // ratio, end // ratio)
+                if self.index is not None and sequence.index_k is not None:
+                    self._insert(self.index, self.extra_table[i], sequence.index_k, start // ratio, end // ratio)
             q.append(sequence.q[start:end])
-            if sequence.topk is not None:
-                chosen = sequence.topk[start:end].int()
-                topk.append(torch.nn.functional.pad(chosen, (0, layer.topk - chosen.shape[1]), value=-1))
             self.done[i] = end
         q.append(torch.full((padding, *q[0].shape[1:]), torch.nan, dtype=torch.bfloat16, device=self.device))
-        if topk:
-            topk.append(torch.full((padding, layer.topk), 2**31 - 1, dtype=torch.int32, device=self.device))
+        indices = None
+        if self.index is not None:
+            unused = torch.full((padding, layer.topk), 2**31 - 1, dtype=torch.int32, device=self.device)
+            indices = torch.cat([self._select(queries, kernel), unused])
         starts = torch.tensor([0, *queries]).cumsum(0)
         meta = AttentionMetadata.build(
             starts.int().to(self.device),
@@ -108,7 +132,7 @@ class PagedServer:
             window_size=layer.window_size,
             num_tokens=int(starts[-1]) + padding,
         )
-        batch, indices = torch.cat(q), torch.cat(topk) if topk else None
+        batch = torch.cat(q)
         chosen_path = path or choose_path(batch, self.swa, self.extra, meta, indices, kernel)
         began = _now(self.device)
         out, lse = sparse_mla_attention(
@@ -119,10 +143,57 @@ class PagedServer:
         sizes = [*queries, padding]
         return list(out.split(sizes))[: len(queries)], list(lse.split(sizes))[: len(queries)], report
 
+    def _select(self, queries: list[int], kernel: str | None) -> torch.Tensor:
+        """int32 ``[sum of queries, topk]``: the entries each of the step's queries reads, local ones.
+
+        Requests of as many queries each, and few, read the index pages in place; mixed chunks read gathered rows.
+        """
+        assert self.index is not None
+        assert self.extra_table is not None
+        ratio, topk = self.layer.compress_ratio, self.layer.topk
+        method = topk_method("sparse_mla_attention")
+        # The kernel asked for is attention's; these two have the indexer's kernels as well.
+        name = kernel if kernel in ("triton", "reference") else None
+        active = [i for i, count in enumerate(queries) if count]
+        index_q, weights = [], []
+        for i in active:
+            sequence, end = self.sequences[i], self.done[i]
+            assert sequence.index_q is not None
+            assert sequence.index_weights is not None
+            index_q.append(sequence.index_q[end - queries[i] : end])
+            weights.append(sequence.index_weights[end - queries[i] : end])
+        if not active:
+            return torch.empty(0, topk, dtype=torch.int32, device=self.device)
+        # torch concatenates FP8 as bytes only.
+        q = torch.cat([part.view(torch.uint8) for part in index_q]).view(index_q[0].dtype)
+        seq_lens = torch.tensor([self.done[i] for i in active], dtype=torch.int32, device=self.device)
+        counts = {queries[i] for i in active}
+        if len(counts) == 1 and max(counts) <= MAX_NEXT_N:
+            next_n = counts.pop()
+            lens = indexer_context_lens(seq_lens, next_n, ratio)
+            return paged_indexer_topk(
+                q.view(len(active), next_n, *q.shape[1:]), self.index, torch.cat(weights), lens,
+                self.extra_table[active], max(self.done) // ratio, topk, method, kernel=name, topk_kernel=name,
+            )  # fmt: skip
+        slots, ks, ke, base = [], [], [], 0
+        for i in active:
+            entries, position = self.done[i] // ratio, torch.arange(self.done[i] - queries[i], self.done[i])
+            slots.append(self._slots(self.index, self.extra_table[i], 0, entries))
+            ks.append(torch.full((queries[i],), base))
+            ke.append(base + (position + 1) // ratio)
+            base += entries
+        k, k_scale = gather_indexer_k(self.index, torch.cat(slots))
+        starts, ends = (torch.cat(x).int().to(self.device) for x in (ks, ke))
+        return indexer_topk(
+            q, k, k_scale, torch.cat(weights), starts, ends, topk, method, kernel=name, topk_kernel=name
+        )
+
     def _insert(self, cache: PagedCache, table: torch.Tensor, entries: torch.Tensor, start: int, end: int) -> None:
+        quantize_and_insert_k_cache(entries[start:end], cache, self._slots(cache, table, start, end))
+
+    def _slots(self, cache: PagedCache, table: torch.Tensor, start: int, end: int) -> torch.Tensor:
         local = torch.arange(start, end, device=self.device)
-        slots = table.long()[local // cache.page_size] * cache.page_size + local % cache.page_size
-        quantize_and_insert_k_cache(entries[start:end], cache, slots)
+        return table.long()[local // cache.page_size] * cache.page_size + local % cache.page_size
 
 
 @dataclass(frozen=True)

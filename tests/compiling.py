@@ -25,9 +25,12 @@ from dsv4x.common.kernels import (
     decode,
     gather_combine,
     indices,
+    mqa_logits,
     prefill,
     prefill_config,
     prefill_hopper,
+    schedule,
+    topk,
 )
 from dsv4x.common.kernels.entries import entry_format
 
@@ -181,6 +184,69 @@ def cases(arch: str) -> list[Case]:
                 types = {**ATTENTION_OUT, "indices_ptr": index, "lens_ptr": index}
                 label = f"[{index},lens={given}]"
                 found.append(Case(prefill_hopper.prefill_hopper_kernel, constants, options, types, label=label))
+    return found + logits_cases(arch)
+
+
+LOGITS_TYPES = {
+    "q_ptr": "*u8", "k_ptr": "*u8", "k_scale_ptr": "*u8", "weights_ptr": "*fp32", "logits_ptr": "*fp32",
+    "out_ptr": "*fp32",
+}  # fmt: skip
+ARCH_FP8 = {"gfx942": "e4m3fnuz"}
+
+
+def logits_cases(arch: str) -> list[Case]:
+    """The indexer's kernels: the arch's own FP8, the other flavour, and e2m1 with either kind of q."""
+    own = ARCH_FP8.get(arch, "e4m3fn")
+    other = "e4m3fn" if own == "e4m3fnuz" else "e4m3fnuz"
+    found = []
+    for q, k in ((own, own), (own, other), (own, "e2m1"), ("bf16", "e2m1")):
+        native = q == k
+        types = {**LOGITS_TYPES, "q_ptr": "*bf16" if q == "bf16" else "*u8"}
+        # Heads where shared memory and registers are most; sm_100's fp8 is sm_90's.
+        for next_n in (1, 2, None):
+            shape = mqa_logits.logits_config(arch, native, next_n=next_n)
+            constants = {
+                "HEADS": 64, "ROWS": shape.rows, "BLOCK": shape.block, "Q": q, "K": k, "NATIVE": native,
+                "STAGES": shape.num_stages,
+            }  # fmt: skip
+            label = f"[{q},{k},{next_n}"
+            if next_n is None:
+                for relative in (False, True):
+                    more = {**constants, "RELATIVE": relative}
+                    kernel = mqa_logits.mqa_logits_kernel
+                    found.append(Case(kernel, more, shape.options, types, label=f"{label},{relative}]"))
+            else:
+                for whole in (False, True):
+                    more = {**constants, "WHOLE_PAGES": whole}
+                    kernel = mqa_logits.paged_mqa_logits_kernel
+                    found.append(Case(kernel, more, shape.options, types, label=f"{label},{whole}]"))
+    for starts, shifted, table, in_place in ((False, False, True, True), (True, True, False, False)):
+        constants = {
+            "BLOCK": 2048, "HAS_STARTS": starts, "SHIFTED": shifted, "HAS_TABLE": table, "IN_PLACE": in_place,
+        }  # fmt: skip
+        label = f"[{starts},{table}]"
+        found.append(Case(mqa_logits.clean_logits_kernel, constants, {"num_warps": 8}, LOGITS_TYPES, label=label))
+    found.append(Case(mqa_logits.limit_ranges_kernel, {"BLOCK": 1024}))
+    bytes_of = {"k_ptr": "*u8", "scale_ptr": "*i32"}
+    for size, wide in ((128, False), (64, True)):
+        constants = {"ENTRY": size, "BLOCK": 32, "WIDE": wide}
+        label = f"[{size}]"
+        found.append(Case(mqa_logits.gather_indexer_k_kernel, constants, types=bytes_of, label=label))
+    sums = {"sums_ptr": "*i64"}
+    found.append(Case(schedule.segment_sums_kernel, {"BLOCK": 1024}, types=sums))
+    for one, block in ((True, 256), (True, 1024), (False, 1024)):
+        constants = {"ONE_BLOCK": one, "BLOCK": block, "SUMS": 1024}
+        label = f"[{one},{block}]"
+        found.append(Case(schedule.schedule_kernel, constants, types={} if one else sums, label=label))
+    found.append(Case(schedule.limit_lens_kernel, {"BLOCK": 256}))
+    values = {"logits_ptr": "*fp32", "values_ptr": "*fp32"}
+    for method, ids, capacity, warps in ((0, False, 2048, 8), (1, True, 4096, 16), (2, False, 4096, 16)):
+        constants = {
+            "METHOD": method, "HAS_IDS": ids, "HAS_STARTS": not ids, "HAS_LENS": not ids, "HAS_REQUESTS": method == 2,
+            "HAS_VALUES": ids, "BLOCK": 1024, "CAPACITY": capacity, "SAMPLE": capacity // 2, "STAGES": 3,
+        }  # fmt: skip
+        label = f"[{method},{capacity}]"
+        found.append(Case(topk.topk_kernel, constants, {"num_warps": warps}, values, label=label))
     return found
 
 

@@ -1,9 +1,13 @@
 """Chunk invariance: however a sequence is chunked, paged and routed, the dense layer's output comes out."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from dsv4x import demo
+from dsv4x import demo, platform
+from dsv4x.common import layer as layer_module
 from dsv4x.common.layer import Layer, as_stored
 from dsv4x.common.routing import paths_of
 
@@ -59,6 +63,36 @@ def test_the_triton_kernels_give_the_dense_layer(where, path, ratio):
     sequences = [layer.sequence(tokens(n, device, n)) for n in (140, 9)]
     results = served(layer, sequences, [[130, 8], [1, 0], [0, 1], [9, 0]], path=path, kernel=kernel, padding=1)
     assert_dense(layer, sequences, results)
+
+
+@pytest.mark.parametrize("page_size", [2, 64])
+@pytest.mark.parametrize("where", [CPU, INTERPRETER, *GPU[:2]])
+def test_the_servers_indexer_selects_what_the_oracle_does(where, page_size):
+    """From pages and from gathered rows, mixed chunks and few queries, ties included."""
+    device, kernel = where
+    layer = Layer(4, 1, topk=16, device=device)
+    sequences = [layer.sequence(tokens(n, device, n)) for n in (150, 90)]
+    server = demo.PagedServer(layer, sequences, extra_page_size=page_size)
+    done = [0, 0]
+    for step in ([100, 60], [1, 1], [3, 3], [0, 2], [40, 0], [6, 5]):
+        _, _, report = server.step(step, kernel=kernel, padding=1)
+        want = [s.topk[at : at + n].int() for s, at, n in zip(sequences, done, step)]
+        assert torch.equal(report.topk[: sum(step)], torch.cat(want))
+        done = [at + n for at, n in zip(done, step)]
+
+
+def test_the_index_flavour_changes_no_selection(monkeypatch):
+    """gfx942's FP8 holds the same small integers."""
+    text = tokens(200, "cpu")
+    ocp = Layer(4, 1, topk=16)
+    limits = dataclasses.replace(platform.limits("cpu"), fp8="e4m3fnuz")
+    monkeypatch.setattr(layer_module, "platform", SimpleNamespace(limits=lambda device: limits))
+    fnuz = Layer(4, 1, topk=16)
+    assert fnuz.index_layout.value_encoding == "e4m3fnuz"
+    assert fnuz.sequence(text).index_q.dtype == torch.float8_e4m3fnuz
+    assert torch.equal(fnuz.sequence(text).topk, ocp.sequence(text).topk)
+    results = served(fnuz, [fnuz.sequence(text)], [[150], [4], [46]], kernel="reference")
+    assert_dense(fnuz, [fnuz.sequence(text)], results)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)

@@ -243,7 +243,7 @@ def test_a_flavour_is_kept_through_the_conversion():
 def test_a_mix_with_no_layout_in_common_lists_every_reason():
     with only(kernel(DECODE, "flashinfer", NATIVE), kernel(DECODE, "flash_mla", BLOCKS), kernel(PREFILL, "flash_mla")):
         error = refusal("flashinfer", "flash_mla", head_dim=576)
-    backend = f"not on backend {dsv4x.platform.backend} ({dsv4x.platform.reason})"
+    backend = "it has no sparse_mla_prefill"
     advice = "dsv4x.convert_cache converts it to trtllm-native, rounding through bf16"
     assert str(error).split("\n") == [
         "no cache layout of head dim 576 serves prefill='flashinfer' and decode='flash_mla' on sm_100, pages of 64",
@@ -326,8 +326,18 @@ def test_more_heads_than_a_kernel_takes_are_refused():
 @pytest.mark.parametrize(
     ("names", "arguments", "error", "says"),
     [
-        (("cutlass", "triton"), {}, ValueError, "prefill: got 'cutlass', need one of flash_mla, gluon, triton, aiter"),
-        (("triton", "cutlass"), {}, ValueError, "decode: got 'cutlass', need one of flash_mla, gluon, triton, aiter"),
+        (
+            ("cutlass", "triton"),
+            {},
+            ValueError,
+            "prefill: got 'cutlass', need one of flash_mla, deep_gemm, gluon, triton, aiter",
+        ),
+        (
+            ("triton", "cutlass"),
+            {},
+            ValueError,
+            "decode: got 'cutlass', need one of flash_mla, deep_gemm, gluon, triton, aiter",
+        ),
         (("triton", None), {}, ValueError, "decode: got None"),
         (("triton", "triton"), {"head_dim": 300}, ValueError, "head_dim: got 300, need 512 or 576"),
         (("triton", "triton"), {"head_dim": 128}, ValueError, "head_dim: got 128, need 512 or 576"),

@@ -183,7 +183,8 @@ def combine_swa_extra_indices(
     return out_indices, out_lens
 
 
-def _check_pool(page_size: int, pages: int) -> None:
+def check_pool(page_size: int, pages: int) -> None:
+    """Check the size of a pool whose slots are int32."""
     checks.integer("page_size", page_size, 1)
     checks.integer("pages", pages, 0)
     if page_size * pages > _INT32_MAX + 1:
@@ -228,7 +229,7 @@ def window_slots(
     requests, device = seq_lens.shape[0], seq_lens.device
     checks.tensor("query_start_loc", query_start_loc, (requests + 1,), checks.INDEX_DTYPES, device)
     checks.tensor("block_table", block_table, (requests, None), torch.int32, device)
-    _check_pool(page_size, pages)
+    check_pool(page_size, pages)
     checks.integer("window_size", window_size, 1, _INT32_MAX)
     checks.integer("tokens", tokens, 0)
     out_indices = torch.empty(tokens, window_size, dtype=torch.int32, device=device)
@@ -324,7 +325,7 @@ def local_to_slots(
     """
     tokens, device = _check_locals(local, request, limits)
     checks.tensor("block_table", block_table, (None, None), torch.int32, device)
-    _check_pool(page_size, pages)
+    check_pool(page_size, pages)
     out = torch.empty(local.shape, dtype=torch.int32, device=device)
     record = select(Problem.on("local_to_slots", device, tokens=tokens, width=local.shape[1]), kernel)
     if out.numel():

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
-from . import reference
-from .layouts import DSV4, PagedCache
+from . import encodings, reference
+from .layouts import DSV4, INDEXER_FP8, PagedCache
+from .platform import platform
+from .topk import TopkMethod
 
 HEAD_DIM, ROPE_DIM = DSV4.head_dim, DSV4.rope_dim
-HIDDEN, INDEX_HEADS, INDEX_DIM = 128, 4, 64
+HIDDEN, INDEX_HEADS, INDEX_DIM = 128, 32, INDEXER_FP8.head_dim
 VOCABULARY = 256
 
 
@@ -49,13 +51,19 @@ class Sequence:
         q: bf16 ``[L, H, 512]``.
         raw: bf16 ``[L, 512]``, the window's entries.
         compressed: bf16 ``[L // r, 512]``; entry e is complete, and visible, from position (e + 1) * r - 1 on.
-        topk: int64 ``[L, min(K, L // r)]`` of local entry numbers, -1 for none (C4 only).
+        topk: int64 ``[L, min(K, L // r)]`` of local entry numbers, ascending, -1 for none (C4 only).
+        index_q: FP8 ``[L, 32, 128]``, the indexer's queries (C4 only, like the rest).
+        index_weights: float32 ``[L, 32]``.
+        index_k: bf16 ``[L // r, 128]``, the indexer's entries.
     """
 
     q: torch.Tensor
     raw: torch.Tensor
     compressed: torch.Tensor
     topk: torch.Tensor | None
+    index_q: torch.Tensor | None = None
+    index_weights: torch.Tensor | None = None
+    index_k: torch.Tensor | None = None
 
 
 class Layer:
@@ -84,6 +92,8 @@ class Layer:
         self.wiq, self.wik = weight(HIDDEN, INDEX_HEADS * INDEX_DIM), weight(HIDDEN, INDEX_DIM)
         self.wiw = weight(HIDDEN, INDEX_HEADS)
         self.attn_sink = weight(1, heads)[0].float()
+        flavour = platform.limits(device).fp8
+        self.index_layout = INDEXER_FP8.with_flavour("e4m3fnuz") if flavour == "e4m3fnuz" else INDEXER_FP8
 
     def sequence(self, tokens: torch.Tensor) -> Sequence:
         """tokens int64 ``[L]`` in 0..255 -> what the sequence brings. Float64 inside, so chunking cannot matter."""
@@ -99,18 +109,40 @@ class Layer:
         gate = torch.softmax(groups @ self.wg, dim=1)
         compressed = rms_norm((gate * (groups @ self.wc)).sum(1))
         compressed = rope(compressed, torch.arange(entries, device=x.device) * ratio).bfloat16()
-        return Sequence(q, raw, compressed, self._select(x, groups) if ratio == 4 else None)
+        if ratio != 4:
+            return Sequence(q, raw, compressed, None)
+        index_q, index_weights, index_k = self._index(x, groups)
+        topk = self._select(index_q, index_weights, index_k)
+        return Sequence(q, raw, compressed, topk, index_q, index_weights, index_k)
 
-    def _select(self, x: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-        """Each query's best-scoring visible entries, best first, -1 behind them."""
-        length, entries = len(x), len(groups)
-        iq = (x @ self.wiq).view(length, INDEX_HEADS, INDEX_DIM)
-        ik = groups.mean(1) @ self.wik
-        scores = torch.einsum("lhe,lh->le", torch.relu(torch.einsum("lhd,ed->lhe", iq, ik)), x @ self.wiw)
-        visible = self.visible(torch.arange(length, device=x.device), entries)
-        scores = scores.masked_fill(~visible, -torch.inf)
-        best, chosen = scores.topk(min(self.topk, entries), dim=1)
-        return torch.where(best == -torch.inf, -1, chosen)
+    def _index(self, x: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The indexer's queries, weights and entries.
+
+        Small integers: every kernel's products and sums of them are exact, so that any two of them select the same
+        entries, of many equal scores the same too.
+        """
+        length = len(x)
+        iq = (x @ self.wiq).round().clamp(-2, 2).view(length, INDEX_HEADS, INDEX_DIM).float()
+        fnuz = self.index_layout.value_encoding == "e4m3fnuz"
+        codes = encodings.encode_e4m3fnuz(iq) if fnuz else encodings.encode_e4m3fn(iq)
+        weights = (2 * x @ self.wiw).round().clamp(-8, 8).float()
+        ik = (2 * groups.mean(1) @ self.wik).round().clamp(-2, 2).bfloat16()
+        return codes.view(torch.float8_e4m3fnuz if fnuz else torch.float8_e4m3fn), weights, ik
+
+    def _select(self, q: torch.Tensor, weights: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """Each query's best-scoring visible entries, as the reference selects them from what its cache holds."""
+        length, entries = len(q), len(k)
+        chosen = torch.full((length, min(self.topk, entries)), -1, dtype=torch.int64, device=q.device)
+        if entries == 0:
+            return chosen
+        cache = PagedCache.zeros(1, self.index_layout, entries, q.device)
+        slots = torch.arange(entries, device=q.device)
+        reference.quantize_and_insert_k_cache(k, cache, slots)
+        visible = (torch.arange(length, device=q.device) + 1) // self.compress_ratio
+        stored = reference.gather_indexer_k(cache, slots)
+        logits = reference.mqa_logits(q, None, *stored, weights, torch.zeros_like(visible), visible)
+        reference.topk_transform(logits, visible, chosen.shape[1], TopkMethod.LOCAL, None, {}, chosen)
+        return chosen
 
     def visible(self, positions: torch.Tensor, entries: int) -> torch.Tensor:
         """bool ``[len(positions), entries]``: which compressed entries each position may see."""

@@ -81,7 +81,35 @@ def _reference_attention(name: str) -> Callable[..., torch.Tensor]:
     return run
 
 
-def _pair(op: str, module: str, *, attention: bool = False) -> None:
+# Microseconds a call, and bytes of K, FLOP and bytes of logits a microsecond: an H200's, and for the reference a guess.
+TRITON_LOGITS_RATES = {"paged_mqa_logits": (8.0, 3.8e6, 650e6, 4e6), "mqa_logits": (8.0, 3.8e6, 880e6, 4e6)}
+_REFERENCE_LOGITS_RATES = (500.0, 1e5, 1e6, 1e5)
+
+
+def logits_us(problem: Problem, call: float, k_rate: float, flop_rate: float, logits_rate: float) -> float:
+    """Predicted microseconds of logits: a call, and the slowest of reading K, multiplying, and writing logits."""
+    rows = problem.tokens * problem.next_n
+    read = (problem.tokens if problem.op == "paged_mqa_logits" else 1) * problem.width * 132
+    flops = 2.0 * rows * problem.heads * problem.head_dim * problem.width
+    return call + max(read / k_rate, flops / flop_rate, 4.0 * rows * problem.width / logits_rate)
+
+
+def _logits_triton_us(problem: Problem) -> float:
+    return logits_us(problem, *TRITON_LOGITS_RATES[problem.op]) + (_INTERPRETER_US if problem.interpreter else 0.0)
+
+
+def _logits_reference_us(problem: Problem) -> float:
+    return logits_us(problem, *_REFERENCE_LOGITS_RATES)
+
+
+def _pair(
+    op: str,
+    module: str,
+    *,
+    attention: bool = False,
+    triton_us: Callable[[Problem], float] = _triton_us,
+    reference_us: Callable[[Problem], float] = _reference_us,
+) -> None:
     triton_run, reference_run = _lazy(module, op), getattr(reference, op)
     if attention:
         triton_run, reference_run = _attention(triton_run), _attention(_reference_attention(op))
@@ -91,7 +119,7 @@ def _pair(op: str, module: str, *, attention: bool = False) -> None:
                 op,
                 "triton",
                 triton_run,
-                _triton_prefill_us if op == "sparse_mla_prefill" else _triton_us,
+                triton_us,
                 library=TRITON,
                 devices=("cuda", "cpu"),
                 further_reasons=_triton_reasons,
@@ -102,7 +130,7 @@ def _pair(op: str, module: str, *, attention: bool = False) -> None:
             op,
             "reference",
             reference_run,
-            _reference_us,
+            reference_us,
             devices=("cuda", "cpu"),
             capture_safe=False,
         )
@@ -127,5 +155,11 @@ def register_portable() -> None:
     _pair("ragged_to_dense", "indices")
     _pair("list_referenced", "compaction")
     _pair("copy_pages", "compaction")
+    for op in ("paged_mqa_logits", "mqa_logits"):
+        _pair(op, "mqa_logits", triton_us=_logits_triton_us, reference_us=_logits_reference_us)
+    _pair("gather_indexer_k", "mqa_logits")
+    _pair("get_paged_mqa_logits_metadata", "schedule")
+    _pair("topk_transform", "topk")
+    _pair("topk_merge", "topk")
     _pair("sparse_mla_decode", "decode", attention=True)
-    _pair("sparse_mla_prefill", "prefill", attention=True)
+    _pair("sparse_mla_prefill", "prefill", attention=True, triton_us=_triton_prefill_us)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import encodings
 from .layouts import CacheLayout, PagedCache
+
+if TYPE_CHECKING:
+    from .topk import TopkMethod
 
 _VALUE_DIM = 512
 
@@ -496,3 +499,213 @@ def copy_pages(cache: PagedCache, pages: torch.Tensor, out: PagedCache) -> None:
     """Page ``pages[i]`` of ``cache`` becomes page i of ``out``; where it is -1 that page is left alone."""
     kept = pages >= 0
     out.page_bytes[: len(pages)][kept] = cache.page_bytes[pages[kept].long()]
+
+
+# Products of the indexer held at once, in elements.
+_LOGITS_ELEMENTS = 1 << 25
+
+
+def indexer_values(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """float32 ``[.., 128]`` of q or K: FP8 as it is, without its scale; packed e2m1 times its ue8m0 ones."""
+    if x.dtype != torch.uint8:
+        return x.float()
+    assert scale is not None
+    return (encodings.decode_e2m1(x).unflatten(-1, (4, 32)) * encodings.decode_ue8m0(scale)[..., None]).flatten(-2)
+
+
+def _weighted_logits(
+    q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor | None, weights: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """``q [M, H, 128]``, ``k [N, 128]``, ``weights [M, H]`` -> ``[M, N]``; a NaN product counts as 0."""
+    out = torch.empty(q.shape[0], k.shape[0], dtype=dtype, device=q.device)
+    step = max(1, _LOGITS_ELEMENTS // max(1, k.shape[0] * q.shape[1]))
+    for start in range(0, q.shape[0], step):
+        rows = slice(start, start + step)
+        products = torch.einsum("mhd,nd->mhn", q[rows].to(dtype), k.to(dtype))
+        products = torch.where(products > 0, products, 0)
+        out[rows] = torch.einsum("mhn,mh->mn", products, weights[rows].to(dtype))
+    return out if k_scale is None else out * k_scale.to(dtype)
+
+
+def _masked_logits(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    return values.masked_fill(~valid | values.isnan(), -torch.inf)
+
+
+def paged_mqa_logits(
+    q: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    cache: PagedCache,
+    weights: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    max_context_len: int,
+    schedule: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    clean_logits: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """:func:`dsv4x.paged_mqa_logits`, one request after another; ``schedule`` and ``clean_logits`` change nothing."""
+    batch, next_n = context_lens.shape
+    if out is None:
+        out = torch.empty(batch * next_n, max_context_len, dtype=dtype, device=q.device)
+    out.fill_(-torch.inf)
+    q = indexer_values(q, q_scale)
+    most = min(max_context_len, block_table.shape[1] * cache.page_size)
+    for request in range(batch):
+        lens = context_lens[request].long().clamp(0, most)
+        column = torch.arange(int(lens.max()), device=q.device)
+        page = block_table[request].long()[column // cache.page_size]
+        there = (page >= 0) & (page < cache.pages)
+        slots = torch.where(there, page * cache.page_size + column % cache.page_size, -1)
+        k, k_scale = gather_indexer_k(cache, slots)
+        scales = k_scale if k.dtype == torch.uint8 else None
+        rows = slice(request * next_n, (request + 1) * next_n)
+        values = _weighted_logits(
+            q[request], indexer_values(k, scales), None if scales is not None else k_scale, weights[rows], dtype
+        )
+        out[rows, : len(column)] = _masked_logits(values, there & (column < lens[:, None])).to(out.dtype)
+    return out
+
+
+def mqa_logits(
+    q: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    weights: torch.Tensor,
+    ks: torch.Tensor,
+    ke: torch.Tensor,
+    max_seqlen_k: int | None = None,
+    out: torch.Tensor | None = None,
+    clean_logits: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """:func:`dsv4x.mqa_logits`; ``clean_logits`` changes nothing."""
+    packed, entries = k.dtype == torch.uint8, k.shape[0]
+    values = _weighted_logits(
+        indexer_values(q, q_scale), indexer_values(k, k_scale), None if packed else k_scale, weights, dtype
+    )
+    ks, ke = ks.long().clamp(0, entries)[:, None], ke.long().clamp(0, entries)[:, None]
+    column = torch.arange(entries, device=q.device)
+    values = _masked_logits(values, (column >= ks) & (column < ke))
+    if max_seqlen_k is not None:
+        at = ks + torch.arange(max_seqlen_k, device=q.device)
+        padded = torch.nn.functional.pad(values, (0, 1), value=-torch.inf)
+        values = padded.gather(1, at.clamp_max(entries))
+    return values if out is None else out.copy_(values)
+
+
+def get_paged_mqa_logits_metadata(
+    context_lens: torch.Tensor, split: int, atoms: int, num_sms: int, out: torch.Tensor
+) -> None:
+    """The schedule, SM by SM."""
+    segments = [-(-max(length, 0) // split) for length in context_lens[:, -1].tolist()]
+    ends = list(itertools.accumulate(segments))
+    total = ends[-1] * atoms
+    share, rest = divmod(total, num_sms)
+    table = [(0, 0)] * (num_sms + 1)
+    if total:
+        table[num_sms] = (len(segments) * atoms, 0)
+        request = 0
+        for sm in range(num_sms):
+            mark = sm * share + max(sm - (num_sms - rest), 0)
+            while ends[request] * atoms <= mark:
+                request += 1
+            offset = mark - (ends[request] - segments[request]) * atoms
+            table[sm] = (request * atoms + offset // segments[request], offset % segments[request])
+    out.copy_(torch.tensor(table, dtype=torch.int32))
+
+
+def gather_indexer_k(
+    cache: PagedCache, slots: torch.Tensor, k: torch.Tensor | None = None, k_scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales at ``slots [N]``; zeros where one is invalid."""
+    layout = cache.layout
+    valid = (slots >= 0) & (slots < cache.capacity)
+    slots = torch.where(valid, slots.long(), 0)
+    entry = slots % cache.page_size
+    if cache.capacity == 0:
+        values = slots.new_zeros(len(slots), layout.nope_bytes, dtype=torch.uint8)
+        scales = slots.new_zeros(len(slots), layout.scale_bytes, dtype=torch.uint8)
+    else:
+        values = _entry_bytes(cache, slots, entry * layout.data_pitch, layout.nope_bytes)
+        at = layout.scale_base(cache.page_size) + entry * layout.scale_pitch
+        scales = _entry_bytes(cache, slots, at, layout.scale_bytes)
+    values, scales = (torch.where(valid[:, None], x, 0).contiguous() for x in (values, scales))
+    if layout.value_encoding != "e2m1":
+        values = values.view(torch.float8_e4m3fn if layout.value_encoding == "e4m3fn" else torch.float8_e4m3fnuz)
+        scales = scales.view(torch.float32)[:, 0]
+    if k is None or k_scale is None:
+        return values, scales
+    return k.copy_(values), k_scale.copy_(scales)
+
+
+def _selected(values: torch.Tensor, valid: torch.Tensor, k: int) -> torch.Tensor:
+    """int64 ``[rows, k]``: the columns of each row's k best, ascending, then -1."""
+    values = torch.where(values.isnan(), -torch.inf, values) + 0.0
+    width = values.shape[1]
+    best = values.sort(dim=1, descending=True, stable=True).indices
+    order = valid.gather(1, best).sort(dim=1, descending=True, stable=True).indices
+    chosen = best.gather(1, order)[:, :k]
+    count = valid.sum(1, keepdim=True).clamp_max(k)
+    chosen = torch.where(torch.arange(chosen.shape[1], device=values.device) < count, chosen, width).sort(1).values
+    chosen = torch.nn.functional.pad(chosen, (0, k - chosen.shape[1]), value=width)
+    return torch.where(chosen == width, -1, chosen)
+
+
+def _in_space(local: torch.Tensor, method: TopkMethod, space: dict[str, Any]) -> torch.Tensor:
+    """Local indices, -1 for none, in the space of ``method``; -1 where there is none."""
+    if method.name == "RAGGED":
+        base = space["bases"].long()[:, None]
+        moved = base + local
+        return torch.where((local >= 0) & (base >= 0) & (moved < 2**31), moved, -1)
+    if method.name == "PAGED":
+        table, size = space["block_table"].long(), space["page_size"]
+        row = torch.arange(len(local), device=local.device)
+        request = row // space["next_n"] if space["requests"] is None else space["requests"].long()
+        known = (local >= 0) & ((request >= 0) & (request < len(table)))[:, None] & (local // size < table.shape[1])
+        if not known.any():
+            return torch.full_like(local, -1)
+        request = request.clamp(0, len(table) - 1)
+        page = table[request[:, None], torch.where(known, local // size, 0)]
+        return torch.where(known & (page >= 0) & (page < space["pages"]), page * size + local % size, -1)
+    return local
+
+
+def topk_transform(
+    logits: torch.Tensor,
+    lengths: torch.Tensor | None,
+    k: int,
+    method: TopkMethod,
+    row_starts: torch.Tensor | None,
+    space: dict[str, Any],
+    out: torch.Tensor,
+) -> None:
+    """:func:`dsv4x.topk_transform` by two stable sorts: by value, then those that are entries first."""
+    rows, width = logits.shape
+    start = torch.zeros(rows, dtype=torch.int64, device=logits.device)
+    if row_starts is not None:
+        start = row_starts.long().clamp(0, width)
+    length = width - start
+    if lengths is not None:
+        length = torch.minimum(lengths.long().clamp_min(0), length)
+    column = torch.arange(width, device=logits.device)
+    moved = torch.nn.functional.pad(logits, (0, 1)).gather(1, (start[:, None] + column).clamp_max(width))
+    out.copy_(_in_space(_selected(moved, column < length[:, None], k), method, space))
+
+
+def topk_merge(
+    values: torch.Tensor,
+    ids: torch.Tensor,
+    k: int,
+    method: TopkMethod,
+    space: dict[str, Any],
+    out: torch.Tensor,
+    out_values: torch.Tensor | None,
+) -> None:
+    """The k best of ``values, ids [rows, w]``; an id of -1 is no candidate."""
+    chosen = _selected(values, ids >= 0, k)
+    at = chosen.clamp_min(0)
+    if out_values is not None:
+        out_values.copy_(values.gather(1, at))
+    out.copy_(_in_space(torch.where(chosen >= 0, ids.long().gather(1, at), -1), method, space))

@@ -24,7 +24,7 @@ from .vendor import VendorLibrary
 # Triton reads it once too, when a kernel is defined.
 _INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 
-KERNEL_NAMES = ("flash_mla", "gluon", "triton", "aiter", "flashinfer", "reference")
+KERNEL_NAMES = ("flash_mla", "deep_gemm", "gluon", "triton", "aiter", "flashinfer", "reference")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Problem:
         rows: workspace rows (``sparse_mla_prefill``).
         caches: the caches read or written, the window's first.
         lse: whether the attention ops have to return the lse.
+        next_n: query rows a request (``paged_mqa_logits``).
+        options: what else decides, as the op names it, such as ``"stable"``.
         interpreter: whether Triton runs in its interpreter (``TRITON_INTERPRET=1``).
         capturing: whether the current stream is being captured into a graph.
     """
@@ -60,6 +62,8 @@ class Problem:
     rows: int = 0
     caches: tuple[CacheSpec, ...] = ()
     lse: bool = True
+    next_n: int = 1
+    options: tuple[str, ...] = ()
     interpreter: bool = _INTERPRETER
     capturing: bool = False
 
@@ -94,6 +98,7 @@ class Kernel:
         by_name_only: why it runs only when asked for by name, such as results less exact than the others'; empty where
             prediction may choose it.
         further_reasons: limits the fields above cannot say.
+        note: how it would run a problem, where that is a choice :func:`explain` should show; empty for none.
     """
 
     op: str
@@ -109,6 +114,7 @@ class Kernel:
     lse_optional: bool = False
     by_name_only: str = ""
     further_reasons: Callable[[Problem], Iterable[str]] = lambda problem: ()
+    note: Callable[[Problem], str] = lambda problem: ""
 
     def not_supported_reasons(self, problem: Problem) -> list[str]:
         """Every reason this kernel cannot run ``problem``, each naming what was seen and what is needed."""
@@ -183,6 +189,8 @@ def find(op: str, name: str) -> Kernel | None:
 
 def absent(op: str, name: str) -> str:
     """Why no kernel of this name is registered for ``op``."""
+    if any(name in table for table in _kernels.values()):
+        return _refused.get((op, name), f"it has no {op}")
     return _refused.get((op, name), f"not on backend {platform.backend} ({platform.reason})")
 
 
@@ -232,6 +240,7 @@ class Explanation:
         reasons: kernel name -> its reasons; empty for the supported.
         predicted_us: kernel name -> predicted microseconds, for the supported that prediction may choose.
         by_name_only: kernel name -> why it has to be asked for by name, for the supported that it may not choose.
+        notes: kernel name -> how it would run the problem, for the supported that have a choice there.
     """
 
     problem: Problem
@@ -239,6 +248,7 @@ class Explanation:
     reasons: dict[str, list[str]]
     predicted_us: dict[str, float]
     by_name_only: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.problem.op} on {self.problem.arch or self.problem.device}"]
@@ -249,6 +259,8 @@ class Explanation:
                 state = f"only by name: {self.by_name_only[name]}"
             else:
                 state = f"{'chosen' if name == self.chosen else 'slower'}, predicted {self.predicted_us[name]:.0f} us"
+            if self.notes.get(name):
+                state += f"; {self.notes[name]}"
             lines.append(f"  {name:<10} {state}")
         return "\n".join(lines)
 
@@ -264,4 +276,6 @@ def explain(problem: Problem) -> Explanation:
     supported = [k for k in kernels(problem.op) if not reasons[k.name]]
     predicted = {k.name: k.predicted_us(problem) for k in supported if not k.by_name_only}
     by_name = {k.name: k.by_name_only for k in supported if k.by_name_only}
-    return Explanation(problem, min(predicted, key=predicted.__getitem__, default=None), reasons, predicted, by_name)
+    notes = {k.name: note for k in supported if (note := k.note(problem))}
+    chosen = min(predicted, key=predicted.__getitem__, default=None)
+    return Explanation(problem, chosen, reasons, predicted, by_name, notes)

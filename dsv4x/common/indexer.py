@@ -1,0 +1,719 @@
+"""The indexer: scores of every compressed entry, and the best of them as index lists for attention.
+
+A logit is ``k_scale * sum over heads of w * max(q . k, 0)`` over 128 values. :func:`paged_mqa_logits` reads the
+indexer's paged K cache in place, :func:`mqa_logits` flat K rows; :func:`paged_indexer_topk` and :func:`indexer_topk` go
+from queries to selected entries within a budget of bytes for the logits, which are never all held where they do not
+fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import checks, layouts
+from .layouts import PagedCache
+from .platform import platform
+from .registry import Problem, select
+from .topk import TopkMethod, check_space, put_in_space, topk_transform
+
+INDEX_DIM = 128
+"""Values of an index q and K."""
+
+HEADS = (32, 64)
+"""Index heads the kernels take."""
+
+LOGITS_BYTES = 1 << 28
+"""The default budget of :func:`paged_indexer_topk` and :func:`indexer_topk`."""
+
+SPLIT_PAGES = 4
+"""Pages in one segment of a schedule: DeepGEMM's warpgroups, each of which takes a page."""
+
+_MAX_WIDTH = 2**31 - 2**14
+_FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+# Rows that still fill a device; with fewer to a budget the context is cut rather than the rows.
+_MIN_ROWS = 64
+# Vendor kernels round a row of logits up to this.
+_ROW_ALIGNMENT = 256
+
+
+def indexer_context_lens(seq_lens: torch.Tensor, next_n: int, compress_ratio: int) -> torch.Tensor:
+    """Entries that each of a request's last ``next_n`` tokens may see: ``max(L - next_n + 1 + j, 0) // ratio``.
+
+    Args:
+        seq_lens: int32 or int64 ``[B]``, raw tokens of each request, its queries included.
+        next_n: query tokens a request.
+        compress_ratio: raw tokens an entry.
+
+    Returns:
+        int32 ``[B, next_n]``, non-decreasing along a row.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape or value.
+    """
+    checks.tensor("seq_lens", seq_lens, (None,), checks.INDEX_DTYPES)
+    checks.integer("next_n", next_n, 1)
+    checks.integer("compress_ratio", compress_ratio, 1)
+    visible = seq_lens[:, None] + torch.arange(1 - next_n, 1, dtype=seq_lens.dtype, device=seq_lens.device)
+    return torch.div(visible.clamp_min(0), compress_ratio, rounding_mode="floor").int()
+
+
+def _check_q(q: torch.Tensor, q_scale: torch.Tensor | None, leading: tuple[int | None, ...]) -> None:
+    if isinstance(q, torch.Tensor) and q.dtype == torch.uint8:
+        checks.tensor("q", q, (*leading, None, INDEX_DIM // 2), torch.uint8)
+        if q_scale is None:
+            raise ValueError("q_scale: got None, need uint8 ue8m0 scales for a packed e2m1 q")
+        checks.tensor("q_scale", q_scale, (*q.shape[:-1], INDEX_DIM // 32), torch.uint8, q.device)
+    else:
+        checks.tensor("q", q, (*leading, None, INDEX_DIM), _FP8)
+        if q_scale is not None:
+            raise ValueError("q_scale: given, need None: an fp8 q has its scale in the weights")
+    if q.shape[-2] not in HEADS:
+        raise ValueError(f"q: {q.shape[-2]} heads, need {' or '.join(map(str, HEADS))}")
+
+
+def _option(name: str, x: torch.Tensor) -> str:
+    """What a :class:`Problem` says of an operand's encoding."""
+    return name + {torch.float8_e4m3fn: " e4m3fn", torch.float8_e4m3fnuz: " e4m3fnuz"}.get(x.dtype, " e2m1")
+
+
+def encoding_of(problem: Problem, name: str) -> str:
+    """The encoding of operand ``"q"`` or ``"k"`` in a problem of the logits ops; e4m3fn where it says none."""
+    found = [option.split()[1] for option in problem.options if option.startswith(f"{name} ")]
+    return found[0] if found else "e4m3fn"
+
+
+def _check_out(out: torch.Tensor | None, rows: int, width: int, device: torch.device) -> None:
+    if out is not None:
+        checks.tensor("out", out, (rows, width), torch.float32, device)
+        if rows > 1 and out.stride(0) < width:
+            raise ValueError(f"out: stride(0) is {out.stride(0)}, need >= {width}")
+
+
+def _check_cache(cache: object, device: torch.device) -> PagedCache:
+    cache = checks.cache("cache", cache, device)
+    base = cache.layout.with_flavour("e4m3fn") if cache.layout.value_encoding in layouts.FLAVOURS else cache.layout
+    if base not in (layouts.INDEXER_FP8, layouts.INDEXER_FP4):
+        names = f"{layouts.INDEXER_FP8.name} or {layouts.INDEXER_FP4.name}"
+        raise ValueError(f"cache: layout is {cache.layout.name}, need {names}")
+    return cache
+
+
+def paged_mqa_logits(
+    q: torch.Tensor,
+    cache: PagedCache,
+    weights: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    max_context_len: int,
+    schedule: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    kernel: str | None = None,
+    *,
+    q_scale: torch.Tensor | None = None,
+    clean_logits: bool = True,
+) -> torch.Tensor:
+    """The logits of each query row over its request's entries, pages read in place.
+
+    Column e of row b * n + j is entry e of request b, for e < context_lens[b, j]; the other columns are -inf, as are
+    entries whose page is outside the pool or past the block table, and logits that are NaN. A product q . k that is NaN
+    counts as 0, which is what the maximum of DeepGEMM's kernel makes of it.
+
+    Args:
+        q: e4m3fn or e4m3fnuz ``[B, n, H, 128]``, or packed e2m1, uint8 ``[B, n, H, 64]``; B >= 0, n >= 1, H 32 or 64.
+        cache: a :class:`~dsv4x.PagedCache` of layout ``INDEXER_FP8`` (either flavour) or ``INDEXER_FP4``.
+        weights: float32 ``[B * n, H]``, q's scale (of an fp8 q) multiplied in.
+        context_lens: int32 or int64 ``[B, n]``, entries of each row, clamped to ``[0, max_context_len]``.
+        block_table: int32 ``[B, m]`` page numbers; what stands past a request's own pages is never used.
+        max_context_len: columns of the result.
+        schedule: int32 ``[num_sms + 1, 2]`` of :func:`get_paged_mqa_logits_metadata`. It vouches for ``context_lens``:
+            made from them, within ``[0, min(max_context_len, m * page_size)]``, and not decreasing along a request's
+            rows. None: DeepGEMM's is made here, from lengths that are put within bounds first; other kernels have none.
+        out: float32 ``[B * n, max_context_len]``, rows contiguous, or None. DeepGEMM allocates its own, so there one
+            costs a copy.
+        kernel: ``"deep_gemm"``, ``"aiter"``, ``"triton"`` or ``"reference"``; None picks.
+        q_scale: uint8 ue8m0 ``[B, n, H, 4]``, one for 32 values, with an e2m1 q.
+        clean_logits: False leaves open what stands outside a row's entries, and NaN as they are, which spares a vendor
+            kernel's result another pass. :func:`~dsv4x.topk_transform` needs neither.
+
+    Returns:
+        float32 ``[B * n, max_context_len]``, rows contiguous, with any row stride unless ``out`` is given.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, stride, device, layout or value; under
+            ``DSV4X_CHECK=1`` also a length past its row or table, or a page outside the pool, with its row.
+        KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
+
+    Source: ``fp8_paged_mqa_logits`` of DeepGEMM (tests/test_attention.py).
+    """
+    _check_q(q, q_scale, (None, None))
+    batch, next_n, heads = q.shape[:3]
+    device = q.device
+    checks.integer("n", next_n, 1)
+    cache = _check_cache(cache, device)
+    checks.tensor("weights", weights, (batch * next_n, heads), torch.float32, device)
+    checks.tensor("context_lens", context_lens, (batch, next_n), checks.INDEX_DTYPES, device)
+    checks.tensor("block_table", block_table, (batch, None), torch.int32, device)
+    checks.integer("max_context_len", max_context_len, 0, _MAX_WIDTH)
+    _check_out(out, batch * next_n, max_context_len, device)
+    if schedule is not None:
+        checks.tensor("schedule", schedule, (None, 2), torch.int32, device)
+    if checks.check_values_enabled():
+        _check_paged_values(cache, context_lens, block_table, max_context_len)
+    problem = Problem.on(
+        "paged_mqa_logits",
+        device,
+        tokens=batch,
+        next_n=next_n,
+        heads=heads,
+        head_dim=INDEX_DIM,
+        width=max_context_len,
+        caches=(cache.spec,),
+        options=(_option("q", q), *(("clean",) if clean_logits else ())),
+    )
+    record = select(problem, kernel)
+    if batch == 0 or max_context_len == 0 or cache.pages == 0 or block_table.shape[1] == 0:
+        if out is None:
+            out = torch.empty(batch * next_n, max_context_len, dtype=torch.float32, device=device)
+        return out.fill_(-torch.inf)
+    return record.launch(
+        device, q, q_scale, cache, weights, context_lens, block_table, max_context_len, schedule, out, clean_logits
+    )
+
+
+def _check_paged_values(
+    cache: PagedCache, context_lens: torch.Tensor, block_table: torch.Tensor, max_context_len: int
+) -> None:
+    most = min(max_context_len, block_table.shape[1] * cache.page_size)
+    bad = (context_lens < 0) | (context_lens > most)
+    if bad.any():
+        row, column = (int(x) for x in bad.nonzero()[0])
+        raise ValueError(f"context_lens: {int(context_lens[row, column])} in row {row}, need 0 to {most}")
+    used = (context_lens.long().amax(1) + cache.page_size - 1) // cache.page_size
+    checks.index_values("block_table", block_table, used, cache.pages, "page")
+
+
+def mqa_logits(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    weights: torch.Tensor,
+    ks: torch.Tensor,
+    ke: torch.Tensor,
+    max_seqlen_k: int | None = None,
+    out: torch.Tensor | None = None,
+    kernel: str | None = None,
+    *,
+    q_scale: torch.Tensor | None = None,
+    clean_logits: bool = True,
+) -> torch.Tensor:
+    """The logits of each query row over its own range of flat K rows.
+
+    Row i scores entries ks[i] <= e < ke[i], in column e, or in column e - ks[i] where ``max_seqlen_k`` says how many
+    columns there are; every other column is -inf. NaN as in :func:`paged_mqa_logits`.
+
+    Args:
+        q: e4m3fn or e4m3fnuz ``[M, H, 128]``, or packed e2m1, uint8 ``[M, H, 64]``; M >= 0, H 32 or 64.
+        k: e4m3fn or e4m3fnuz ``[N, 128]``, or packed e2m1, uint8 ``[N, 64]``; rows contiguous, back to back.
+        k_scale: float32 ``[N]``, or of an e2m1 K uint8 ue8m0 ``[N, 4]``.
+        weights: float32 ``[M, H]``, q's scale (of an fp8 q) multiplied in.
+        ks, ke: int32 or int64 ``[M]``, workspace rows where a row's entries begin and end, clamped to ``[0, N]``; a row
+            with ke <= ks has none.
+        max_seqlen_k: columns of the result, counted from each row's own ks; entries past them are left out. None: the
+            result has N, one an entry.
+        out: float32 ``[M, N]`` or ``[M, max_seqlen_k]``, rows contiguous, or None. A copy with DeepGEMM.
+        kernel: ``"deep_gemm"``, ``"aiter"``, ``"triton"`` or ``"reference"``; None picks.
+        q_scale: uint8 ue8m0 ``[M, H, 4]`` with an e2m1 q.
+        clean_logits: as in :func:`paged_mqa_logits`.
+
+    Returns:
+        float32 ``[M, N]`` or ``[M, max_seqlen_k]``, rows contiguous, with any row stride unless ``out`` is given.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, stride, device or value.
+        KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
+
+    Source: ``fp8_mqa_logits`` of DeepGEMM (tests/test_attention.py).
+    """
+    _check_q(q, q_scale, (None,))
+    rows, heads, device = *q.shape[:2], q.device
+    packed = isinstance(k, torch.Tensor) and k.dtype == torch.uint8
+    checks.tensor("k", k, (None, INDEX_DIM // 2 if packed else INDEX_DIM), (*_FP8, torch.uint8), device)
+    entries = k.shape[0]
+    if entries > 1 and k.stride(0) != k.shape[1]:
+        raise ValueError(f"k: stride(0) is {k.stride(0)}, need {k.shape[1]}")
+    if packed:
+        checks.tensor("k_scale", k_scale, (entries, INDEX_DIM // 32), torch.uint8, device)
+        if entries > 1 and k_scale.stride(0) != k_scale.shape[1]:
+            raise ValueError(f"k_scale: stride(0) is {k_scale.stride(0)}, need {k_scale.shape[1]}")
+    else:
+        checks.tensor("k_scale", k_scale, (entries,), torch.float32, device)
+    checks.tensor("weights", weights, (rows, heads), torch.float32, device)
+    for name, value in (("ks", ks), ("ke", ke)):
+        checks.tensor(name, value, (rows,), checks.INDEX_DTYPES, device)
+    if entries > _MAX_WIDTH:
+        raise ValueError(f"k: {entries} rows, need <= {_MAX_WIDTH}")
+    if max_seqlen_k is not None:
+        checks.integer("max_seqlen_k", max_seqlen_k, 0, _MAX_WIDTH)
+    width = entries if max_seqlen_k is None else max_seqlen_k
+    _check_out(out, rows, width, device)
+    problem = Problem.on(
+        "mqa_logits",
+        device,
+        tokens=rows,
+        heads=heads,
+        head_dim=INDEX_DIM,
+        width=width,
+        rows=entries,
+        options=(
+            _option("q", q),
+            _option("k", k),
+            *(() if max_seqlen_k is None else ("relative",)),
+            *(("clean",) if clean_logits else ()),
+        ),
+    )
+    record = select(problem, kernel)
+    if rows == 0 or width == 0 or entries == 0:
+        if out is None:
+            out = torch.empty(rows, width, dtype=torch.float32, device=device)
+        return out.fill_(-torch.inf)
+    return record.launch(device, q, q_scale, k, k_scale, weights, ks, ke, max_seqlen_k, out, clean_logits)
+
+
+def get_paged_mqa_logits_metadata(
+    context_lens: torch.Tensor,
+    page_size: int = 64,
+    num_sms: int | None = None,
+    out: torch.Tensor | None = None,
+    kernel: str | None = None,
+) -> torch.Tensor:
+    """DeepGEMM's schedule of a batch's paged logits: where each SM begins. Made once a step, for all its layers.
+
+    Segments of 4 pages are shared out in the order of the requests, of which the last row's length counts, each as
+    often as it has pairs of rows. Row i is (pair of rows, segment) where SM i begins, row ``num_sms`` the end; without
+    any entry all rows are (0, 0), which DeepGEMM's kernel takes for nothing to do.
+
+    Args:
+        context_lens: int32 or int64 ``[B, n]``, any B >= 0; a negative length is 0.
+        page_size: entries a page.
+        num_sms: SMs of the kernel it is for; None is the device's (DeepGEMM's ``get_num_sms()`` unless it was set).
+        out: int32 ``[num_sms + 1, 2]``, contiguous, or None.
+        kernel: ``"triton"`` (any batch), ``"deep_gemm"`` (as far as its shared memory reaches; compiles for every 32
+            requests) or ``"reference"``; None picks.
+
+    Returns:
+        int32 ``[num_sms + 1, 2]``.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device or value.
+        KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
+
+    Source: ``sm90_paged_mqa_logits_metadata`` of DeepGEMM; on SM90 the same table, bit for bit, where there is work.
+    """
+    checks.tensor("context_lens", context_lens, (None, None), checks.INDEX_DTYPES)
+    batch, next_n = context_lens.shape
+    device = context_lens.device
+    checks.integer("n", next_n, 1)
+    checks.integer("page_size", page_size, 1)
+    if num_sms is None:
+        num_sms = platform.limits(device).multiprocessors
+    checks.integer("num_sms", num_sms, 1)
+    # An atom's number is int32.
+    if batch * next_n > 2**31 - 1:
+        raise ValueError(f"context_lens: {batch} x {next_n} rows, need < 2**31")
+    if out is None:
+        out = torch.empty(num_sms + 1, 2, dtype=torch.int32, device=device)
+    else:
+        checks.tensor("out", out, (num_sms + 1, 2), torch.int32, device)
+        if not out.is_contiguous():
+            raise ValueError(f"out: stride(0) is {out.stride(0)}, need 2")
+    problem = Problem.on(
+        "get_paged_mqa_logits_metadata", device, tokens=batch, next_n=next_n, width=num_sms, rows=page_size
+    )
+    record = select(problem, kernel)
+    if batch == 0:
+        return out.zero_()
+    record.launch(device, context_lens, SPLIT_PAGES * page_size, -(-next_n // 2), num_sms, out)
+    return out
+
+
+def gather_indexer_k(
+    cache: PagedCache,
+    slots: torch.Tensor,
+    k: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    kernel: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entries of the indexer's paged K cache as flat rows for :func:`mqa_logits`, codes as they are.
+
+    Args:
+        cache: a :class:`~dsv4x.PagedCache` of layout ``INDEXER_FP8`` (either flavour) or ``INDEXER_FP4``.
+        slots: int32 or int64 ``[N]``, index space *slot*; one that is negative or past the cache gives zeros.
+        k: the cache's FP8 dtype ``[>= N, 128]``, or uint8 ``[>= N, 64]`` of an fp4 cache, contiguous, or None.
+        k_scale: float32 ``[>= N]``, or uint8 ``[>= N, 4]`` of an fp4 cache, contiguous, or None.
+        kernel: ``"triton"`` or ``"reference"``; None picks.
+
+    Returns:
+        ``(k, k_scale)``, N rows of each.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, stride, device or layout; under ``DSV4X_CHECK=1`` also
+            a slot outside the cache.
+        KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
+    """
+    checks.tensor("slots", slots, (None,), checks.INDEX_DTYPES)
+    device, rows = slots.device, slots.shape[0]
+    cache = _check_cache(cache, device)
+    encoding = cache.layout.value_encoding
+    packed = encoding == "e2m1"
+    dtype = torch.uint8 if packed else torch.float8_e4m3fn if encoding == "e4m3fn" else torch.float8_e4m3fnuz
+    scale_dtype, scale_tail = (torch.uint8, (4,)) if packed else (torch.float32, ())
+    made = []
+    for name, value, kind, tail in (
+        ("k", k, dtype, (cache.layout.nope_bytes,)),
+        ("k_scale", k_scale, scale_dtype, scale_tail),
+    ):
+        if value is None:
+            value = torch.empty(rows, *tail, dtype=kind, device=device)
+        checks.tensor(name, value, (None, *tail), kind, device)
+        if value.shape[0] < rows or not value.is_contiguous():
+            raise ValueError(f"{name}: {value.shape[0]} rows with stride {value.stride(0)}, need >= {rows} contiguous")
+        made.append(value[:rows])
+    if checks.check_values_enabled():
+        checks.index_values("slots", slots, None, cache.capacity, "slot")
+    record = select(Problem.on("gather_indexer_k", device, tokens=rows, caches=(cache.spec,)), kernel)
+    if cache.pages == 0:
+        for value in made:
+            value.view(torch.uint8).zero_()
+    elif rows:
+        record.launch(device, cache, slots, *made)
+    return made[0], made[1]
+
+
+def paged_indexer_topk(
+    q: torch.Tensor,
+    cache: PagedCache,
+    weights: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    max_context_len: int,
+    k: int,
+    method: TopkMethod = TopkMethod.LOCAL,
+    *,
+    q_scale: torch.Tensor | None = None,
+    schedule: torch.Tensor | None = None,
+    bases: torch.Tensor | None = None,
+    slot_table: torch.Tensor | None = None,
+    slot_page_size: int | None = None,
+    slot_pages: int | None = None,
+    stable: bool = True,
+    logits_bytes: int = LOGITS_BYTES,
+    out: torch.Tensor | None = None,
+    kernel: str | None = None,
+    topk_kernel: str | None = None,
+) -> torch.Tensor:
+    """Each query row's k best entries of its request's paged index cache.
+
+    With ``max_context_len <= k`` every entry is selected and no logits are computed. Otherwise rows, then the context,
+    are cut so that logits stay within ``logits_bytes``; the selection of each stretch of context is merged with that of
+    those before it. Where a row is cut changes nothing: an entry's logit does not depend on its neighbours.
+
+    Args:
+        q, cache, weights, context_lens, block_table, max_context_len, q_scale, schedule: as in
+            :func:`paged_mqa_logits`; the schedule serves the batch when it runs in one piece.
+        k: indices a row, >= 1.
+        method: the index space of the result, :func:`~dsv4x.topk_method` says which an attention entry point takes.
+        bases: int32 or int64 ``[B * n]``, workspace row of each row's entry 0 (RAGGED).
+        slot_table, slot_page_size, slot_pages: int32 ``[B, m]`` block table, page size and pages of the cache that
+            attention reads (PAGED); None takes those of the index cache.
+        stable: as in :func:`~dsv4x.topk_transform`.
+        logits_bytes: bytes of logits and of their selection that may be held at once; a few MiB of scratch come beside
+            them where few rows are so long that several programs share one.
+        out: int32 ``[B * n, k]``, rows contiguous, or None.
+        kernel, topk_kernel: the kernels of the logits and of the selection; None picks.
+
+    Returns:
+        int32 ``[B * n, k]``, as :func:`~dsv4x.topk_transform` gives it.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, stride, device, layout or value; ``logits_bytes`` too
+            small for one request's rows over one page's entries.
+        KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
+    """
+    _check_q(q, q_scale, (None, None))
+    batch, next_n = q.shape[:2]
+    device = q.device
+    cache = _check_cache(cache, device)
+    checks.tensor("weights", weights, (batch * next_n, q.shape[2]), torch.float32, device)
+    checks.tensor("context_lens", context_lens, (batch, next_n), checks.INDEX_DTYPES, device)
+    checks.tensor("block_table", block_table, (batch, None), torch.int32, device)
+    checks.integer("max_context_len", max_context_len, 0, _MAX_WIDTH)
+    checks.integer("k", k, 1)
+    if method is TopkMethod.PAGED:
+        slot_table = block_table if slot_table is None else slot_table
+        slot_page_size = cache.page_size if slot_page_size is None else slot_page_size
+        slot_pages = cache.pages if slot_pages is None else slot_pages
+    space: dict[str, Any] = {
+        "bases": bases,
+        "block_table": slot_table,
+        "page_size": slot_page_size,
+        "pages": slot_pages,
+        "next_n": next_n,
+        "requests": None,
+    }
+    check_space(method, batch * next_n, device, **space)
+    most = min(max_context_len, block_table.shape[1] * cache.page_size)
+    lens = context_lens.clamp(0, most).reshape(-1)
+
+    def logits(requests: slice, first: int, width: int) -> torch.Tensor:
+        rows = slice(requests.start * next_n, requests.stop * next_n)
+        whole = requests == slice(0, batch) and width == max_context_len
+        # Pages behind a stretch are no part of it, and a stretch begins with a page.
+        pages = slice(first // cache.page_size, -(-(first + width) // cache.page_size))
+        return paged_mqa_logits(
+            q[requests],
+            cache,
+            weights[rows],
+            context_lens[requests] if first == 0 else context_lens[requests] - first,
+            block_table[requests, pages],
+            width,
+            schedule if whole else None,
+            kernel=kernel,
+            q_scale=None if q_scale is None else q_scale[requests],
+            clean_logits=False,
+        )
+
+    return _bounded_topk(
+        logits, lens, batch, next_n, most, cache.page_size, k, method, space, stable, logits_bytes, out, topk_kernel
+    )
+
+
+def indexer_topk(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    weights: torch.Tensor,
+    ks: torch.Tensor,
+    ke: torch.Tensor,
+    topk: int,
+    method: TopkMethod = TopkMethod.LOCAL,
+    *,
+    max_seqlen_k: int | None = None,
+    q_scale: torch.Tensor | None = None,
+    bases: torch.Tensor | None = None,
+    slot_table: torch.Tensor | None = None,
+    slot_page_size: int | None = None,
+    slot_pages: int | None = None,
+    requests: torch.Tensor | None = None,
+    stable: bool = True,
+    logits_bytes: int = LOGITS_BYTES,
+    out: torch.Tensor | None = None,
+    kernel: str | None = None,
+    topk_kernel: str | None = None,
+) -> torch.Tensor:
+    """Each query row's best entries of its own range of flat K rows; bounded and cut as :func:`paged_indexer_topk`.
+
+    Args:
+        q, k, k_scale, weights, ks, ke, q_scale: as in :func:`mqa_logits`.
+        topk: indices a row, >= 1.
+        method: LOCAL counts from each row's ks; RAGGED adds ``bases``, or ks without them; PAGED takes ``requests``.
+        max_seqlen_k: at least the longest range; None for all of K's rows. Ranges are cut to it.
+        bases: int32 or int64 ``[M]``, workspace row of each row's entry 0 (RAGGED).
+        slot_table, slot_page_size, slot_pages: int32 ``[R, m]`` block table, page size and pages of the cache that
+            attention reads (PAGED).
+        requests: int32 or int64 ``[M]``, each row's request (PAGED); None for row i of request i.
+        stable, logits_bytes, out, kernel, topk_kernel: as in :func:`paged_indexer_topk`.
+
+    Returns:
+        int32 ``[M, topk]``, as :func:`~dsv4x.topk_transform` gives it.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, stride, device or value; ``logits_bytes`` too small.
+        KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
+    """
+    _check_q(q, q_scale, (None,))
+    rows, device = q.shape[0], q.device
+    checks.tensor("k", k, (None, None), (*_FP8, torch.uint8), device)
+    checks.tensor("weights", weights, (rows, q.shape[1]), torch.float32, device)
+    for name, value in (("ks", ks), ("ke", ke)):
+        checks.tensor(name, value, (rows,), checks.INDEX_DTYPES, device)
+    checks.integer("topk", topk, 1)
+    entries = k.shape[0]
+    most = entries if max_seqlen_k is None else min(checks.integer("max_seqlen_k", max_seqlen_k, 0), entries)
+    starts = ks.clamp(0, entries)
+    lens = (ke.clamp(0, entries) - starts).clamp(0, most)
+    if method is TopkMethod.RAGGED and bases is None:
+        bases = starts
+    space: dict[str, Any] = {
+        "bases": bases,
+        "block_table": slot_table,
+        "page_size": slot_page_size,
+        "pages": slot_pages,
+        "next_n": 1,
+        "requests": requests,
+    }
+    check_space(method, rows, device, **space)
+
+    def logits(part: slice, first: int, width: int) -> torch.Tensor:
+        return mqa_logits(
+            q[part],
+            k,
+            k_scale,
+            weights[part],
+            starts[part] if first == 0 else starts[part] + first,
+            ke[part],
+            width,
+            kernel=kernel,
+            q_scale=None if q_scale is None else q_scale[part],
+            clean_logits=False,
+        )
+
+    return _bounded_topk(logits, lens, rows, 1, most, 1, topk, method, space, stable, logits_bytes, out, topk_kernel)
+
+
+def _plan(rows: int, next_n: int, width: int, step: int, k: int, logits_bytes: int) -> tuple[int, int]:
+    """(requests, columns) of a piece, so that its logits and selections stay within ``logits_bytes``."""
+
+    # A stretch of context holds two selections of values and ids, a vendor's result that is copied counts twice, and
+    # the selection of a long row keeps its candidates.
+    def row_bytes(columns: int) -> int:
+        aligned = -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+        held = 4 * aligned * (2 if next_n > 2 else 1)
+        merged = 0 if columns >= width else 4 * 8 * k + 12 * k
+        candidates = 16 * k + 8192 if columns > 2048 else 0
+        return next_n * (held + merged + candidates)
+
+    fitting = logits_bytes // row_bytes(width)
+    if fitting >= min(rows, -(-_MIN_ROWS // next_n)):
+        return min(rows, fitting), width
+    requests = min(rows, max(1, _MIN_ROWS // next_n))
+    while requests > 1 and row_bytes(step) * requests > logits_bytes:
+        requests //= 2
+    columns = width
+    while columns > step and row_bytes(columns) * requests > logits_bytes:
+        columns = -(-(columns // 2) // step) * step
+    if row_bytes(columns) * requests > logits_bytes:
+        need = row_bytes(columns) * requests
+        raise ValueError(f"logits_bytes: got {logits_bytes}, need >= {need} for {next_n} rows of {columns} entries")
+    return requests, columns
+
+
+def _bounded_topk(
+    logits: Callable[[slice, int, int], torch.Tensor],
+    lens: torch.Tensor,
+    requests: int,
+    next_n: int,
+    width: int,
+    page_size: int,
+    k: int,
+    method: TopkMethod,
+    space: dict[str, Any],
+    stable: bool,
+    logits_bytes: int,
+    out: torch.Tensor | None,
+    topk_kernel: str | None,
+) -> torch.Tensor:
+    """The selection of every row from logits made piece by piece; ``logits(requests, first column, columns)``."""
+    rows, device = requests * next_n, lens.device
+    if out is None:
+        out = torch.empty(rows, k, dtype=torch.int32, device=device)
+    else:
+        checks.tensor("out", out, (rows, k), torch.int32, device)
+    checks.integer("logits_bytes", logits_bytes, 1)
+    if rows == 0:
+        return out
+    if width <= k:
+        every = torch.arange(k, dtype=torch.int32, device=device).expand(out.shape)
+        return put_in_space(every, lens, method, space, out)
+    # Whole pages, and whole tiles of every kernel.
+    step = max(page_size, _ROW_ALIGNMENT // page_size * page_size)
+    per_piece, columns = _plan(requests, next_n, width, step, k, logits_bytes)
+    for first in range(0, requests, per_piece):
+        part = slice(first, min(first + per_piece, requests))
+        span = slice(part.start * next_n, part.stop * next_n)
+        here = _rows_of(space, method, span)
+        if columns >= width:
+            topk_transform(
+                logits(part, 0, width), lens[span], k, method, **here, stable=stable, out=out[span], kernel=topk_kernel
+            )
+            continue
+        _merged_topk(logits, part, lens[span], width, columns, k, method, here, stable, out[span], topk_kernel)
+    return out
+
+
+def _rows_of(space: dict[str, Any], method: TopkMethod, rows: slice) -> dict[str, Any]:
+    """The part of ``space`` that belongs to ``rows``, as arguments of :func:`topk_transform`."""
+    if method is TopkMethod.LOCAL:
+        return {}
+    if method is TopkMethod.RAGGED:
+        return {"bases": space["bases"][rows]}
+    requests = space["requests"]
+    if requests is not None:
+        return {**space, "requests": requests[rows], "bases": None}
+    next_n = space["next_n"]
+    return {**space, "block_table": space["block_table"][rows.start // next_n : -(-rows.stop // next_n)], "bases": None}
+
+
+def _merged_topk(
+    logits: Callable[[slice, int, int], torch.Tensor],
+    part: slice,
+    lens: torch.Tensor,
+    width: int,
+    columns: int,
+    k: int,
+    method: TopkMethod,
+    space: dict[str, Any],
+    stable: bool,
+    out: torch.Tensor,
+    topk_kernel: str | None,
+) -> None:
+    """A running selection over stretches of context: what is left of all before, beside what a stretch selects.
+
+    Both are in ascending order and one is before the other, so ties still go to the smallest index.
+    """
+    rows, device = lens.shape[0], lens.device
+    # Two, because a merge reads one while it writes the other.
+    halves = [
+        (
+            torch.empty(rows, 2 * k, dtype=torch.float32, device=device),
+            torch.full((rows, 2 * k), -1, dtype=torch.int32, device=device),
+        )
+        for _ in range(2)
+    ]
+    values, ids = halves[0]
+    for step, first in enumerate(range(0, width, columns)):
+        span = min(columns, width - first)
+        scores = logits(part, first, span)
+        fresh = ids[:, k:]
+        topk_transform(scores, lens - first, k, out=fresh, stable=stable, kernel=topk_kernel)
+        values[:, k:] = scores.gather(1, fresh.clamp_min(0).long())
+        del scores
+        fresh += torch.where(fresh >= 0, first, 0)
+        last = first + span >= width
+        other = halves[(step + 1) % 2]
+        topk_merge(
+            values,
+            ids,
+            k,
+            method if last else TopkMethod.LOCAL,
+            space if last else {},
+            out if last else other[1][:, :k],
+            None if last else other[0][:, :k],
+        )
+        values, ids = other
+
+
+def topk_merge(
+    values: torch.Tensor,
+    ids: torch.Tensor,
+    k: int,
+    method: TopkMethod,
+    space: dict[str, Any],
+    out: torch.Tensor,
+    out_values: torch.Tensor | None,
+) -> None:
+    """The k best of candidates ``values, ids [rows, w]``, ids ascending but for -1, which is none."""
+    record = select(Problem.on("topk_merge", values.device, tokens=values.shape[0], width=values.shape[1]))
+    record.launch(values.device, values, ids, k, method, space, out, out_values)

@@ -1,0 +1,130 @@
+"""DeepGEMM's schedule of paged logits: where in the batch each SM begins, for any number of rows.
+
+DeepGEMM keeps one prefix sum a request in shared memory, so its kernel has a largest batch, and another compilation for
+every 32 requests. Here each SM's program finds its own place: first which block of requests it begins in, from the
+blocks' sums, then where inside that block.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import Launcher
+
+BLOCK_ROWS = 1024
+_BLOCK_SUMS = 1024
+
+
+@triton.jit
+def _segments(lens_ptr, row, rows, lens_stride, split):
+    """int64: the segments of ``split`` entries that each request has; 0 for a negative length and past the last."""
+    length = tl.load(lens_ptr + row.to(tl.int64) * lens_stride, mask=row < rows, other=0).to(tl.int64)
+    return (tl.maximum(length, 0) + split - 1) // split
+
+
+@triton.jit
+def segment_sums_kernel(lens_ptr, sums_ptr, rows, lens_stride, split, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(_segments(lens_ptr, row, rows, lens_stride, split)))
+
+
+@triton.jit
+def schedule_kernel(
+    lens_ptr, sums_ptr, out_ptr, rows, blocks, num_sms, lens_stride, split, atoms,
+    ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr,
+):  # fmt: skip
+    """Program i writes row i: the atom and the segment in it where SM i begins; row ``num_sms`` is the end."""
+    sm = tl.program_id(0)
+    request = tl.arange(0, BLOCK)
+    skipped = tl.zeros((), tl.int32)
+    before = tl.zeros((), tl.int64)
+    total = tl.zeros((), tl.int64)
+    if ONE_BLOCK:
+        total += tl.sum(_segments(lens_ptr, request, rows, lens_stride, split))
+    else:
+        for first in tl.range(0, blocks, SUMS):
+            block = first + tl.arange(0, SUMS)
+            total += tl.sum(tl.load(sums_ptr + block, mask=block < blocks, other=0))
+    work = total * atoms
+    share = work // num_sms
+    rest = work - share * num_sms
+    # The SMs with one segment more come last, so that with little work the first ones have none and begin at row 0.
+    mark = sm * share + tl.maximum(sm - (num_sms - rest), 0)
+    if not ONE_BLOCK:
+        seen = tl.zeros((), tl.int64)
+        for first in tl.range(0, blocks, SUMS):
+            block = first + tl.arange(0, SUMS)
+            sums = tl.load(sums_ptr + block, mask=block < blocks, other=0)
+            passed = (block < blocks) & ((seen + tl.cumsum(sums, 0)) * atoms <= mark)
+            skipped += tl.sum(passed.to(tl.int32))
+            before += tl.sum(tl.where(passed, sums, 0))
+            seen += tl.sum(sums)
+    row = skipped * BLOCK + request
+    segments = _segments(lens_ptr, row, rows, lens_stride, split)
+    passed = (row < rows) & ((before + tl.cumsum(segments, 0)) * atoms <= mark)
+    before += tl.sum(tl.where(passed, segments, 0))
+    at = skipped * BLOCK + tl.sum(passed.to(tl.int32))
+    mine = tl.maximum(tl.sum(tl.where(row == at, segments, 0)), 1)
+    offset = mark - before * atoms
+    atom = at.to(tl.int64) * atoms + offset // mine
+    segment = offset % mine
+    # Without any work every SM's beginning is the end, and that has to be a request there is: DeepGEMM's kernel reads
+    # the length of the one it begins at before it compares the two.
+    last = sm == num_sms
+    atom = tl.where(total == 0, 0, tl.where(last, tl.cast(rows, tl.int64) * atoms, atom))
+    tl.store(out_ptr + sm * 2, atom.to(tl.int32))
+    tl.store(out_ptr + sm * 2 + 1, tl.where((total == 0) | last, 0, segment).to(tl.int32))
+
+
+@triton.jit
+def limit_lens_kernel(lens_ptr, out_ptr, rows, next_n, part, most, lens_stride, lens_stride_n, BLOCK: tl.constexpr):
+    """Each request's largest length within ``[0, most]``, ``part`` times."""
+    row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    length = tl.zeros((BLOCK,), tl.int64)
+    for j in tl.range(0, next_n):
+        at = row * lens_stride + j * lens_stride_n
+        length = tl.maximum(length, tl.load(lens_ptr + at, mask=row < rows, other=0).to(tl.int64))
+    length = tl.minimum(length, most).to(tl.int32)
+    for j in tl.range(0, part):
+        tl.store(out_ptr + row * part + j, length, mask=row < rows)
+
+
+_launch_sums, _launch_schedule = Launcher(segment_sums_kernel), Launcher(schedule_kernel)
+_launch_limit = Launcher(limit_lens_kernel)
+
+
+def get_paged_mqa_logits_metadata(
+    context_lens: torch.Tensor, split: int, atoms: int, num_sms: int, out: torch.Tensor
+) -> None:
+    """Launch over the last column of ``context_lens [B, n]``, B > 0."""
+    rows, next_n = context_lens.shape
+    lens = context_lens[:, next_n - 1]
+    blocks = -(-rows // BLOCK_ROWS)
+    block = BLOCK_ROWS if rows > 256 else 256
+    sums = out
+    if blocks > 1:
+        sums = torch.empty(blocks, dtype=torch.int64, device=out.device)
+        _launch_sums(blocks, (lens, sums), (rows, lens.stride(0), split), (BLOCK_ROWS,), num_warps=4)
+    _launch_schedule(
+        num_sms + 1,
+        (lens, sums, out),
+        (rows, blocks, num_sms, lens.stride(0), split, atoms),
+        (blocks == 1, block, _BLOCK_SUMS),
+        num_warps=4,
+    )
+
+
+def limit_lens(context_lens: torch.Tensor, most: int, part: int) -> torch.Tensor:
+    """int32 ``[B, part]``: every column each request's largest length, within ``[0, most]``; B > 0."""
+    rows, next_n = context_lens.shape
+    out = torch.empty(rows, part, dtype=torch.int32, device=context_lens.device)
+    _launch_limit(
+        -(-rows // 256),
+        (context_lens, out),
+        (rows, next_n, part, most, context_lens.stride(0), context_lens.stride(1)),
+        (256,),
+        num_warps=4,
+    )
+    return out

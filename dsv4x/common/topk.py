@@ -1,0 +1,198 @@
+"""Selection of the best-scoring entries: which ones, in what order, and in which index space.
+
+Every row selects ``min(length, k)`` entries: the largest logits, equal ones by the smaller index, in ascending order of
+their indices, then -1. NaN counts as -inf, -0 as 0, and -inf comes last but is not left out: a row of no more than k
+entries selects all of them whatever their logits, which is what lets short contexts go without logits.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import torch
+
+from . import checks
+from .indices import check_pool, local_to_slots, local_to_workspace_rows
+from .registry import Problem, select
+
+_INT32_MAX = 2**31 - 1
+
+
+class TopkMethod(enum.Enum):
+    """The index space of a selection."""
+
+    LOCAL = 0
+    """An entry's number inside its request's compressed sequence."""
+    RAGGED = 1
+    """A row of a workspace in which requests follow one another: local + the row's base."""
+    PAGED = 2
+    """A slot: page * page_size + offset, the page from the request's block table."""
+
+
+_METHODS = {
+    "sparse_mla_attention": TopkMethod.LOCAL,
+    "sparse_mla_prefill": TopkMethod.RAGGED,
+    "sparse_mla_decode": TopkMethod.PAGED,
+}
+
+
+def topk_method(op: str) -> TopkMethod:
+    """The index space that an attention entry point takes its top-k indices in.
+
+    Args:
+        op: ``"sparse_mla_attention"`` (LOCAL: it remaps by its metadata, on either path), ``"sparse_mla_prefill"``
+            (RAGGED: rows of its workspace) or ``"sparse_mla_decode"`` (PAGED: slots of its cache).
+
+    Raises ValueError for another name.
+    """
+    if op not in _METHODS:
+        raise ValueError(f"op: got {op!r}, need one of {', '.join(_METHODS)}")
+    return _METHODS[op]
+
+
+def topk_transform(
+    logits: torch.Tensor,
+    lengths: torch.Tensor | None,
+    k: int,
+    method: TopkMethod = TopkMethod.LOCAL,
+    *,
+    row_starts: torch.Tensor | None = None,
+    bases: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    page_size: int | None = None,
+    pages: int | None = None,
+    next_n: int = 1,
+    requests: torch.Tensor | None = None,
+    stable: bool = True,
+    out: torch.Tensor | None = None,
+    kernel: str | None = None,
+) -> torch.Tensor:
+    """Each row's k best entries, as indices of the space that ``method`` names.
+
+    Args:
+        logits: float32 ``[rows, N]``, rows contiguous, any row stride; what stands outside a row's entries may be
+            anything.
+        lengths: int32 or int64 ``[rows]``, entries of each row, clamped to ``[0, N - start]``; None for all columns.
+        k: indices a row, >= 1.
+        method: LOCAL, RAGGED (``bases``) or PAGED (``block_table``, ``page_size``, ``pages``).
+        row_starts: int32 or int64 ``[rows]``, the column of each row's entry 0, clamped to ``[0, N]``; None for 0.
+        bases: int32 or int64 ``[rows]``, workspace row of each row's entry 0; a negative one has none (RAGGED).
+        block_table: int32 ``[R, m]`` page numbers (PAGED); an entry whose page is outside the pool or past the table
+            becomes -1 where it stands.
+        page_size, pages: of the cache (PAGED).
+        next_n: rows a request; row i is of request i // next_n.
+        requests: int32 or int64 ``[rows]``, each row's request instead; one outside ``[0, R)`` has no pages.
+        stable: whether ties go to the smallest index and rows are in ascending order, so that all ranks agree. False
+            leaves both open and lets kernels run that promise neither.
+        out: int32 ``[rows, k]``, rows contiguous, or None.
+        kernel: ``"triton"``, ``"flashinfer"``, ``"aiter"`` or ``"reference"``; None picks.
+
+    Returns:
+        int32 ``[rows, k]``: ``min(length, k)`` indices, then -1. With PAGED a -1 may also stand between them.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, stride, device or value; under ``DSV4X_CHECK=1`` also a
+            length past its row, with its row.
+        KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
+
+    Source: the two transforms of FlashInfer's ``top_k_*_transform`` and the stable order of AITER's
+    ``top_k_per_row_*``.
+    """
+    checks.tensor("logits", logits, (None, None), torch.float32)
+    rows, width, device = *logits.shape, logits.device
+    checks.integer("k", k, 1, _INT32_MAX)
+    for name, value in (("lengths", lengths), ("row_starts", row_starts)):
+        if value is not None:
+            checks.tensor(name, value, (rows,), checks.INDEX_DTYPES, device)
+    space = check_space(method, rows, device, bases, block_table, page_size, pages, next_n, requests)
+    if out is None:
+        out = torch.empty(rows, k, dtype=torch.int32, device=device)
+    else:
+        checks.tensor("out", out, (rows, k), torch.int32, device)
+    if lengths is not None and checks.check_values_enabled():
+        most = width - (0 if row_starts is None else row_starts.long())
+        bad = (lengths < 0) | (lengths > most)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(f"lengths: {int(lengths[row])} in row {row}, need 0 to what is left of {width} columns")
+    problem = Problem.on(
+        "topk_transform", device, tokens=rows, width=width, extra_width=k, options=(method.name, *_promises(stable))
+    )
+    record = select(problem, kernel)
+    if rows:
+        record.launch(device, logits, lengths, k, method, row_starts, space, out)
+    return out
+
+
+def _promises(stable: bool) -> tuple[str, ...]:
+    return ("stable",) if stable else ()
+
+
+def check_space(
+    method: TopkMethod,
+    rows: int,
+    device: torch.device,
+    bases: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    page_size: int | None,
+    pages: int | None,
+    next_n: int,
+    requests: torch.Tensor | None,
+) -> dict[str, Any]:
+    """What turns a local index into one of the method's space, checked."""
+    if not isinstance(method, TopkMethod):
+        raise TypeError(f"method: got {type(method).__name__}, need a dsv4x.TopkMethod")
+    if method is TopkMethod.RAGGED:
+        if bases is None:
+            raise ValueError("bases: got None, need an int32 or int64 tensor for RAGGED")
+        checks.tensor("bases", bases, (rows,), checks.INDEX_DTYPES, device)
+        return {"bases": bases}
+    if method is TopkMethod.LOCAL:
+        return {}
+    for name, value in (("block_table", block_table), ("page_size", page_size), ("pages", pages)):
+        if value is None:
+            raise ValueError(f"{name}: got None, need it for PAGED")
+    assert block_table is not None
+    assert page_size is not None
+    assert pages is not None
+    checks.tensor("block_table", block_table, (None, None), torch.int32, device)
+    check_pool(page_size, pages)
+    checks.integer("next_n", next_n, 1)
+    if requests is not None:
+        checks.tensor("requests", requests, (rows,), checks.INDEX_DTYPES, device)
+    elif rows > block_table.shape[0] * next_n:
+        raise ValueError(f"block_table: {block_table.shape[0]} requests, need >= {-(-rows // next_n)} for {rows} rows")
+    return {
+        "block_table": block_table,
+        "page_size": page_size,
+        "pages": pages,
+        "next_n": next_n,
+        "requests": requests,
+    }
+
+
+def plain_order(logits: torch.Tensor) -> torch.Tensor:
+    """A copy in which a vendor's order of float32 is this module's: NaN as -inf, -0 as 0; rows back to back."""
+    return torch.where(logits.isnan(), -torch.inf, logits + 0.0).contiguous()
+
+
+def put_in_space(
+    local: torch.Tensor, lens: torch.Tensor, method: TopkMethod, space: dict[str, Any], out: torch.Tensor
+) -> torch.Tensor:
+    """Write local indices below ``lens``, -1 for none, to ``out`` in the space of ``method``.
+
+    Args:
+        local: int32 or int64 ``[rows, k]``, any row stride.
+        lens: int32 or int64 ``[rows]``.
+        method, space: as :func:`check_space` returns it.
+        out: int32 ``[rows, k]``.
+    """
+    if method is TopkMethod.LOCAL:
+        return out.copy_(torch.where(local < lens[:, None], local, -1))
+    row = torch.arange(out.shape[0], dtype=torch.int32, device=out.device)
+    if method is TopkMethod.RAGGED:
+        return out.copy_(local_to_workspace_rows(local, row, lens, space["bases"]))
+    request = row // space["next_n"] if space["requests"] is None else space["requests"]
+    table, page_size, pages = space["block_table"], space["page_size"], space["pages"]
+    return out.copy_(local_to_slots(local, request, lens, table, page_size, pages))

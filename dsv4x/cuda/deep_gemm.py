@@ -1,0 +1,444 @@
+"""DeepGEMM's indexer logits and their schedule on SM90, SM100 and SM120, both generations of its API.
+
+Read from the ``sgl-deep-gemm`` wheels 0.1.5.post1, 0.2.3 and 0.2.5 (the headers it compiles, and the assertions in its
+library) and measured on an H200 with the first. Told apart by signature: ``fp8_paged_mqa_logits`` and
+``fp8_mqa_logits`` are older than ``fp8_fp4_*``, which take q as a pair; the newest have no ``clean_logits``, want
+``max_seqlen_k``, and on SM100 a request number for every row.
+
+What it leaves to its caller, and what is done here: it reads a request's length from its last row, so that every row
+of a request is scored over the longest; it writes whole segments, so that columns past a length hold anything; it
+trusts lengths, ranges and its schedule, and reads the length of the request an idle SM begins at, even past the last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..common import layouts
+from ..common.indexer import SPLIT_PAGES, encoding_of
+from ..common.layouts import ALIGNMENT, PagedCache
+from ..common.platform import platform
+from ..common.portable import logits_us
+from ..common.registry import Kernel, Problem, register
+from ..common.vendor import TRITON, VendorLibrary
+
+DEEP_GEMM = VendorLibrary(
+    "deep_gemm",
+    ("sgl-deep-gemm",),
+    wrong={"deep-gemm": "PyPI's deep-gemm, an old source release with another API"},
+    attributes=("get_paged_mqa_logits_metadata",),
+    hint="pip install sgl-deep-gemm",
+)
+
+ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120")
+LAYOUTS = (layouts.INDEXER_FP8.name, layouts.INDEXER_FP4.name)
+PAGE_SIZES = {"sm_90": (64,), "sm_100": (32, 64), "sm_103": (32, 64), "sm_120": (64,)}
+SM90_NEXT_N = 2
+FLAT_WIDTH = 256
+
+BY_NAME_ONLY = (
+    "it compiles a kernel for every 32 requests and reads past its shared memory where no request has an entry; "
+    "triton's table is the same"
+)
+
+# Microseconds a call, bytes of K, FLOP and bytes of logits a microsecond, of an H200.
+_RATES = (8.0, 3.9e6, 1150e6, 4e6)
+# A pass over logits that are still in the L2: microseconds a call as an eager step sees them, bytes a microsecond.
+_PASS = (20.0, 5e6)
+# What a part costs the host beside its call: its rows of q and of the weights are copied, its logits put in place.
+_PART_US = 100.0
+
+
+def schedule_limit(arch: str, shared_memory: int) -> int:
+    """The largest number of requests whose schedule fits ``shared_memory`` bytes in one of DeepGEMM's kernels.
+
+    SM90 and SM120 hold a prefix sum of 4 bytes for each of the requests rounded up to 32; SM100 two words a request, or
+    a row in its newest generation, and some for its warps.
+    """
+    words = shared_memory // 4
+    return (words - 64) // 2 if arch.startswith("sm_10") else words // 32 * 32
+
+
+def _function(name: str, packed: bool) -> Any:
+    """The entry point called ``fp8_<name>`` in the older generation, or the one for both encodings."""
+    module = DEEP_GEMM.load()
+    older = None if packed else getattr(module, f"fp8_{name}", None)
+    return older or getattr(module, f"fp8_fp4_{name}", None)
+
+
+@functools.cache
+def _parameters(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def _wheel_reasons(problem: Problem, name: str) -> list[str]:
+    """What the installed build lacks. Only asked where a GPU could run it."""
+    if problem.device != "cuda" or problem.arch not in ARCHS or DEEP_GEMM.reason is not None:
+        return []
+    packed = "q e2m1" in problem.options
+    if _function(name, packed) is None:
+        need = f"fp8_fp4_{name}" if packed else f"fp8_{name} or fp8_fp4_{name}"
+        return [f"deep_gemm at {DEEP_GEMM.path} has no {need}"]
+    return []
+
+
+def _operand_reasons(problem: Problem, k: str) -> list[str]:
+    """What its matrix products do not take."""
+    q = encoding_of(problem, "q")
+    if q != k or q == "e4m3fnuz":
+        return [f"q is {q} and K {k}, need e4m3fn for both or e2m1 for both"]
+    if q == "e2m1" and problem.arch == "sm_90":
+        return ["q and K are e2m1, need e4m3fn on SM90"]
+    return []
+
+
+def _triton_missing() -> list[str]:
+    return [f"its lengths and logits are put within bounds by triton: {TRITON.reason}"] if TRITON.reason else []
+
+
+def _paged_reasons(problem: Problem) -> list[str]:
+    reasons = []
+    for cache in problem.caches:
+        if cache.layout in LAYOUTS:
+            reasons += _operand_reasons(problem, layouts.by_name(cache.layout).value_encoding)
+        sizes = PAGE_SIZES.get(problem.arch, ())
+        if sizes and cache.page_size not in sizes:
+            reasons.append(f"page_size is {cache.page_size}, need {' or '.join(map(str, sizes))}")
+        if cache.page_stride > 2**31 - 1:
+            reasons.append(f"page stride is {cache.page_stride} bytes, need < 2**31")
+    return reasons + (_wheel_reasons(problem, "paged_mqa_logits") or _triton_missing())
+
+
+def _flat_reasons(problem: Problem) -> list[str]:
+    reasons = _operand_reasons(problem, encoding_of(problem, "k"))
+    return reasons + (_wheel_reasons(problem, "mqa_logits") or _triton_missing())
+
+
+def _schedule_reasons(problem: Problem) -> list[str]:
+    reasons = []
+    sizes = PAGE_SIZES.get(problem.arch, ())
+    if sizes and problem.rows not in sizes:
+        reasons.append(f"page_size is {problem.rows}, need {' or '.join(map(str, sizes))}")
+    if problem.device == "cuda" and sizes:
+        limit = schedule_limit(problem.arch, platform.limits().shared_memory)
+        if problem.tokens > limit:
+            reasons.append(f"{problem.tokens} requests, need <= {limit}: its kernel's shared memory holds no more")
+        if not reasons and DEEP_GEMM.reason is None and _needs_requests(problem.arch):
+            reasons.append(
+                "this DeepGEMM schedules rows by their requests on SM100, which paged_mqa_logits does itself"
+            )
+    return reasons
+
+
+def _needs_requests(arch: str) -> bool:
+    """Whether the paged kernel takes single rows and a request number for each: SM100 since ``clean_logits`` went."""
+    function = _function("paged_mqa_logits", packed=False)
+    return arch.startswith("sm_10") and function is not None and "clean_logits" not in _parameters(function)
+
+
+def next_n_parts(arch: str, next_n: int) -> list[slice]:
+    """The rows of each request that one call takes: all of them, or pairs on SM90."""
+    if arch != "sm_90" or next_n <= SM90_NEXT_N:
+        return [slice(0, next_n)]
+    return [slice(at, min(at + SM90_NEXT_N, next_n)) for at in range(0, next_n, SM90_NEXT_N)]
+
+
+def _note(problem: Problem) -> str:
+    if problem.next_n == 1:
+        return ""
+    parts = next_n_parts(problem.arch, problem.next_n)
+    if len(parts) > 1:
+        sizes = " + ".join(str(part.stop - part.start) for part in parts)
+        return f"next_n {problem.next_n} as {sizes} over one block table: SM90's kernel takes <= {SM90_NEXT_N}"
+    if DEEP_GEMM.reason is None and _needs_requests(problem.arch):
+        return f"next_n {problem.next_n} as single rows that name their requests, over a view of the block table"
+    return f"next_n {problem.next_n} natively"
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as a tensor map takes it: contiguous, beginning on 16 bytes."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+def _pair(q: torch.Tensor, q_scale: torch.Tensor | None, function: Any) -> Any:
+    """q as the generation takes it; DeepGEMM reads a row's four ue8m0 scales as one int32."""
+    if q_scale is not None:
+        return _aligned(q).view(torch.int8), _aligned(q_scale).view(torch.int32).squeeze(-1)
+    return (_aligned(q), None) if "fp4" in function.__name__ else _aligned(q)
+
+
+def _options(function: Any) -> dict[str, Any]:
+    return {"clean_logits": False} if "clean_logits" in _parameters(function) else {}
+
+
+def paged_mqa_logits(
+    q: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    cache: PagedCache,
+    weights: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    max_context_len: int,
+    schedule: torch.Tensor | None,
+    out: torch.Tensor | None,
+    clean_logits: bool,
+) -> torch.Tensor:
+    """``fp8_paged_mqa_logits`` or ``fp8_fp4_paged_mqa_logits``. Arguments as in :func:`dsv4x.paged_mqa_logits`.
+
+    Rows its kernel does not take together are taken in parts, each over the whole block table; batches past its
+    schedule's limit on SM100 and SM120 are split.
+    """
+    batch, next_n = q.shape[:2]
+    limits = platform.limits(q.device)
+    step = batch if limits.arch == "sm_90" else schedule_limit(limits.arch, limits.shared_memory)
+    if _needs_requests(limits.arch):
+        step = max(1, step // next_n)
+    if step >= batch:
+        logits = _paged_batch(q, q_scale, cache, weights, context_lens, block_table, max_context_len, schedule)
+        return _deliver(logits, cache, context_lens, block_table, max_context_len, out, clean_logits)
+    if schedule is not None:
+        raise ValueError(f"schedule: given for {batch} requests, need None above {step}: the batch is split there")
+    if out is None:
+        out = torch.empty(batch * next_n, max_context_len, dtype=torch.float32, device=q.device)
+    for start in range(0, batch, step):
+        requests, rows = slice(start, start + step), slice(start * next_n, (start + step) * next_n)
+        logits = _paged_batch(
+            q[requests], None if q_scale is None else q_scale[requests], cache, weights[rows], context_lens[requests],
+            block_table[requests], max_context_len, None,
+        )  # fmt: skip
+        _deliver(logits, cache, context_lens[requests], block_table[requests], max_context_len, out[rows], True)
+    return out
+
+
+def _paged_batch(
+    q: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    cache: PagedCache,
+    weights: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    max_context_len: int,
+    schedule: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """The logits of each part of the requests' rows, ``[B * part, >= max_context_len]``, unclean."""
+    from ..common.kernels.schedule import limit_lens
+
+    function = _function("paged_mqa_logits", packed=q_scale is not None)
+    module = DEEP_GEMM.load()
+    arch = platform.limits(q.device).arch
+    batch, next_n, heads = q.shape[:3]
+    parts = next_n_parts(arch, next_n)
+    if _needs_requests(arch) and not _has_row_view(block_table, next_n):
+        parts = [slice(at, at + 1) for at in range(next_n)]
+    most = min(max_context_len, block_table.shape[1] * cache.page_size)
+    view = cache.servers_view
+
+    def call(part: slice, lens: torch.Tensor, table: torch.Tensor, plan: torch.Tensor, **more: Any) -> torch.Tensor:
+        rows, row_scale, row_weights = q, q_scale, weights
+        if len(parts) > 1:
+            rows = q[:, part]
+            row_scale = None if q_scale is None else q_scale[:, part]
+            row_weights = weights.unflatten(0, (batch, next_n))[:, part].reshape(-1, heads)
+        if "indices" in more:
+            rows = rows.reshape(-1, 1, *rows.shape[2:])
+            row_scale = None if row_scale is None else row_scale.reshape(-1, 1, *row_scale.shape[2:])
+        return function(
+            _pair(rows, row_scale, function), view, _aligned(row_weights), lens, table, plan, max_context_len,
+            **_options(function), **more,
+        )  # fmt: skip
+
+    if _needs_requests(arch):
+        # Only the table row of a request's first row is read: row b * n of this view is row b of the table.
+        requests = torch.arange(batch, dtype=torch.int32, device=q.device)
+        size, table = parts[0].stop, block_table
+        if size > 1:
+            stride = block_table.stride(0) // size
+            table = block_table.as_strided((batch * size, block_table.shape[1]), (stride, 1))
+        lens = limit_lens(context_lens, most, size).view(-1, 1)
+        indices = requests.repeat_interleave(size)
+        plan = module.get_paged_mqa_logits_metadata(lens, cache.page_size, module.get_num_sms(), indices)
+        return [call(part, lens, table, plan, indices=indices) for part in parts]
+    if schedule is not None and len(parts) == 1:
+        _check_schedule(schedule, module.get_num_sms())
+        return [call(parts[0], context_lens.int().contiguous(), block_table, schedule)]
+    # Only the last of a request's lengths is read, for all of its rows.
+    size = parts[0].stop
+    lens = limit_lens(context_lens, most, size)
+    plan = _schedule(lens, cache.page_size, module, arch)
+    found = []
+    for part in parts:
+        width = part.stop - part.start
+        found.append(call(part, lens if width == size else lens[:, :width].contiguous(), block_table, plan))
+    return found
+
+
+def _has_row_view(block_table: torch.Tensor, next_n: int) -> bool:
+    """Whether a table row for each of a request's rows fits its own, and the last request's the storage."""
+    stride, rest = divmod(block_table.stride(0), next_n)
+    end = block_table.storage_offset() + (len(block_table) * next_n - 1) * stride + block_table.shape[1]
+    return next_n == 1 or (rest == 0 and 4 * end <= block_table.untyped_storage().nbytes())
+
+
+def _schedule(lens: torch.Tensor, page_size: int, module: ModuleType, arch: str) -> torch.Tensor:
+    """The schedule of one call over ``lens [B, part]``, all its rows one atom or as many as DeepGEMM makes of them."""
+    num_sms = module.get_num_sms()
+    if arch == "sm_90":
+        from ..common.kernels.schedule import get_paged_mqa_logits_metadata
+
+        out = torch.empty(num_sms + 1, 2, dtype=torch.int32, device=lens.device)
+        get_paged_mqa_logits_metadata(lens, SPLIT_PAGES * page_size, 1, num_sms, out)
+        return out
+    return module.get_paged_mqa_logits_metadata(lens, page_size, num_sms)
+
+
+def _check_schedule(schedule: torch.Tensor, num_sms: int) -> None:
+    if schedule.shape[0] != num_sms + 1 or not schedule.is_contiguous():
+        raise ValueError(
+            f"schedule: shape {tuple(schedule.shape)}, strides {schedule.stride()}, "
+            f"need contiguous ({num_sms + 1}, 2): DeepGEMM runs on {num_sms} SMs"
+        )
+
+
+def _deliver(
+    parts: list[torch.Tensor],
+    cache: PagedCache,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    max_context_len: int,
+    out: torch.Tensor | None,
+    clean: bool,
+) -> torch.Tensor:
+    """The parts' rows in their order, clean where asked for, in ``out`` or in DeepGEMM's own buffer."""
+    from ..common.kernels.mqa_logits import clean_logits
+
+    batch, next_n = context_lens.shape
+    if len(parts) == 1 and out is None and not clean:
+        return parts[0]
+    if out is None:
+        out = parts[0]
+        if len(parts) > 1:
+            out = torch.empty(batch * next_n, max_context_len, dtype=torch.float32, device=context_lens.device)
+    first = 0
+    for part in parts:
+        width = part.shape[0] // batch
+        clean_logits(
+            part, context_lens, out, max_context_len, first=first, next_n=width, table=block_table,
+            page_size=cache.page_size, pages=cache.pages,
+        )  # fmt: skip
+        first += width
+    return out
+
+
+def mqa_logits(
+    q: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    weights: torch.Tensor,
+    ks: torch.Tensor,
+    ke: torch.Tensor,
+    max_seqlen_k: int | None,
+    out: torch.Tensor | None,
+    clean_logits: bool,
+) -> torch.Tensor:
+    """``fp8_mqa_logits`` or ``fp8_fp4_mqa_logits``. Arguments as in :func:`dsv4x.mqa_logits`.
+
+    Ranges are put within bounds first: of one that ends before it begins DeepGEMM's kernel makes 2**32 entries. Its
+    newest generation counts columns from ks only, so that a result of all entries takes a copy there.
+    """
+    from ..common.kernels import mqa_logits as kernels
+
+    function = _function("mqa_logits", packed=q_scale is not None)
+    entries, width = k.shape[0], k.shape[0] if max_seqlen_k is None else max_seqlen_k
+    relative = max_seqlen_k is not None or "clean_logits" not in _parameters(function)
+    # Written a segment at a time, past ke too where columns are entries; where they count from ks, never.
+    starts, ends = kernels.limit_ranges(ks, ke, entries, width)
+    kv = (_aligned(k), _aligned(k_scale))
+    if q_scale is not None:
+        kv = (kv[0].view(torch.int8), kv[1].view(torch.int32).squeeze(-1))
+    logits = function(
+        _pair(q, q_scale, function), kv, _aligned(weights), starts, ends,
+        max_seqlen_k=width if relative else 0, **_options(function),
+    )[:, :width]  # fmt: skip
+    shifted = relative and max_seqlen_k is None
+    if out is None and not shifted:
+        if not clean_logits:
+            return logits
+        out = logits
+    elif out is None:
+        out = torch.empty(q.shape[0], width, dtype=torch.float32, device=q.device)
+    if max_seqlen_k is None:
+        kernels.clean_logits(logits, ends[:, None], out, width, starts=starts, shifted=shifted)
+    else:
+        kernels.clean_logits(logits, (ends - starts)[:, None], out, width)
+    return out
+
+
+def get_paged_mqa_logits_metadata(
+    context_lens: torch.Tensor, split: int, atoms: int, num_sms: int, out: torch.Tensor
+) -> None:
+    """DeepGEMM's function of this name. Arguments as its Triton counterpart's."""
+    module = DEEP_GEMM.load()
+    lens = context_lens.int().clamp_min(0).contiguous()
+    out.copy_(module.get_paged_mqa_logits_metadata(lens, split // SPLIT_PAGES, num_sms))
+
+
+def _paged_us(problem: Problem) -> float:
+    """A call a part, each of which reads all of K, and a pass over logits that are cleaned or put together."""
+    parts = next_n_parts(problem.arch, problem.next_n)
+    calls = (dataclasses.replace(problem, next_n=part.stop - part.start) for part in parts)
+    total = sum(logits_us(call, *_RATES) for call in calls)
+    if len(parts) == 1 and "clean" not in problem.options:
+        return total
+    call, rate = _PASS
+    host = 0.0 if len(parts) == 1 else len(parts) * _PART_US
+    return total + host + call + 4.0 * problem.tokens * problem.next_n * problem.width / rate
+
+
+def _flat_us(problem: Problem) -> float:
+    call, rate = _PASS
+    passed = call + 4.0 * problem.tokens * problem.width / rate if "clean" in problem.options else 0.0
+    return logits_us(problem, *_RATES) + passed
+
+
+def register_kernels() -> None:
+    """Add DeepGEMM's kernels to the ops they serve."""
+    paged = Kernel(
+        "paged_mqa_logits",
+        "deep_gemm",
+        paged_mqa_logits,
+        _paged_us,
+        library=DEEP_GEMM,
+        archs=ARCHS,
+        layouts=LAYOUTS,
+        further_reasons=_paged_reasons,
+        note=_note,
+    )
+    flat = Kernel(
+        "mqa_logits",
+        "deep_gemm",
+        mqa_logits,
+        _flat_us,
+        library=DEEP_GEMM,
+        archs=ARCHS,
+        further_reasons=_flat_reasons,
+    )
+    schedule = Kernel(
+        "get_paged_mqa_logits_metadata",
+        "deep_gemm",
+        get_paged_mqa_logits_metadata,
+        lambda problem: 6.0 + 0.003 * problem.tokens,
+        library=DEEP_GEMM,
+        archs=ARCHS,
+        by_name_only=BY_NAME_ONLY,
+        further_reasons=_schedule_reasons,
+    )
+    for kernel in (paged, flat, schedule):
+        register(kernel)

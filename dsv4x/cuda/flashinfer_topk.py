@@ -1,0 +1,81 @@
+"""FlashInfer's selection of a row's largest logits, from 0.6.15 on, whose ties can be told to go to the smallest index.
+
+Read from the Python side of the ``flashinfer-python`` wheels 0.6.15 to 0.7.2.post1; **nothing was run on a GPU**. It
+keeps the order of float32, in which a NaN is the largest and -0 is below 0, and promises no order of the indices.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from ..common.registry import Kernel, Problem, register
+from ..common.topk import TopkMethod, plain_order, put_in_space
+from .flashinfer import FLASHINFER
+
+FUNCTION = "top_k_ragged_transform"
+_ARGUMENTS = ("input", "offsets", "lengths", "k", "deterministic", "tie_break", "dsa_graph_safe", "row_starts")
+_SMALLEST_INDEX = 1
+
+BY_NAME_ONLY = "its NaN, its -0 and its order of the indices take three more passes, and nobody has timed it for dsv4x"
+
+
+def _reasons(problem: Problem) -> list[str]:
+    """What the installed release lacks, told by its signature."""
+    if problem.device != "cuda" or FLASHINFER.reason is not None:
+        return []
+    where = f"flashinfer at {FLASHINFER.path}"
+    function = getattr(FLASHINFER.load(), FUNCTION, None)
+    if function is None:
+        return [f"{where} has no {FUNCTION}"]
+    lacking = [name for name in _ARGUMENTS if name not in inspect.signature(function).parameters]
+    return [f"{FUNCTION} of {where} has no {', '.join(lacking)}"] if lacking else []
+
+
+def topk_transform(
+    logits: torch.Tensor,
+    lengths: torch.Tensor | None,
+    k: int,
+    method: TopkMethod,
+    row_starts: torch.Tensor | None,
+    space: dict[str, Any],
+    out: torch.Tensor,
+) -> None:
+    """``top_k_ragged_transform`` for local indices, put in order and in the space asked for. rows > 0."""
+    rows, width = logits.shape
+    starts = torch.zeros(rows, dtype=torch.int32, device=logits.device)
+    if row_starts is not None:
+        starts = row_starts.clamp(0, width).int()
+    lens = width - starts
+    if lengths is not None:
+        lens = torch.minimum(lengths.clamp(0, width).int(), lens)
+    local = getattr(FLASHINFER.load(), FUNCTION)(
+        plain_order(logits),
+        torch.zeros_like(starts),
+        lens,
+        k,
+        deterministic=True,
+        tie_break=_SMALLEST_INDEX,
+        dsa_graph_safe=True,
+        row_starts=starts,
+    )
+    # No index is past its row's length, so this stands for none, behind all others.
+    local = torch.where(local < 0, 2**31 - 1, local).sort(dim=1).values
+    put_in_space(local, lens, method, space, out)
+
+
+def register_kernels() -> None:
+    """Add the selection kernel."""
+    register(
+        Kernel(
+            "topk_transform",
+            "flashinfer",
+            topk_transform,
+            lambda problem: float("inf"),
+            library=FLASHINFER,
+            by_name_only=BY_NAME_ONLY,
+            further_reasons=_reasons,
+        )
+    )

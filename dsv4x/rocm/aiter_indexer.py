@@ -1,0 +1,246 @@
+"""AITER's indexer logits and its selection on gfx942 and gfx950.
+
+Read at ROCm/aiter e4048607a5; **no AMD GPU was used**: calls are checked against its signatures and on doubles.
+``deepgemm_fp8_paged_mqa_logits`` reads pages of one entry, or pages whose values are shuffled, which is another layout;
+it takes one length a request, from which it counts its rows' own down by single entries, and 32-bit offsets.
+``fp8_mqa_logits`` gives a column an entry. ``top_k_per_row_prefill(stable=True)`` is in index order and takes the
+smallest index of equal values, but keeps the order of float32, in which a NaN is the largest and -0 is below 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..common import layouts
+from ..common.indexer import encoding_of
+from ..common.layouts import PagedCache
+from ..common.portable import TRITON_LOGITS_RATES, logits_us
+from ..common.registry import Kernel, Problem, register
+from ..common.topk import TopkMethod, plain_order, put_in_space
+from ..common.vendor import TRITON, VendorLibrary
+
+ARCHS = ("gfx942", "gfx950")
+FLAVOURS = {"gfx942": "e4m3fnuz", "gfx950": "e4m3fn"}
+
+# (module, function, the arguments it is called with), by op.
+ENTRY_POINTS = {
+    "paged_mqa_logits": (
+        "aiter.ops.triton.attention.pa_mqa_logits",
+        "deepgemm_fp8_paged_mqa_logits",
+        ("q_fp8", "kv_cache", "weights", "out_logits", "context_lens", "kv_indices", "max_model_len", "KVBlockSize"),
+    ),
+    "mqa_logits": (
+        "aiter.ops.triton.attention.fp8_mqa_logits",
+        "fp8_mqa_logits",
+        ("Q", "KV", "kv_scales", "weights", "cu_starts", "cu_ends", "clean_logits"),
+    ),
+    "topk_transform": (
+        "aiter.ops.topk",
+        "top_k_per_row_prefill",
+        ("logits", "rowStarts", "rowEnds", "indices", "values", "numRows", "stride0", "stride1", "k", "stable"),
+    ),
+}
+
+# A guess: AITER's kernels were tuned on these GPUs, dsv4x's were not.
+_SHARE_OF_TRITON = 0.9
+_TOPK_US = 25.0
+
+
+@functools.cache
+def entry_point(op: str) -> Callable[..., Any]:
+    """AITER's function for ``op``; importing its module may compile."""
+    module, name, _ = ENTRY_POINTS[op]
+    return getattr(importlib.import_module(module), name)
+
+
+def _release_reasons(library: VendorLibrary, op: str) -> list[str]:
+    """What the installed release lacks, told by its signature; triton's part is asked with it."""
+    if library.reason is not None:
+        return []
+    module, name, arguments = ENTRY_POINTS[op]
+    try:
+        parameters = inspect.signature(entry_point(op)).parameters
+    except Exception as error:  # AITER compiles and probes when imported, which may fail in any way
+        return [f"import of {name} from {module} failed: {type(error).__name__}: {error}"]
+    lacking = [argument for argument in arguments if argument not in parameters]
+    return [f"{name} of aiter at {library.path} has no {', '.join(lacking)}"] if lacking else []
+
+
+def _flavour_reasons(problem: Problem, encodings: dict[str, str]) -> list[str]:
+    need = FLAVOURS.get(problem.arch)
+    found = " and ".join(f"{name} {encoding}" for name, encoding in encodings.items())
+    if need is None or set(encodings.values()) == {need}:
+        return []
+    return [f"{found}, need {need} for both on {problem.arch}"]
+
+
+def _paged_reasons(library: VendorLibrary, problem: Problem) -> list[str]:
+    reasons = []
+    for cache in problem.caches:
+        encoding = layouts.by_name(cache.layout).value_encoding
+        reasons += _flavour_reasons(problem, {"q": encoding_of(problem, "q"), "K": encoding})
+        if cache.page_size != 1:
+            reasons.append(f"page_size is {cache.page_size}, need 1: it reads larger pages shuffled only")
+        if cache.pages * cache.page_stride > 2**31 - 1:
+            reasons.append(f"cache spans {cache.pages * cache.page_stride} bytes, need < 2**31: its offsets are 32-bit")
+    if not reasons and problem.device == "cuda" and problem.arch in ARCHS:
+        reasons += _release_reasons(library, "paged_mqa_logits") or _triton_missing()
+    return reasons
+
+
+def _flat_reasons(library: VendorLibrary, problem: Problem) -> list[str]:
+    reasons = _flavour_reasons(problem, {"q": encoding_of(problem, "q"), "K": encoding_of(problem, "k")})
+    if "relative" in problem.options:
+        reasons.append("max_seqlen_k is given, need None: it writes a column an entry")
+    if not reasons and problem.device == "cuda" and problem.arch in ARCHS:
+        reasons += _release_reasons(library, "mqa_logits") or _triton_missing()
+    return reasons
+
+
+def _topk_reasons(library: VendorLibrary, problem: Problem) -> list[str]:
+    if problem.tokens * problem.width > 2**31 - 1:
+        return [f"{problem.tokens} x {problem.width} logits, need < 2**31: its offsets are 32-bit"]
+    if problem.device == "cuda" and problem.arch in ARCHS:
+        return _release_reasons(library, "topk_transform")
+    return []
+
+
+def _triton_missing() -> list[str]:
+    return [f"its ranges and logits are put within bounds by triton: {TRITON.reason}"] if TRITON.reason else []
+
+
+def paged_mqa_logits(
+    q: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    cache: PagedCache,
+    weights: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    max_context_len: int,
+    schedule: torch.Tensor | None,
+    out: torch.Tensor | None,
+    clean_logits: bool,
+) -> torch.Tensor:
+    """``deepgemm_fp8_paged_mqa_logits``, one of a request's rows at a time, so that each has its own length."""
+    from ..common.kernels import mqa_logits as kernels
+
+    batch, next_n = q.shape[:2]
+    if out is None:
+        out = torch.empty(batch * next_n, max_context_len, dtype=torch.float32, device=q.device)
+    most = min(max_context_len, block_table.shape[1] * cache.page_size)
+    lens = context_lens.clamp(0, most).int()
+    # It reads the page a table names, whatever that is, and takes the table's width for its row stride.
+    table = block_table.clamp(0, cache.pages - 1).contiguous()
+    rows, row_weights = out.unflatten(0, (batch, next_n)), weights.unflatten(0, (batch, next_n))
+    for row in range(next_n):
+        entry_point("paged_mqa_logits")(
+            q_fp8=q[:, row : row + 1].contiguous(),
+            kv_cache=cache.servers_view,
+            weights=row_weights[:, row].contiguous(),
+            out_logits=rows[:, row],
+            context_lens=lens[:, row].contiguous(),
+            kv_indices=table,
+            max_model_len=max_context_len,
+            KVBlockSize=cache.page_size,
+        )
+    if clean_logits:
+        kernels.clean_logits(
+            out, lens, out, max_context_len, table=block_table, page_size=cache.page_size, pages=cache.pages
+        )
+    return out
+
+
+def mqa_logits(
+    q: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    weights: torch.Tensor,
+    ks: torch.Tensor,
+    ke: torch.Tensor,
+    max_seqlen_k: int | None,
+    out: torch.Tensor | None,
+    clean_logits: bool,
+) -> torch.Tensor:
+    """``fp8_mqa_logits``, ranges put within bounds first."""
+    from ..common.kernels import mqa_logits as kernels
+
+    starts, ends = kernels.limit_ranges(ks, ke, k.shape[0], k.shape[0])
+    logits = entry_point("mqa_logits")(
+        Q=q.contiguous(),
+        KV=k.contiguous(),
+        kv_scales=k_scale.contiguous(),
+        weights=weights.contiguous(),
+        cu_starts=starts,
+        cu_ends=ends,
+        clean_logits=False,
+    )
+    if out is None and not clean_logits:
+        return logits
+    out = logits if out is None else out
+    kernels.clean_logits(logits, ends[:, None], out, k.shape[0], starts=starts)
+    return out
+
+
+def topk_transform(
+    logits: torch.Tensor,
+    lengths: torch.Tensor | None,
+    k: int,
+    method: TopkMethod,
+    row_starts: torch.Tensor | None,
+    space: dict[str, Any],
+    out: torch.Tensor,
+) -> None:
+    """``top_k_per_row_prefill`` for columns, which become local indices and those of the space asked for. rows > 0."""
+    rows, width = logits.shape
+    starts = torch.zeros(rows, dtype=torch.int32, device=logits.device)
+    if row_starts is not None:
+        starts = row_starts.clamp(0, width).int()
+    lens = width - starts
+    if lengths is not None:
+        lens = torch.minimum(lengths.clamp(0, width).int(), lens)
+    values = plain_order(logits)
+    columns = torch.empty(rows, k, dtype=torch.int32, device=logits.device)
+    entry_point("topk_transform")(
+        logits=values,
+        rowStarts=starts,
+        rowEnds=starts + lens,
+        indices=columns,
+        values=None,
+        numRows=rows,
+        stride0=values.stride(0),
+        stride1=values.stride(1),
+        k=k,
+        stable=True,
+    )
+    put_in_space(torch.where(columns >= 0, columns - starts[:, None], -1), lens, method, space, out)
+
+
+def _logits_us(problem: Problem) -> float:
+    return _SHARE_OF_TRITON * logits_us(problem, *TRITON_LOGITS_RATES[problem.op])
+
+
+def register_kernels(library: VendorLibrary) -> None:
+    """Add AITER's kernels of the indexer; ``library`` is AITER."""
+    for op, run, reasons, predicted in (
+        ("paged_mqa_logits", paged_mqa_logits, _paged_reasons, _logits_us),
+        ("mqa_logits", mqa_logits, _flat_reasons, _logits_us),
+        ("topk_transform", topk_transform, _topk_reasons, lambda problem: _TOPK_US),
+    ):
+        register(
+            Kernel(
+                op,
+                "aiter",
+                run,
+                predicted,
+                library=library,
+                archs=ARCHS,
+                further_reasons=functools.partial(reasons, library),
+            )
+        )

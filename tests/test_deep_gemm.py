@@ -1,0 +1,322 @@
+"""DeepGEMM's calls, both generations of its API, on doubles that keep its promises and no more."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import dsv4x
+from dsv4x import PagedCache, layouts, reference
+from dsv4x.common.platform import DeviceLimits
+from dsv4x.cuda import deep_gemm
+
+GARBAGE = 12345.0
+SMS = 7
+MACHINES = [("0.1", "sm_90"), ("0.2", "sm_90"), ("0.1", "sm_100"), ("0.2", "sm_100"), ("0.2", "sm_120")]
+
+
+class Double:
+    """Scores a request's rows over its last row's length in whole segments, garbage behind, and checks what it gets."""
+
+    def __init__(self, generation, arch):
+        self.generation, self.arch, self.calls = generation, arch, []
+        if generation == "0.1":
+
+            def fp8_paged_mqa_logits(q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
+                                     clean_logits=False, indices=None):  # fmt: skip
+                assert not clean_logits
+                return self.paged(q, None, kv_cache, weights, context_lens, block_table, schedule_meta,
+                                  max_context_len, indices)  # fmt: skip
+
+            def fp8_mqa_logits(q, kv, weights, ks, ke, clean_logits=False, max_seqlen_k=0):
+                assert not clean_logits
+                return self.flat(q, None, *kv, weights, ks, ke, max_seqlen_k)
+
+            def fp8_fp4_paged_mqa_logits(q, kv_cache, weights, context_lens, block_table, schedule_meta,
+                                         max_context_len, clean_logits=False, logits_dtype=torch.float,
+                                         indices=None):  # fmt: skip
+                return self.paged(*q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
+                                  indices)  # fmt: skip
+
+            def fp8_fp4_mqa_logits(q, kv, weights, cu_seq_len_k_start, cu_seq_len_k_end, clean_logits=False,
+                                   max_seqlen_k=0, logits_dtype=torch.float):  # fmt: skip
+                return self.flat(*q, *kv, weights, cu_seq_len_k_start, cu_seq_len_k_end, max_seqlen_k)
+
+            self.fp8_paged_mqa_logits, self.fp8_mqa_logits = fp8_paged_mqa_logits, fp8_mqa_logits
+        else:
+
+            def fp8_fp4_paged_mqa_logits(q, kv_cache, weights, context_lens, block_table, schedule_meta,
+                                         max_context_len, indices=None):  # fmt: skip
+                return self.paged(*q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
+                                  indices)  # fmt: skip
+
+            def fp8_fp4_mqa_logits(q, kv, weights, cu_seq_len_k_start, cu_seq_len_k_end, max_seqlen_k,
+                                   schedule_meta=None):  # fmt: skip
+                assert max_seqlen_k > 0
+                return self.flat(*q, *kv, weights, cu_seq_len_k_start, cu_seq_len_k_end, max_seqlen_k)
+
+        self.fp8_fp4_paged_mqa_logits, self.fp8_fp4_mqa_logits = fp8_fp4_paged_mqa_logits, fp8_fp4_mqa_logits
+
+    def get_num_sms(self):
+        return SMS
+
+    def get_paged_mqa_logits_metadata(self, context_lens, block_kv, num_sms, indices=None):
+        assert context_lens.dim() == 2
+        assert context_lens.is_contiguous()
+        assert context_lens.dtype == torch.int32
+        assert (indices is not None) == (self.generation == "0.2" and self.arch.startswith("sm_10"))
+        out = torch.empty(num_sms + 1, 2, dtype=torch.int32)
+        reference.get_paged_mqa_logits_metadata(
+            context_lens, 4 * block_kv, -(-context_lens.shape[1] // 2), num_sms, out
+        )
+        return out
+
+    def paged(self, q, q_sf, kv, weights, lens, table, schedule, max_context_len, indices):
+        batch, next_n = q.shape[:2]
+        self.calls.append(SimpleNamespace(q=q, table=table, lens=lens, indices=indices))
+        assert q.is_contiguous()
+        assert weights.is_contiguous()
+        assert weights.shape == (batch * next_n, q.shape[2])
+        assert lens.is_contiguous()
+        assert lens.dtype == torch.int32
+        assert lens.shape == (batch, next_n)
+        assert table.shape[0] == batch
+        assert table.stride(1) == 1
+        assert schedule.shape == (SMS + 1, 2)
+        assert schedule.is_contiguous()
+        assert self.arch != "sm_90" or next_n <= 2
+        assert (indices is not None) == (self.generation == "0.2" and self.arch.startswith("sm_10"))
+        _, page_size, one, entry = kv.shape
+        assert one == 1
+        layout = layouts.INDEXER_FP8 if q_sf is None else layouts.INDEXER_FP4
+        assert entry == layout.entry_bytes
+        assert q.dtype == (torch.float8_e4m3fn if q_sf is None else torch.int8)
+        cache = PagedCache(kv, layout, page_size)
+        if q_sf is not None:
+            assert q_sf.dtype == torch.int32
+            assert q_sf.shape == q.shape[:3]
+            q, q_sf = q.view(torch.uint8), q_sf.unsqueeze(-1).view(torch.uint8)
+        lens = lens[:, -1:].expand(batch, next_n)
+        if indices is not None:
+            assert next_n == 1
+            first = torch.cat([torch.ones(1, dtype=torch.bool), indices[1:] != indices[:-1]]).cumsum(0) - 1
+            starts = torch.stack([(first == i).nonzero()[0, 0] for i in range(int(first.max()) + 1)])
+            table = table[starts[first]]
+        aligned = -(-max_context_len // 256) * 256
+        # Segments beyond the length's are never written, and the last one is to its end.
+        assert int(lens.max()) <= table.shape[1] * page_size
+        values = reference.paged_mqa_logits(q, q_sf, cache, weights, lens, table, aligned)
+        values[values == -torch.inf] = GARBAGE
+        values[:, 0] = torch.where(lens.reshape(-1) > 0, values[:, 0], torch.nan)
+        return values[:, :max_context_len]
+
+    def flat(self, q, q_sf, k, k_sf, weights, ks, ke, max_seqlen_k):
+        self.calls.append(SimpleNamespace(q=q))
+        assert (ks >= 0).all()
+        assert (ks <= ke).all()
+        assert (ke <= len(k)).all()
+        assert max_seqlen_k == 0 or (ke - ks <= max_seqlen_k).all()
+        for value in (q, k, k_sf, weights, ks, ke):
+            assert value.is_contiguous()
+        if q_sf is not None:
+            q, q_sf = q.view(torch.uint8), q_sf.unsqueeze(-1).view(torch.uint8)
+            k, k_sf = k.view(torch.uint8), k_sf.unsqueeze(-1).view(torch.uint8)
+        lost = k_sf.isnan() if q_sf is None else torch.zeros(len(k), dtype=torch.bool)
+        k_sf = k_sf if q_sf is not None else k_sf.nan_to_num(1.0)
+        values = reference.mqa_logits(q, q_sf, k, k_sf, weights, ks, ke, max_seqlen_k or None)
+        values = values.masked_fill(values == -torch.inf, GARBAGE)
+        for entry in lost.nonzero()[:, 0].tolist():
+            for row in ((ks <= entry) & (entry < ke)).nonzero()[:, 0].tolist():
+                values[row, entry - (int(ks[row]) if max_seqlen_k else 0)] = torch.nan
+        return values
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """Install a generation's double as the library, and an arch as the CPU's."""
+
+    def install(generation, arch="sm_90", shared_memory=232448):
+        module = Double(generation, arch)
+        monkeypatch.setitem(vars(deep_gemm.DEEP_GEMM), "_loaded", (module, None, None))
+        limits = DeviceLimits(arch, "double", SMS, shared_memory, 32, 0, "e4m3fn")
+        monkeypatch.setattr(deep_gemm, "platform", SimpleNamespace(limits=lambda device=None: limits))
+        return module
+
+    return install
+
+
+def problem(rng, next_n, layout=layouts.INDEXER_FP8, page_size=64, columns=5, hostile=True):
+    batch, heads = 4, 32
+    cache = PagedCache.zeros(23, layout, page_size)
+    k = torch.randn(cache.capacity, 128, generator=rng).bfloat16()
+    dsv4x.quantize_and_insert_k_cache(k, cache, torch.arange(cache.capacity), kernel="reference")
+    buffer = torch.full((batch + 1, 9), 2**31 - 1, dtype=torch.int32)
+    buffer[:batch, :columns] = torch.randperm(23, generator=rng)[: batch * columns].view(batch, columns)
+    table = buffer[:batch, :columns]
+    lens = torch.randint(0, columns * page_size - 20, (batch, next_n), generator=rng).int()
+    lens[1] = 0
+    if hostile:
+        lens[2, 0], lens[3, -1] = -5, 2**31 - 1
+        table[0, 1] = 23
+    if layout is layouts.INDEXER_FP4:
+        q = torch.randint(0, 256, (batch, next_n, heads, 64), generator=rng, dtype=torch.uint8)
+        q_scale = torch.randint(120, 130, (batch, next_n, heads, 4), generator=rng, dtype=torch.uint8)
+    else:
+        q, q_scale = torch.randn(batch, next_n, heads, 128, generator=rng).to(torch.float8_e4m3fn), None
+    weights = torch.randn(batch * next_n, heads, generator=rng)
+    return q, q_scale, cache, weights, lens, table
+
+
+def assert_same(got, want):
+    assert torch.equal(got == -torch.inf, want == -torch.inf)
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("given_out", [False, True])
+@pytest.mark.parametrize("next_n", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(("generation", "arch"), MACHINES)
+def test_paged_logits_keep_the_contract(double, rng, generation, arch, next_n, given_out):
+    module = double(generation, arch)
+    q, q_scale, cache, weights, lens, table = problem(rng, next_n)
+    width = 280
+    out = torch.full((len(q) * next_n, width), torch.nan) if given_out else None
+    got = deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, width, None, out, True)
+    # Where the double writes a NaN a length of 0 has none of its columns.
+    assert_same(got, reference.paged_mqa_logits(q, q_scale, cache, weights, lens, table, width))
+    assert out is None or got is out
+    rows = [call.q.shape[0] * call.q.shape[1] for call in module.calls]
+    assert sum(rows) == len(q) * next_n
+    expected = 1 if arch != "sm_90" or next_n <= 2 else -(-next_n // 2)
+    if generation == "0.2" and arch == "sm_100" and next_n not in (1, 3):
+        # A table of 9 columns to a row, and rows behind it: three rows of a request fit in its own.
+        expected = next_n
+    assert len(module.calls) == expected
+    for call in module.calls:
+        assert call.table.data_ptr() == table.data_ptr()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("generation", "arch"), [("0.1", "sm_100"), ("0.2", "sm_100"), ("0.2", "sm_120")])
+def test_fp4_goes_to_the_newer_entry_point(double, rng, generation, arch):
+    double(generation, arch)
+    arguments = problem(rng, 2, layouts.INDEXER_FP4)
+    got = deep_gemm.paged_mqa_logits(*arguments, 300, None, None, True)
+    assert_same(got, reference.paged_mqa_logits(*arguments, 300))
+
+
+@pytest.mark.interpreter
+def test_a_given_schedule_takes_the_lengths_as_they_are(double, rng):
+    module = double("0.1")
+    q, q_scale, cache, weights, lens, table = problem(rng, 2, hostile=False)
+    lens = lens.sort(1).values
+    schedule = module.get_paged_mqa_logits_metadata(lens, 64, SMS)
+    got = deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300, schedule, None, True)
+    assert_same(got, reference.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300))
+    assert module.calls[0].lens.data_ptr() == lens.data_ptr()
+    with pytest.raises(ValueError, match="schedule: shape"):
+        deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300, schedule[:-1], None, True)
+
+
+@pytest.mark.interpreter
+def test_unclean_logits_are_right_where_there_are_entries(double, rng):
+    double("0.1")
+    q, q_scale, cache, weights, lens, table = problem(rng, 1, hostile=False)
+    got = deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300, None, None, False)
+    want = reference.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300)
+    assert torch.allclose(got[want > -torch.inf], want[want > -torch.inf], rtol=1e-5, atol=1e-4)
+    assert (got[want == -torch.inf] != -torch.inf).any()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("generation", ["0.1", "0.2"])
+def test_batches_past_the_schedules_limit_are_split(double, rng, generation):
+    module = double(generation, "sm_100", shared_memory=4 * (64 + 2 * 2))
+    arguments = problem(rng, 1)
+    got = deep_gemm.paged_mqa_logits(*arguments, 300, None, None, True)
+    assert_same(got, reference.paged_mqa_logits(*arguments, 300))
+    assert [call.q.shape[0] for call in module.calls] == [2, 2]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("relative", [None, 50, 400])
+@pytest.mark.parametrize("fp4", [False, True])
+@pytest.mark.parametrize("generation", ["0.1", "0.2"])
+def test_flat_logits_keep_the_contract(double, rng, generation, fp4, relative):
+    module = double(generation, "sm_100")
+    rows, entries = 9, 200
+    if fp4:
+        q = torch.randint(0, 256, (rows, 32, 64), generator=rng, dtype=torch.uint8)
+        q_scale = torch.randint(120, 130, (rows, 32, 4), generator=rng, dtype=torch.uint8)
+        k = torch.randint(0, 256, (entries, 64), generator=rng, dtype=torch.uint8)
+        k_scale = torch.randint(120, 130, (entries, 4), generator=rng, dtype=torch.uint8)
+    else:
+        q, q_scale = torch.randn(rows, 32, 128, generator=rng).to(torch.float8_e4m3fn), None
+        k = torch.randn(entries, 128, generator=rng).to(torch.float8_e4m3fn)
+        k_scale = torch.rand(entries, generator=rng)
+        k_scale[3] = torch.nan
+    weights = torch.randn(rows, 32, generator=rng)
+    ks = torch.tensor([0, -3, 150, 10, 199, 200, 2**31 - 1, 5, 0], dtype=torch.int32)
+    ke = torch.tensor([200, 2**31 - 1, 20, 60, 200, 200, 5, -(2**31), 1], dtype=torch.int32)
+    got = deep_gemm.mqa_logits(q, q_scale, k, k_scale, weights, ks, ke, relative, None, True)
+    assert_same(got, reference.mqa_logits(q, q_scale, k, k_scale, weights, ks, ke, relative))
+    assert len(module.calls) == 1
+
+
+def reasons(op="paged_mqa_logits", arch="sm_90", options=("q e4m3fn",), layout="indexer fp8", page_size=64, tokens=1,
+            next_n=1, rows=0):  # fmt: skip
+    caches = (layouts.CacheSpec(layout, page_size, 10, page_size * 132),) if op == "paged_mqa_logits" else ()
+    record = next(k for k in records() if k.op == op)
+    problem = dsv4x.Problem(op, "cuda", arch, tokens=tokens, heads=32, head_dim=128, width=100, caches=caches,
+                            options=options, next_n=next_n, rows=rows)  # fmt: skip
+    return record.not_supported_reasons(problem), record.note(problem)
+
+
+def records():
+    found = []
+    original, deep_gemm.register = deep_gemm.register, found.append
+    try:
+        deep_gemm.register_kernels()
+    finally:
+        deep_gemm.register = original
+    return found
+
+
+def test_every_limit_gives_its_reason(double):
+    double("0.1")
+    assert reasons()[0] == []
+    assert reasons(options=("q e2m1",), layout="indexer fp4")[0] == ["q and K are e2m1, need e4m3fn on SM90"]
+    assert reasons(options=("q e2m1",))[0] == ["q is e2m1 and K e4m3fn, need e4m3fn for both or e2m1 for both"]
+    assert reasons(page_size=32)[0] == ["page_size is 32, need 64"]
+    assert "arch is sm_80" in reasons(arch="sm_80")[0][0]
+    assert reasons(layout="DSv4")[0]
+    flat = ("q e4m3fnuz", "k e4m3fnuz")
+    assert "q is e4m3fnuz" in reasons(op="mqa_logits", options=flat)[0][0]
+    assert reasons(op="mqa_logits", options=("q e4m3fn", "k e4m3fn"))[0] == []
+
+
+def test_the_schedules_limit_follows_from_the_shared_memory(double):
+    double("0.1")
+    op = "get_paged_mqa_logits_metadata"
+    assert deep_gemm.schedule_limit("sm_90", 232448) == 58112
+    assert deep_gemm.schedule_limit("sm_100", 232448) < 29056
+    assert reasons(op=op, rows=64, tokens=58112)[0] == []
+    assert "58113 requests, need <= 58112" in reasons(op=op, rows=64, tokens=58113)[0][0]
+    assert "page_size is 16" in reasons(op=op, rows=16)[0][0]
+
+
+def test_next_n_is_a_note_of_the_explanation(double):
+    double("0.1")
+    assert reasons(next_n=1)[1] == ""
+    assert reasons(next_n=2)[1] == "next_n 2 natively"
+    assert reasons(next_n=5)[1].startswith("next_n 5 as 2 + 2 + 1 over one block table")
+    double("0.2", "sm_100")
+    assert "single rows" in reasons(arch="sm_100", next_n=3)[1]
+    double("0.1", "sm_100")
+    assert reasons(arch="sm_100", next_n=7)[1] == "next_n 7 natively"
+
+
+def test_a_build_without_the_entry_point_says_so(double):
+    module = double("0.2")
+    del module.fp8_fp4_paged_mqa_logits
+    assert "has no fp8_paged_mqa_logits or fp8_fp4_paged_mqa_logits" in reasons()[0][0]
