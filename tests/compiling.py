@@ -120,7 +120,11 @@ def cases(arch: str) -> list[Case]:
         Case(indices.build_swa_token_ids_kernel, {"BLOCK": 512}, types={"first_ptr": "*i64"}),
         Case(indices.sanitize_kernel, {"BLOCK": 512, "HAS_LENS": True}, types=integers),
         Case(compaction.popcount_kernel, {"BLOCK": 64}),
-        Case(decode.reduce_kernel, {"VALUE_DIM": 512, "HAS_SINK": True}, types=ATTENTION_OUT),
+        Case(
+            decode.reduce_kernel,
+            {"VALUE_DIM": 512, "HAS_SINK": True, "BLOCK_S": decode.REDUCED_AT_ONCE},
+            types=ATTENTION_OUT,
+        ),
     ]
     # Triton makes an integer argument of 1 a constant: the slots of a unit of one slot, and most sizes of a tiny pool.
     tiny = ("width", "slots", "unit_slots", "units", "words", "capacity", "indices_stride", "out_stride")
@@ -148,7 +152,7 @@ def cases(arch: str) -> list[Case]:
             shape = config.decode_config(arch, heads, (swa, extra))
             block["BLOCK_K"] = shape.block_k
             constants = {
-                **block, **flags, "SPLIT": split, "TAIL": swa.head_dim - 512,
+                **block, **flags, "SPLIT": split, "TAIL": swa.head_dim - 512, "WIDE": False,
                 "SWA": entry_format(swa, arch), "EXTRA": entry_format(extra, arch),
             }  # fmt: skip
             label = f"[H={heads},{swa.name}+{extra.name},split={split}]"

@@ -370,14 +370,28 @@ def test_any_number_of_splits_gives_the_same_answer(splits, device, decode_case,
 
 
 @pytest.mark.interpreter
-def test_splits_fill_the_device_and_are_never_shorter_than_two_blocks():
-    from dsv4x.common.kernels.decode import num_splits
+def test_splits_fill_the_device_and_stop_where_reducing_costs_more():
+    from dsv4x.common.kernels.config import num_splits
 
-    assert num_splits(programs=1, blocks=20, multiprocessors=132) == 10
-    assert num_splits(programs=100, blocks=20, multiprocessors=132) == 2
-    assert num_splits(programs=1000, blocks=20, multiprocessors=132) == 1
-    assert num_splits(programs=1, blocks=0, multiprocessors=132) == 1
-    assert num_splits(programs=0, blocks=1, multiprocessors=0) == 1
+    assert num_splits(programs=1, blocks=10, at_once=132) == 10
+    assert num_splits(programs=32, blocks=10, at_once=132) == 4
+    assert num_splits(programs=64, blocks=10, at_once=132) == 2
+    assert num_splits(programs=128, blocks=10, at_once=132) == 1
+    assert num_splits(programs=10_000, blocks=200, at_once=132) == 1
+    assert num_splits(programs=1, blocks=0, at_once=132) == 1
+    assert num_splits(programs=1, blocks=1, at_once=1) == 1
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 18, 130, 2000])
+def test_every_split_has_work_and_partials_are_bounded(blocks):
+    from dsv4x.common.kernels.config import num_splits
+
+    for programs in range(1, 700):
+        splits = num_splits(programs, blocks, 132)
+        assert 1 <= splits <= max(1, blocks)
+        if splits > 1:
+            assert (splits - 1) * -(-blocks // splits) < blocks
+            assert programs * splits <= 4 * 132
 
 
 @pytest.mark.parametrize("gib", [3, 5])
