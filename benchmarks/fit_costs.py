@@ -1,8 +1,10 @@
 """Measure what the cost model needs on this GPU and write its table: kernel times, gather and index rates, host floors.
 
-Medians of ``triton.testing.do_bench`` in microseconds. ``decode`` and ``prefill`` are FlashMLA's kernels called bare,
-over index rows of the width given, drawn from pools of the rows given. ``gather``, ``remap`` and ``combine`` are
-straight lines through two sizes, ``host`` a whole eager step of one token on each path.
+Medians of ``triton.testing.do_bench`` in microseconds, of graphs but for ``host``. ``decode`` and ``prefill`` are
+FlashMLA's kernels called bare, over index rows of the width given, drawn from pools of the rows given. ``gather``,
+``remap`` and ``combine`` are straight lines through two sizes, ``listing`` is what finding and remapping references
+takes before their rows are gathered. ``host`` is a whole eager step of one token on each path, the best of many: a busy
+host takes up to twice that.
 
 Usage: python benchmarks/fit_costs.py --out dsv4x/cuda/costs_sm_90.json
 """
@@ -15,10 +17,9 @@ from pathlib import Path
 
 import torch
 from flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
-from steps import PAGE_SIZE, WINDOW, Step, median_us, pool
+from steps import PAGE_SIZE, WINDOW, Step, device_us, median_us, pool
 
-from dsv4x.common import indices
-from dsv4x.common.cache import gather_workspace
+from dsv4x.common import compaction, indices, registry
 
 TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 WIDTHS = (128, 640, 1152, 4224)
@@ -48,11 +49,9 @@ def time(op: str, heads: int, rows: int, width: int, tokens: int, caches: dict) 
     if op == "prefill":
         kv = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16) / 10
         index, lens = drawn(rows, width)
-        return median_us(
-            lambda: flash_mla_sparse_fwd(
-                q, kv[:, None], index[:, None], 512**-0.5, 512, sink, lens, use_legacy=True
-            ), 5, 20,
-        )  # fmt: skip
+        return device_us(
+            lambda: flash_mla_sparse_fwd(q, kv[:, None], index[:, None], 512**-0.5, 512, sink, lens, use_legacy=True)
+        )
     scheduler, view = get_mla_metadata()[0], caches[16384].servers_view
     index, lens = drawn(16384, WINDOW)
     extra = {}
@@ -63,17 +62,17 @@ def time(op: str, heads: int, rows: int, width: int, tokens: int, caches: dict) 
             "extra_indices_in_kvcache": extra_index[:, None],
             "extra_topk_length": extra_lens,
         }
-    return median_us(
+    return device_us(
         lambda: flash_mla_with_kvcache(
             q[:, None], view, None, None, 512, scheduler, None, 512**-0.5, False, True, index[:, None], sink,
             topk_length=lens, use_legacy=True, **extra,
-        ), 5, 20,
+        )
     )  # fmt: skip
 
 
 def line(run, sizes: tuple[int, int]) -> list[float]:
     """``[at zero, a unit]`` of the straight line through two sizes."""
-    low, high = (median_us(run(size)) for size in sizes)
+    low, high = (device_us(run(size)) for size in sizes)
     slope = (high - low) / (sizes[1] - sizes[0])
     return [max(0.0, low - slope * sizes[0]), slope]
 
@@ -82,7 +81,8 @@ def gather(rows: int):
     extra, swa = pool(max(1, rows // PAGE_SIZE)), pool(4)
     slots = torch.randperm(rows, device="cuda").int()
     out = torch.empty(rows, 512, dtype=torch.bfloat16, device="cuda")
-    return lambda: gather_workspace(extra, swa, slots, rows, out)
+    record = registry.find("gather_workspace", "triton")
+    return lambda: record.run(extra, swa, slots, rows, out, 1.0, 1.0)
 
 
 def remap(elements: int):
@@ -99,12 +99,20 @@ def combine(elements: int):
     return lambda: step.chunk.index_rows(group, group.blocks[0], step.topk, step.combine)
 
 
+def listing(references: int):
+    """Nearly every reference to another row, of a pool of 1M-token prefixes; nothing is gathered."""
+    slots = torch.randint(0, 1 << 20, (references // 512, 512), device="cuda", dtype=torch.int32)
+    cache = pool((1 << 20) // PAGE_SIZE)
+    return lambda: compaction._list_referenced(cache, slots, None, 1, references, None, None, None)
+
+
 def host() -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {"direct": {}, "gathered": {}}
+    found: dict[str, dict[str, float]] = {"direct": {}, "gathered": {}, "referenced": {}}
     for ratio in (1, 4, 128):
         step = Step(1, 1024, 64, 512, ratio, 1)
         for path, us in found.items():
-            us[str(ratio)] = median_us(lambda step=step, path=path: step.run(path))
+            if path != "referenced" or ratio == 4:
+                us[str(ratio)] = min(median_us(lambda step=step, path=path: step.run(path), 3, 10) for _ in range(20))
     return found
 
 
@@ -118,11 +126,12 @@ def main() -> None:
         "unit": "us",
         **kernel_times(),
         "gather": line(gather, (16384, 262144)),
-        "remap": line(remap, (512 * 256, 512 * 8192)),
-        "combine": line(combine, (640 * 256, 640 * 8192)),
+        "remap": line(remap, (512 * 1024, 512 * 16384)),
+        "combine": line(combine, (640 * 1024, 640 * 16384)),
+        "listing": line(listing, (512 * 64, 512 * 2048)),
         "host": host(),
     }
-    for name in ("gather", "remap", "combine", "host"):
+    for name in ("gather", "remap", "combine", "listing", "host"):
         print(name, result[name])
     if arguments.out:
         arguments.out.write_text(json.dumps(result) + "\n")

@@ -1,4 +1,4 @@
-"""Draw where the gathered path overtakes the direct one, measured and predicted, from a prefill benchmark's rows.
+"""Draw where one path overtakes another, measured and predicted, from a prefill benchmark's rows.
 
 Usage: python benchmarks/plot_crossover.py benchmarks/results/prefill-<gpu>.json docs/crossover.svg
 """
@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 
 WIDTH, HEIGHT, MARGIN = 420, 300, 48
-COLOURS = {"direct": "#c0392b", "gathered": "#2471a3"}
+COLOURS = {"direct": "#c0392b", "gathered": "#2471a3", "referenced": "#1e8449"}
 PANELS = ((64, 0), (64, 131072), (64, 1048576), (128, 0), (128, 131072), (128, 1048576))
 
 
@@ -52,7 +52,8 @@ def main() -> None:
     drawn = []
     for i, (heads, prefix) in enumerate(PANELS):
         drawn += panel(rows, heads, prefix, i % 3 * WIDTH, i // 3 * HEIGHT)
-    legend = "us a C4 step over query tokens; red: direct, blue: gathered; solid: measured, dashed: predicted"
+    colours = "red: direct, blue: gathered, green: referenced"
+    legend = f"us a C4 step over query tokens; {colours}; solid: measured, dashed: predicted"
     drawn.append(f'<text x="{MARGIN}" y="{2 * HEIGHT + 12}">{legend}</text>')
     size = f'width="{3 * WIDTH}" height="{2 * HEIGHT + 24}"'
     style = 'font-family="sans-serif" font-size="11"'

@@ -1,9 +1,10 @@
 """A layer's whole prefill step on every path, the path the router picks, and what servers run today, in one run.
 
-Microseconds: the best of five medians of ``triton.testing.do_bench``, eager, DSv4 pages of 64, sink on, real FlashMLA.
-``direct`` and ``gathered`` are dsv4x's paths, ``chosen`` is what it picks by itself, ``predicted_*`` is what the pick
-rests on; ``peer_direct`` and ``peer_gathered`` are a server's steps (benchmarks/steps.py). ``regret`` is chosen over
-the best of dsv4x's paths, ``against_peers`` over the best of the peers'.
+Microseconds: the best of three medians of ``triton.testing.do_bench``, eager, DSv4 pages of 64, sink on, real FlashMLA.
+``direct``, ``gathered`` and ``referenced`` are dsv4x's paths, ``chosen`` is what it picks by itself, ``predicted_*`` is
+what the pick rests on; ``peer_direct`` and ``peer_gathered`` are a server's steps (benchmarks/steps.py), ``kernel``
+is ``flash_mla_sparse_fwd`` alone on rows gathered before. ``regret`` is chosen over the best of dsv4x's paths,
+``against_peers`` over the best of the peers'.
 
 Usage: python benchmarks/prefill.py --out benchmarks/results/prefill-<gpu>.json
 """
@@ -20,9 +21,7 @@ import triton
 from steps import Step, median_us
 
 import dsv4x
-from dsv4x.common.attention import choose_path, path_problems
-from dsv4x.common.costs import step_costs
-from dsv4x.common.registry import select
+from dsv4x.common.routing import paths_of
 
 TOKENS = (16, 64, 256, 1024, 4096, 8192, 16384, 32768)
 PREFIXES = (0, 8192, 131072, 1048576)
@@ -30,37 +29,41 @@ SHAPES = ((64, 512), (128, 1024))
 RATIOS = (4, 1, 128)
 REQUESTS = (1, 8)
 
+COLUMNS = {
+    "ratio": 5, "requests": 9, "heads": 6, "prefix": 8, "tokens": 7, "direct": 9, "gathered": 9, "referenced": 11,
+    "peer_direct": 12, "peer_gathered": 14, "kernel": 8, "chosen": 9, "path": 11, "regret": 8, "against_peers": 14,
+}  # fmt: skip
+
 
 def measure(tokens: int, prefix: int, heads: int, topk: int, ratio: int, requests: int) -> dict:
     step = Step(tokens, prefix, heads, topk, ratio, requests)
     runs = {
-        "direct": lambda: step.run("direct"),
-        "gathered": lambda: step.run("gathered"),
+        **{path: lambda path=path: step.run(path) for path in paths_of(ratio)},
         "peer_direct": step.peer_direct,
         "peer_gathered": step.peer_gathered,
+        "kernel": step.kernel_alone(),
         "chosen": lambda: step.run(),
     }
     # Long kernels throttle the clock by several percent, so all take turns at every place and each keeps its best.
     names = list(runs)
-    rounds = [{name: median_us(runs[name], 3, 12) for name in names[at:] + names[:at]} for at in range(len(names))]
+    rounds = [
+        {name: median_us(runs[name], 3, 12) for name in names[at:] + names[:at]} for at in range(0, len(names), 2)
+    ]
     us = {name: min(each[name] for each in rounds) for name in runs}
+    explained = dsv4x.explain_step(step.q, step.swa, step.extra, step.meta, step.topk, chunk=step.chunk)
     return {
         "tokens": tokens, "prefix": prefix, "heads": heads, "topk": topk, "ratio": ratio, "requests": requests, **us,
-        **predicted(step),
-        "path": choose_path(step.q, step.swa, step.extra, step.meta, step.topk, chunk=step.chunk),
-        "regret": us["chosen"] / min(us["direct"], us["gathered"]),
+        **{f"predicted_{path}": value for path, value in explained.predicted_us.items()},
+        "path": explained.chosen,
+        "regret": us["chosen"] / min(us[path] for path in paths_of(ratio)),
         "against_peers": us["chosen"] / min(us["peer_direct"], us["peer_gathered"]),
     }  # fmt: skip
 
 
-def predicted(step: Step) -> dict[str, float]:
-    problems = path_problems(step.q, step.swa, step.extra, step.meta, step.topk)
-    costs, indexed = step_costs(problems[0].arch), step.topk is not None
-    direct, gathered = (select(problem, None).predicted_us(problem) for problem in problems)
-    return {
-        "predicted_direct": costs.direct_us(direct, problems[0], indexed),
-        "predicted_gathered": costs.gathered_us(gathered, problems[1], indexed),
-    }
+def _shown(value: float | str | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
@@ -72,9 +75,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     began, rows = time.monotonic(), []
-    print(
-        "ratio requests heads prefix tokens |   direct gathered | peer: direct gathered |   chosen  path  regret  peers"
-    )
+    print("times in us, a dash where a layer kind has no such path")
+    print("".join(f"{column:>{width}}" for column, width in COLUMNS.items()))
     for ratio in arguments.ratios:
         for requests in arguments.requests:
             for heads, topk in SHAPES:
@@ -85,10 +87,7 @@ def main() -> None:
                         row = measure(tokens, prefix, heads, topk, ratio, requests)
                         rows.append(row)
                         print(
-                            f"{ratio:>5} {requests:>8} {heads:>5} {prefix:>7} {tokens:>6} | {row['direct']:>8.0f} "
-                            f"{row['gathered']:>8.0f} | {row['peer_direct']:>8.0f} {row['peer_gathered']:>8.0f} | "
-                            f"{row['chosen']:>8.0f} {row['path']:>8} {row['regret']:.2f} {row['against_peers']:.2f}",
-                            flush=True,
+                            "".join(f"{_shown(row.get(name)):>{width}}" for name, width in COLUMNS.items()), flush=True
                         )
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,15 @@ def median_us(run, warmup: int = 10, rep: int = 40) -> float:
     return 1e3 * triton.testing.do_bench(run, warmup=warmup, rep=rep, return_mode="median")
 
 
+def device_us(run, warmup: int = 5, rep: int = 20) -> float:
+    """The median of what ``run`` takes on the GPU: replayed from a graph, so that no launch waits for the host."""
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return median_us(graph.replay, warmup, rep)
+
+
 def pool(pages: int) -> PagedCache:
     """A cache in which every entry holds ordinary values."""
     small = PagedCache.zeros(FILLED // PAGE_SIZE, layouts.DSV4, PAGE_SIZE, "cuda")
@@ -100,8 +109,20 @@ class Step:
             meta.swa_indices[:, None], self.sink, topk_length=meta.swa_lens, use_legacy=True, **extra,
         )  # fmt: skip
 
+    def kernel_alone(self):
+        """A call of nothing but the gathered path's attention kernel."""
+        workspace, rows, lens = self._gathered()
+        kv, rows = workspace[:, None], rows[:, None]
+        return lambda: flash_mla_sparse_fwd(self.q, kv, rows, 512**-0.5, 512, self.sink, lens, use_legacy=True)
+
     def peer_gathered(self):
         """Everything dequantized, a launch a cache, then combined and attended to, as servers do it."""
+        workspace, rows, lens = self._gathered()
+        return flash_mla_sparse_fwd(
+            self.q, workspace[:, None], rows[:, None], 512**-0.5, 512, self.sink, lens, use_legacy=True
+        )
+
+    def _gathered(self):
         (group,) = self.chunk.groups
         workspace = torch.empty(group.rows, 512, dtype=torch.bfloat16, device="cuda")
         if self.extra is not None:
@@ -110,7 +131,4 @@ class Step:
             dsv4x.dequantize_k_cache_paged(self.swa, group.slots[compressed:], workspace[compressed:])
         else:
             dsv4x.dequantize_k_cache_paged(self.swa, group.slots, workspace)
-        rows, lens = self.chunk.index_rows(group, group.blocks[0], self.topk, self.combine)
-        return flash_mla_sparse_fwd(
-            self.q, workspace[:, None], rows[:, None], 512**-0.5, 512, self.sink, lens, use_legacy=True
-        )
+        return workspace, *self.chunk.index_rows(group, group.blocks[0], self.topk, self.combine)

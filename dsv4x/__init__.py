@@ -11,7 +11,8 @@ The step, once a step and once a layer::
 
 Under it, the ops: ``quantize_and_insert_k_cache``, ``dequantize_k_cache_paged``, ``combine_topk_swa_indices``,
 ``sparse_mla_decode``, ``sparse_mla_prefill``. ``gather_referenced_cache_blocks`` and ``gather_referenced_rows`` compact
-what a step refers to. ``explain(problem)`` tells which kernel runs and why the others do not.
+what a step refers to. ``explain(problem)`` tells which kernel runs and why the others do not, ``explain_step`` which
+path a step takes and what was predicted for each.
 ``plan_cache(prefill, decode)`` tells what to store and where to convert for two kernels that read different layouts.
 Index remaps, bounds-checked: ``window_slots``, ``local_to_slots``, ``local_to_workspace_rows``,
 ``slots_to_compact_slots``, ``dense_to_ragged``, ``ragged_to_dense``, ``combine_swa_extra_indices``,
@@ -55,6 +56,7 @@ from .common.platform import platform
 from .common.portable import register_portable
 from .common.prefill_chunk import SparsePrefillChunkCache
 from .common.registry import Problem, explain
+from .common.routing import StepExplanation, explain_step
 from .common.sparse_mla import sparse_mla_decode, sparse_mla_prefill
 
 register_portable()
@@ -80,6 +82,7 @@ __all__ = [
     "PagedCache",
     "Problem",
     "SparsePrefillChunkCache",
+    "StepExplanation",
     "build_swa_token_ids",
     "combine_swa_extra_indices",
     "combine_topk_swa_indices",
@@ -89,6 +92,7 @@ __all__ = [
     "dense_to_ragged",
     "dequantize_k_cache_paged",
     "explain",
+    "explain_step",
     "gather_referenced_cache_blocks",
     "gather_referenced_rows",
     "layouts",

@@ -14,6 +14,7 @@ from . import BackendUnavailable, KernelNotSupported, Problem, __version__, cuda
 from .common import drawing
 from .common.layer import Layer
 from .common.registry import KERNEL_NAMES, explain, ops
+from .common.routing import PATHS
 from .common.vendor import TRITON
 
 
@@ -56,11 +57,11 @@ def collect(self_test: bool) -> dict[str, Any]:
 
 
 def run_self_test(device: torch.device) -> dict[str, Any]:
-    """One small C4 layer through both paths, against the dense oracle."""
+    """One small C4 layer through every path, against the dense oracle."""
     try:
         layer = Layer(4, 8, topk=64, device=device)
         sequences = [layer.sequence(demo.tokens_of("dsv4x self test ", n, device)) for n in (200, 40)]
-        outcomes = {path: demo.serve_and_check(layer, sequences, path=path) for path in ("direct", "gathered")}
+        outcomes = {path: demo.serve_and_check(layer, sequences, path=path) for path in PATHS}
     except Exception as error:
         return {"passed": False, "error": f"{type(error).__name__}: {error}"}
     return {

@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from . import AttentionMetadata, PagedCache, explain, layouts, platform, quantize_and_insert_k_cache
-from .common.attention import choose_path, path_problems, sparse_mla_attention
+from .common.attention import sparse_mla_attention
 from .common.layer import Layer, Sequence
 from .common.registry import Explanation
+from .common.routing import choose_path, path_problems, paths_of
 
 MAX_ERROR = 4e-3
 """Of the dense layer over the stored entries, relative: twice what rounding weights and output to bf16 costs."""
@@ -113,6 +114,7 @@ class PagedServer:
         out, lse = sparse_mla_attention(
             batch, self.swa, self.extra, meta, indices, layer.attn_sink, path=chosen_path, kernel=kernel
         )
+        assert lse is not None
         report = StepReport(chosen_path, _now(self.device) - began, batch, self, meta, indices)
         sizes = [*queries, padding]
         return list(out.split(sizes))[: len(queries)], list(lse.split(sizes))[: len(queries)], report
@@ -137,7 +139,7 @@ class StepReport:
     def explanation(self) -> Explanation:
         """Why its attention kernel ran and the others did not."""
         problems = path_problems(self.q, self.server.swa, self.server.extra, self.meta, self.topk)
-        return explain(problems[0 if self.path == "direct" else 1])
+        return explain(problems[self.path])
 
 
 def _now(device: torch.device) -> float:
@@ -232,18 +234,18 @@ def main(arguments: argparse.Namespace) -> int:
     print(f"{source}: {len(tokens)} byte tokens, {heads} heads, {len(parts)} requests in mixed batches")
     print("relative errors; error and lse: of the dense layer over what the fp8 cache holds, fp8: over exact entries")
     print("ms: the attention call of the largest batch, warm\n")
-    print(f"{'layer':<14}{'path':<10}{'kernel':<11}{'tokens':>7}{'error':>11}{'lse':>10}{'fp8':>10}{'ms':>9}")
+    print(f"{'layer':<14}{'path':<12}{'kernel':<11}{'tokens':>7}{'error':>11}{'lse':>10}{'fp8':>10}{'ms':>9}")
     refusals: dict[str, list[str]] = {}
     failed = False
     for ratio, kind in ((1, "window (r=1)"), (4, "C4 (r=4)"), (128, "C128 (r=128)")):
         layer = Layer(ratio, heads, topk=arguments.topk, device=device, seed=ratio)
         sequences = [layer.sequence(part) for part in parts]
-        for path in ("direct", "gathered"):
+        for path in paths_of(ratio):
             outcome = serve_and_check(layer, sequences, path=path, kernel=arguments.kernel)
             explanation = outcome.report.explanation()
             failed |= not outcome.passed
             print(
-                f"{kind:<14}{path:<10}{arguments.kernel or explanation.chosen:<11}{outcome.report.q.shape[0]:>7}"
+                f"{kind:<14}{path:<12}{arguments.kernel or explanation.chosen:<11}{outcome.report.q.shape[0]:>7}"
                 f"{outcome.error:>11.2e}{outcome.lse_error:>10.2e}{outcome.fp8_error:>10.2e}"
                 f"{outcome.seconds * 1e3:>9.2f}{'' if outcome.passed else '  ABOVE TOLERANCE'}"
             )

@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 
 import dsv4x.common.kernels as kernels_package
 from dsv4x import layouts
-from dsv4x.common.kernels import cache, compaction, config, convert, decode, indices, prefill
+from dsv4x.common.kernels import cache, compaction, config, convert, decode, gather_combine, indices, prefill
 from dsv4x.common.kernels.entries import entry_format
 
 TARGETS = {
@@ -107,6 +107,8 @@ def cases(arch: str) -> list[Case]:
         Case(indices.combine_kernel, {"BLOCK": 512, "HAS_ROW_SLOTS": True, "HAS_POSITIONS": False}, types=integers),
         gather_case(layouts.DSV4, layouts.DSV4, arch),
         gather_case(layouts.DSV41_FP4, layouts.DSV41_FP8, arch),
+        gather_case(layouts.DSV4, layouts.DSV4, arch, combine=True),
+        gather_case(layouts.DSV41_FP4, layouts.DSV41_FP8, arch, combine=True),
         Case(indices.local_to_workspace_rows_kernel, {"BLOCK": 512}, types=integers),
         Case(indices.slots_to_compact_slots_kernel, {"BLOCK": 512}, types=integers),
         Case(indices.count_entries_kernel, {"BLOCK": 512, "HAS_LENS": True}, types={"counts_ptr": "*i64"}),
@@ -160,7 +162,7 @@ def cases(arch: str) -> list[Case]:
     return found
 
 
-def gather_case(extra: layouts.CacheLayout, swa: layouts.CacheLayout, arch: str) -> Case:
+def gather_case(extra: layouts.CacheLayout, swa: layouts.CacheLayout, arch: str, combine: bool = False) -> Case:
     constants: dict[str, object] = {}
     for scope, layout in (("EXTRA", extra), ("SWA", swa)):
         made = cache.cache_constexprs(layout, arch)
@@ -169,7 +171,10 @@ def gather_case(extra: layouts.CacheLayout, swa: layouts.CacheLayout, arch: str)
             f"{scope}_ROPE": made["ROPE_BLOCK"], f"{scope}_WIDE": False, scope: made["FORMAT"],
         }  # fmt: skip
     options = {"num_warps": cache.dequantize_shape(swa)[1]}
-    return Case(cache.gather_kernel, constants, options, ATTENTION_OUT, label=f"[{extra.name}+{swa.name}]")
+    kernel = gather_combine.gather_combine_kernel if combine else cache.gather_kernel
+    if combine:
+        constants |= {"HAS_ROW_SLOTS": True, "HAS_POSITIONS": True, "BLOCK": 512}
+    return Case(kernel, constants, options, ATTENTION_OUT, label=f"[{extra.name}+{swa.name}]")
 
 
 def decode_scopes(heads: int) -> list[tuple[layouts.CacheLayout, layouts.CacheLayout, bool]]:

@@ -5,6 +5,7 @@ import torch
 
 import dsv4x
 from dsv4x.common.layouts import DSV4, DSV32, PagedCache
+from dsv4x.common.routing import PATHS
 
 BF16, I32, I64, F32 = torch.bfloat16, torch.int32, torch.int64, torch.float32
 T, H = 3, 4
@@ -524,9 +525,9 @@ def test_a_wrong_argument_is_named_with_what_was_seen_and_needed(op, arguments, 
         assert word in text, text
 
 
-@pytest.mark.parametrize("path", ["direct", "gathered"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("name", "value", "error", "says"), TABLE[dsv4x.sparse_mla_attention][1])
-def test_both_paths_refuse_the_same_arguments(name, value, error, says, path):
+def test_all_paths_refuse_the_same_arguments(name, value, error, says, path):
     """What one path happens not to look at must not pass there and fail on another machine."""
     if name == "path":
         return

@@ -5,6 +5,7 @@ import torch
 
 from dsv4x import demo
 from dsv4x.common.layer import Layer, as_stored
+from dsv4x.common.routing import paths_of
 
 CPU = ("cpu", "reference")
 INTERPRETER = pytest.param(("cpu", "triton"), marks=pytest.mark.interpreter)
@@ -33,8 +34,7 @@ def assert_dense(layer, sequences, results):
         assert demo.relative_error(out, exact) <= demo.MAX_FP8_ERROR
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("path", ["direct", "gathered"])
+@pytest.mark.parametrize(("ratio", "path"), [(r, p) for r in RATIOS for p in paths_of(r)])
 @pytest.mark.parametrize("page_sizes", [(1, 2), (61, 64), (256, 2)])
 @pytest.mark.parametrize("where", [CPU, *GPU])
 def test_any_chunking_gives_the_dense_layer(where, page_sizes, path, ratio):
@@ -51,8 +51,7 @@ def test_any_chunking_gives_the_dense_layer(where, page_sizes, path, ratio):
         assert_dense(layer, sequences, results)
 
 
-@pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("path", ["direct", "gathered"])
+@pytest.mark.parametrize(("ratio", "path"), [(r, p) for r in RATIOS for p in paths_of(r)])
 @pytest.mark.parametrize("where", [INTERPRETER])
 def test_the_triton_kernels_give_the_dense_layer(where, path, ratio):
     device, kernel = where
@@ -73,8 +72,7 @@ def test_chunkings_agree_token_by_token(ratio):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("ratio", RATIOS)
-@pytest.mark.parametrize("path", ["direct", "gathered", None])
+@pytest.mark.parametrize(("ratio", "path"), [(r, p) for r in RATIOS for p in (*paths_of(r), None)])
 @pytest.mark.parametrize("kernel", ["triton", "flash_mla"])
 @pytest.mark.parametrize("heads", [8, 64, 128])
 def test_long_sequences_on_the_gpu(heads, kernel, path, ratio):

@@ -10,9 +10,9 @@ import torch
 from tolerances import check_decode, check_prefill
 
 import dsv4x
-from dsv4x.common import attention, registry
-from dsv4x.common.attention import choose_path, path_problems
+from dsv4x.common import attention, registry, routing
 from dsv4x.common.layouts import DSV4, PagedCache
+from dsv4x.common.routing import PATHS, choose_path, path_problems, paths_of
 
 GARBAGE = [-1, -2, -(2**31), 2**31 - 1, 1_000_000_007]
 int32 = partial(torch.tensor, dtype=torch.int32)
@@ -213,7 +213,7 @@ def test_a_step_without_queries_is_empty_but_for_its_padding(requests, ratio, ma
         assert (meta.swa_indices == -1).all()
         q = torch.randn(padding, 2, 512).bfloat16()
         topk = torch.zeros(padding, 4, dtype=torch.int32) if ratio == 4 else None
-        for path in (None, "direct", "gathered"):
+        for path in (None, *paths_of(ratio)):
             out, lse = dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, topk, path=path)
             assert not out.any()
             assert (lse == float("inf")).all()
@@ -226,10 +226,9 @@ def attention_case(step, rng, heads=3, columns=7):
     return q, topk, sink
 
 
-@pytest.mark.parametrize("path", ["direct", "gathered"])
-@pytest.mark.parametrize("ratio", [1, 4])
+@pytest.mark.parametrize(("ratio", "path"), [(r, p) for r in (1, 4) for p in paths_of(r)])
 @pytest.mark.parametrize("name", BATCHES)
-def test_attention_is_the_definition_on_either_path(name, ratio, path, kernel_device, make_step, on_device, rng):
+def test_attention_is_the_definition_on_every_path(name, ratio, path, kernel_device, make_step, on_device, rng):
     kernel, device = kernel_device
     step = make_step(BATCHES[name], ratio, padding=2)
     run_and_check(step, path, kernel, device, on_device, rng)
@@ -242,7 +241,7 @@ def test_c128_attention_is_the_definition_on_either_path(path, kernel_device, ma
     run_and_check(step, path, kernel, device, on_device, rng)
 
 
-@pytest.mark.parametrize("path", ["direct", "gathered"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("columns", "topk"), [(0, 5), (3, 5), (5, 5), (12, 5), (12, 0), (200, 130)])
 def test_c4_reads_at_most_k_entries_whatever_the_rows_width(
     columns, topk, path, kernel_device, make_step, on_device, rng
@@ -253,8 +252,7 @@ def test_c4_reads_at_most_k_entries_whatever_the_rows_width(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("path", ["direct", "gathered"])
-@pytest.mark.parametrize("ratio", [1, 4, 128])
+@pytest.mark.parametrize(("ratio", "path"), [(r, p) for r in (1, 4, 128) for p in paths_of(r)])
 @pytest.mark.parametrize("kernel", ["flash_mla", None])
 def test_attention_is_the_definition_with_the_models_window(kernel, ratio, path, make_step, on_device, rng):
     if kernel == "flash_mla" and "flash_mla" not in {
@@ -289,7 +287,7 @@ def test_a_second_layer_shares_the_steps_plan(make_step, rng):
     step = make_step(BATCHES["mixed"], 4)
     meta = step.build()
     other = dataclasses.replace(step, swa=other_layers(step.swa, rng), extra=other_layers(step.extra, rng))
-    for path in ("direct", "gathered"):
+    for path in PATHS:
         for layer in (step, other, step):
             q, topk, sink = attention_case(layer, rng)
             got = dsv4x.sparse_mla_attention(q, layer.swa, layer.extra, meta, topk, sink, path=path)
@@ -304,9 +302,8 @@ def other_layers(cache, rng):
     return other
 
 
-@pytest.mark.parametrize("path", ["direct", "gathered"])
-@pytest.mark.parametrize("ratio", [1, 4, 128])
-def test_pages_outside_the_pool_are_no_entries_on_either_path(ratio, path, kernel_device, make_step, on_device, rng):
+@pytest.mark.parametrize(("ratio", "path"), [(r, p) for r in (1, 4, 128) for p in paths_of(r)])
+def test_pages_outside_the_pool_are_no_entries_on_any_path(ratio, path, kernel_device, make_step, on_device, rng):
     kernel, device = kernel_device
     step = make_step([(3, 300), (1, 40)], ratio, window=16, page_size=4, extra_page_size=1)
     step.swa_table[0][(300 - 8) // 4] = step.swa.pages
@@ -375,13 +372,19 @@ def test_the_path_is_chosen_by_prediction_and_bounded_by_the_workspace(make_step
     meta = step.build()
     q, topk, _ = attention_case(step, rng)
     arguments = (q, step.swa, step.extra, meta, topk)
-    direct, gathered = path_problems(*arguments)
+    problems = path_problems(*arguments)
+    direct, gathered, referenced = (problems[path] for path in PATHS)
     assert (direct.op, direct.tokens, direct.heads, direct.width, direct.extra_width) == (
         "sparse_mla_decode", 9, 3, 16, 7,
     )  # fmt: skip
     assert (gathered.op, gathered.rows, gathered.width) == ("sparse_mla_prefill", meta.chunk.workspace_rows, 128)
+    # 9 tokens of 7 references each, or every compressed entry if those are fewer.
+    rows = min(63, sum(meta.compressed_counts)) + sum(meta.gather_counts)
+    assert (referenced.op, referenced.rows, referenced.tokens) == ("sparse_mla_prefill", rows, 9)
 
     class Fixed:
+        name = "reference"
+
         def __init__(self, us):
             self.us = us
 
@@ -389,7 +392,7 @@ def test_the_path_is_chosen_by_prediction_and_bounded_by_the_workspace(make_step
             return self.us
 
     times = {"sparse_mla_decode": 0.0, "sparse_mla_prefill": 0.0}
-    monkeypatch.setattr(attention, "select", lambda problem, kernel: Fixed(times[problem.op]))
+    monkeypatch.setattr(routing, "select", lambda problem, kernel: Fixed(times[problem.op]))
     assert choose_path(*arguments) == "direct"
     times["sparse_mla_decode"] = 1e9
     assert choose_path(*arguments) == "gathered"
@@ -430,6 +433,53 @@ def test_a_chunk_cut_to_its_cap_gives_the_same_answers(name, ratio, owned, make_
     assert owned or len(seen) > 1, seen
 
 
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_referenced_path_is_cut_to_its_cap_and_gives_the_gathered_paths_bits(name, make_step, rng):
+    step = make_step(BATCHES[name], padding=2)
+    meta = step.build()
+    q, topk, sink = attention_case(step, rng)
+    arguments = (q, step.swa, step.extra, meta, topk, sink)
+    want, want_lse = dsv4x.sparse_mla_attention(*arguments, path="gathered")
+    windows, blocks = sum(meta.gather_counts), set()
+    for cap in range(0, 1 << 18, 1 << 13):
+        for room in (None, windows + 1, windows + 20):
+            workspace = None if room is None else torch.full((room, 512), float("nan"), dtype=torch.bfloat16)
+            chunk = dsv4x.SparsePrefillChunkCache(cap, workspace).rebuild(meta)
+            block = chunk.referenced_block(topk.shape[1])
+            if not block:
+                assert "pass the cap" in dsv4x.explain_step(*arguments[:5], chunk=chunk).refused["referenced"]
+                with pytest.raises(ValueError, match="path: referenced, but the windows and one token's rows pass"):
+                    dsv4x.sparse_mla_attention(*arguments, path="referenced", chunk=chunk)
+                continue
+            if block in blocks:
+                continue
+            blocks.add(block)
+            cut = chunk.referenced_blocks(topk.shape[1])
+            assert [t for part in cut for t in range(part.start, part.stop)] == list(range(step.tokens))
+            assert max(part.stop - part.start for part in cut) <= block
+            rows = chunk.referenced_rows(topk.shape[1])
+            assert (rows + windows) * 1024 <= cap
+            assert room is None or rows + windows <= room
+            out, lse = dsv4x.sparse_mla_attention(*arguments, path="referenced", chunk=chunk)
+            assert torch.equal(out, want)
+            assert torch.equal(lse, want_lse)
+    assert len(blocks) > 1 or not sum(meta.compressed_counts)
+
+
+@pytest.mark.parametrize("ratio", [1, 128])
+def test_only_c4_has_references(ratio, make_step, rng):
+    step = make_step(BATCHES["mixed"], ratio)
+    meta = step.build()
+    q, _, _ = attention_case(step, rng)
+    with pytest.raises(ValueError, match=f"path: referenced, need compress_ratio 4, not {ratio}"):
+        dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, path="referenced")
+    explanation = dsv4x.explain_step(q, step.swa, step.extra, meta)
+    assert explanation.refused == {"referenced": f"compress_ratio is {ratio}, need 4"}
+    assert set(explanation.predicted_us) == set(explanation.kernels) == {"direct", "gathered"}
+    assert f"{explanation.chosen:<10} chosen" in str(explanation)
+    assert "referenced refused: compress_ratio" in str(explanation)
+
+
 @pytest.mark.parametrize("ratio", [1, 4, 128])
 def test_a_request_larger_than_the_cap_is_read_in_place(ratio, make_step, rng):
     step = make_step([(2, 300), (3, 40)], ratio)
@@ -460,6 +510,25 @@ def test_long_c128_rows_are_made_a_block_of_tokens_at_a_time(make_step, rng, mon
             for meta in (cut, whole)
         )
         assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize(("ratio", "path"), [(r, p) for r in (1, 4, 128) for p in (*paths_of(r), None)])
+def test_a_step_without_the_lse_is_the_same_step(path, ratio, make_step, rng, monkeypatch):
+    monkeypatch.setattr(attention, "MAX_SLOT_ROW_BYTES", 3 * 64 * 4)
+    for requests in (BATCHES["mixed"], [(0, 9)]):
+        step = make_step(requests, ratio)
+        meta = step.build()
+        q, topk, sink = attention_case(step, rng)
+        # Small enough that rows gathered come in several groups; one token's references need more.
+        cap = max(s for _, s in requests) * 1024 + (400_000 if path == "referenced" else 8000)
+        chunk = dsv4x.SparsePrefillChunkCache(cap).rebuild(meta)
+        assert chunk.fits
+        arguments = (q, step.swa, step.extra, meta, topk, sink)
+        want, lse = dsv4x.sparse_mla_attention(*arguments, path=path, chunk=chunk)
+        got, none = dsv4x.sparse_mla_attention(*arguments, path=path, chunk=chunk, return_lse=False)
+        assert none is None
+        assert torch.equal(got, want)
+        assert lse.shape == q.shape[:2]
 
 
 def test_a_chunk_is_for_the_metadata_it_was_built_for(make_step, rng):

@@ -326,6 +326,23 @@ def test_no_tokens_give_empty_results(given, attention_kernel_device, decode_cas
         assert not given or got is out
 
 
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_the_lse_may_be_left_out(tokens, attention_kernel_device, decode_case, prefill_case, on_device):
+    kernel, device = attention_kernel_device
+    for op, case in (
+        (dsv4x.sparse_mla_decode, decode_case(tokens=tokens, extra_width=9)),
+        (dsv4x.sparse_mla_prefill, prefill_case(tokens=tokens)),
+    ):
+        case = on_device(case, device)
+        out = torch.empty_like(case["q"])
+        got, none = op(**case, out=out, kernel=kernel, return_lse=False)
+        assert none is None
+        assert got is out
+        want, lse = op(**case, kernel=kernel)
+        assert torch.equal(got, want)
+        assert lse.shape == (tokens, 16)
+
+
 def test_arguments_are_left_as_they_were(attention_kernel_device, decode_case, on_device):
     kernel, device = attention_kernel_device
     case = on_device(decode_case(tokens=2, extra_width=30), device)

@@ -10,19 +10,17 @@ from typing import Any, NamedTuple
 import torch
 
 from . import checks, indices, reference
-from .cache import gather_workspace
-from .costs import step_costs
-from .errors import BackendUnavailable, KernelNotSupported
+from .compaction import gather_referenced_rows
 from .layouts import PagedCache
 from .prefill_chunk import SparsePrefillChunkCache
-from .registry import Kernel, Problem, select
-from .sparse_mla import check_cache, check_heads, check_rest, scale_of
+from .registry import Kernel, Problem, call_on, select
+from .routing import PATHS, choose_path, path_problems
+from .sparse_mla import attend, check_cache, check_heads, check_rest, scale_of
 
 HEAD_DIM = 512
 """DeepSeek-V4's values of K, all of which are V."""
 
 COMPRESS_RATIOS = (1, 4, 128)
-PATHS = ("direct", "gathered")
 
 MAX_SLOT_ROW_BYTES = 32 << 20
 """C128's slot rows are kept for the step up to this size, and made for a block of tokens at a time above it."""
@@ -252,7 +250,8 @@ def sparse_mla_attention(
     chunk: SparsePrefillChunkCache | None = None,
     swa_k_scale: float = 1.0,
     extra_k_scale: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    return_lse: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one layer over one step's batch; the entries of the step are in the caches already.
 
     Args:
@@ -264,19 +263,21 @@ def sparse_mla_attention(
         topk_indices: int32 ``[T, any]``, index space *local* (compressed entries of the token's own request), -1 for
             none; only for compress_ratio 4. An entry the token may not see yet, or that does not exist, is no entry.
         attn_sink, softmax_scale, out: as in :func:`~dsv4x.sparse_mla_decode`.
-        path: ``"direct"`` reads fp8 pages in place; ``"gathered"`` dequantizes what the step reads into a bf16
-            workspace first; None picks the faster by prediction.
+        path: ``"direct"`` reads fp8 pages in place; ``"gathered"`` dequantizes the windows and every compressed entry
+            of the requests into a bf16 workspace first; ``"referenced"`` (compress_ratio 4) the windows and the entries
+            that top-k points at; None picks the fastest by prediction (:func:`~dsv4x.explain_step`).
         kernel: the attention kernel, as in :func:`~dsv4x.sparse_mla_decode`; None picks.
         chunk: the gathered path's plan, cap and workspace, rebuilt for ``meta``; None takes ``meta``'s own, with a cap
             of 256 MiB.
         swa_k_scale, extra_k_scale: as in :func:`~dsv4x.sparse_mla_decode`.
+        return_lse: whether the lse is wanted; a server whose sink is in the kernel seldom needs it.
 
     Returns:
-        ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``.
+        ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``, or None for lse under ``return_lse=False``.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride, device, layout or page size; a ``chunk`` built
-            for something else; ``path="gathered"`` where a request's rows pass the cap; under ``DSV4X_CHECK=1`` also a
+            for something else; a path that is gathered for, where its rows pass the cap; under ``DSV4X_CHECK=1`` also a
             local entry its token may not see, or a NaN in q, with its row.
         KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
     """
@@ -303,6 +304,13 @@ def sparse_mla_attention(
     chunk.check(meta)
     if path == "gathered" and not chunk.fits:
         raise ValueError(f"path: gathered, but a request's rows alone pass the cap of {chunk.max_bytes} bytes")
+    if path == "referenced":
+        if topk_indices is None:
+            raise ValueError(f"path: referenced, need compress_ratio 4, not {meta.compress_ratio}")
+        if not chunk.referenced_block(topk_indices.shape[1]):
+            raise ValueError(
+                f"path: referenced, but the windows and one token's rows pass the cap of {chunk.max_bytes} bytes"
+            )
     if checks.check_values_enabled():
         if topk_indices is not None:
             spans = meta.visible.clamp_max(min(meta.topk, topk_indices.shape[1]))
@@ -311,15 +319,16 @@ def sparse_mla_attention(
     key = (
         q.shape[1], swa_cache.spec, None if extra_cache is None else extra_cache.spec,
         None if topk_indices is None else topk_indices.shape[1], path, kernel,
-        q.is_cuda and torch.cuda.is_current_stream_capturing(),
+        return_lse, q.is_cuda and torch.cuda.is_current_stream_capturing(),
     )  # fmt: skip
     plan = chunk.plans.get(key)
     if plan is None:
-        plan = chunk.plans[key] = _plan(q, swa_cache, extra_cache, meta, topk_indices, path, kernel, chunk)
+        plan = _plan(q, swa_cache, extra_cache, meta, topk_indices, path, kernel, chunk, return_lse)
+        chunk.plans[key] = plan
     if not meta.num_tokens:
-        return _Results(q, out, 0).all()
-    layer = _Layer(q, swa_cache, extra_cache, topk_indices, attn_sink, scale, swa_k_scale, extra_k_scale)
-    return (_direct if plan.path == "direct" else _gathered)(plan, layer, meta, chunk, out)
+        return _Results(q, out, 0, return_lse).all()
+    layer = _Layer(q, swa_cache, extra_cache, topk_indices, attn_sink, scale, swa_k_scale, extra_k_scale, return_lse)
+    return call_on(q.device, _RUN[plan.path], plan, layer, meta, chunk, out)
 
 
 class _Layer(NamedTuple):
@@ -333,14 +342,17 @@ class _Layer(NamedTuple):
     scale: float
     swa_k_scale: float
     extra_k_scale: float
+    return_lse: bool
 
 
 class _Plan(NamedTuple):
-    """What was decided for layers of one shape: the path, and the kernels of its attention and index ops."""
+    """What was decided for layers of one shape: the path, and the kernels of its attention, index and gather ops."""
 
     path: str
     attend: Kernel
     remap: Kernel
+    gather: Kernel
+    gather_and_combine: Kernel
 
 
 def _plan(
@@ -352,156 +364,147 @@ def _plan(
     path: str | None,
     kernel: str | None,
     chunk: SparsePrefillChunkCache,
+    return_lse: bool,
 ) -> _Plan:
     if path is None:
-        path = choose_path(q, swa_cache, extra_cache, meta, topk_indices, kernel, chunk)
-    direct, gathered = path_problems(q, swa_cache, extra_cache, meta, topk_indices)
-    problem, index_op = (direct, "local_to_slots") if path == "direct" else (gathered, "combine_topk_swa_indices")
+        path = choose_path(q, swa_cache, extra_cache, meta, topk_indices, kernel, chunk, return_lse)
+    problems = path_problems(q, swa_cache, extra_cache, meta, topk_indices, chunk, return_lse)
+    problem = problems[path]
+    index_op = "combine_topk_swa_indices" if path == "gathered" else "local_to_slots"
     index = Problem.on(index_op, q.device, tokens=problem.tokens, width=problem.width)
-    return _Plan(path, select(problem, kernel), select(index, None))
+    gathering = [
+        Problem.on(op, q.device, tokens=problem.rows, caches=problems["direct"].caches)
+        for op in ("gather_workspace", "gather_and_combine")
+    ]
+    return _Plan(path, select(problem, kernel), select(index), *map(select, gathering))
 
 
 def _direct(
     plan: _Plan, layer: _Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache, out: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     blocks = meta.direct_blocks
-    results = _Results(layer.q, out, len(blocks))
-    device = layer.q.device
+    results = _Results(layer.q, out, len(blocks), layer.return_lse)
     for block in blocks:
-        whole = len(blocks) == 1
-
-        def part(tensor: torch.Tensor, block: slice = block, whole: bool = whole) -> torch.Tensor:
-            return tensor if whole else tensor[block]
-
-        extra_indices, extra_lens = None, meta.extra_lens
-        if extra_lens is not None:
-            extra_lens = part(extra_lens)
-            if layer.topk_indices is not None:
-                extra_indices = torch.empty(layer.topk_indices.shape, dtype=torch.int32, device=device)
-                plan.remap.launch(
-                    device, layer.topk_indices, meta.request, meta.visible, meta.extra_block_table,
-                    meta.extra_page_size, meta.extra_pages, extra_indices,
-                )  # fmt: skip
-                if layer.topk_indices.shape[1] < meta.topk:
-                    extra_lens = extra_lens.clamp_max(layer.topk_indices.shape[1])
-            else:
-                extra_indices = meta.slot_rows(block) if meta.extra_indices is None else meta.extra_indices
-        results.add(block, *plan.attend.launch(
-            device, part(layer.q), layer.swa_cache, part(meta.swa_indices), part(meta.swa_lens),
-            layer.extra_cache, extra_indices, extra_lens, layer.attn_sink, layer.scale, results.buffer(block),
+        q, topk_indices, extra_indices = layer.q, layer.topk_indices, meta.extra_indices
+        swa_indices, swa_lens, extra_lens = meta.swa_indices, meta.swa_lens, meta.extra_lens
+        if len(blocks) > 1:
+            # Only C128 is cut, whose slot rows are then made a block at a time.
+            assert extra_lens is not None
+            q, swa_indices, swa_lens, extra_lens = q[block], swa_indices[block], swa_lens[block], extra_lens[block]
+        if topk_indices is not None:
+            width = topk_indices.shape[1]
+            extra_indices = torch.empty(topk_indices.shape, dtype=torch.int32, device=q.device)
+            plan.remap.run(
+                topk_indices, meta.request, meta.visible, meta.extra_block_table,
+                meta.extra_page_size, meta.extra_pages, extra_indices,
+            )  # fmt: skip
+            if width < meta.topk:
+                assert extra_lens is not None
+                extra_lens = extra_lens.clamp_max(width)
+        elif extra_lens is not None and extra_indices is None:
+            extra_indices = meta.slot_rows(block)
+        results.add(block, *attend(
+            plan.attend, q, layer.swa_cache, swa_indices, swa_lens, layer.extra_cache, extra_indices, extra_lens,
+            layer.attn_sink, layer.scale, results.buffer(block),
             trusted_indices=True, schedule=meta._schedule.setdefault(block.start, {}),
-            swa_k_scale=layer.swa_k_scale, extra_k_scale=layer.extra_k_scale,
+            swa_k_scale=layer.swa_k_scale, extra_k_scale=layer.extra_k_scale, return_lse=layer.return_lse,
         ))  # fmt: skip
     return results.all()
 
 
 def _gathered(
     plan: _Plan, layer: _Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache, out: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    results = _Results(layer.q, out, sum(len(group.blocks) for group in chunk.groups))
-    device = layer.q.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    results = _Results(layer.q, out, sum(len(group.blocks) for group in chunk.groups), layer.return_lse)
     for group in chunk.groups:
         # Not filled: rows without a slot stay unwritten, and no index points at them.
         workspace = chunk.workspace(group.rows)
-        gather_workspace(
+        gather = (
             layer.extra_cache, layer.swa_cache, group.slots, group.compressed_rows, workspace,
-            extra_k_scale=layer.extra_k_scale, swa_k_scale=layer.swa_k_scale,
+            layer.extra_k_scale, layer.swa_k_scale,
         )  # fmt: skip
+        together = layer.topk_indices is not None and group.rows > 0
+        if group.rows and not together:
+            plan.gather.run(*gather)
         for block in group.blocks:
-            rows, lens = chunk.index_rows(group, block, layer.topk_indices, plan.remap)
-            q = layer.q if results.lse is None else layer.q[block]
-            results.add(block, *plan.attend.launch(
-                device, q, workspace, rows, lens, layer.attn_sink, layer.scale, results.buffer(block),
-                trusted_indices=True,
+            if together:
+                combine = chunk.combining(group, block, layer.topk_indices)
+                plan.gather_and_combine.run(gather, combine)
+                rows, lens = combine[-2:]
+                together = False
+            else:
+                rows, lens = chunk.index_rows(group, block, layer.topk_indices, plan.remap)
+            q = layer.q if results.whole else layer.q[block]
+            results.add(block, *attend(
+                plan.attend, q, workspace, rows, lens, layer.attn_sink, layer.scale, results.buffer(block),
+                trusted_indices=True, return_lse=layer.return_lse,
             ))  # fmt: skip
     return results.all()
+
+
+def _referenced(
+    plan: _Plan, layer: _Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache, out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    topk_indices, extra_lens = layer.topk_indices, meta.extra_lens
+    assert topk_indices is not None
+    assert extra_lens is not None
+    assert layer.extra_cache is not None
+    width = topk_indices.shape[1]
+    window, blocks = chunk.window, chunk.referenced_blocks(width)
+    if width < meta.topk:
+        extra_lens = extra_lens.clamp_max(width)
+    results = _Results(layer.q, out, len(blocks), layer.return_lse)
+    capacity = chunk.referenced_rows(width)
+    workspace = chunk.workspace(capacity + window.rows)
+    if window.rows:
+        plan.gather.run(None, layer.swa_cache, window.slots, 0, workspace[capacity:], 1.0, layer.swa_k_scale)
+    for block in blocks:
+        slots = torch.empty(topk_indices[block].shape, dtype=torch.int32, device=layer.q.device)
+        plan.remap.run(
+            topk_indices[block], meta.request[block], meta.visible[block], meta.extra_block_table,
+            meta.extra_page_size, meta.extra_pages, slots,
+        )  # fmt: skip
+        compacted = gather_referenced_rows(
+            layer.extra_cache, slots, extra_lens[block], out=workspace[:capacity], k_scale=layer.extra_k_scale
+        )
+        # The compressed half first, as on the gathered path, so that both give the same bits.
+        rows, lens = indices.combine_swa_extra_indices(
+            compacted.indices, extra_lens[block], window.indices[block], window.lens[block], capacity
+        )
+        results.add(block, *attend(
+            plan.attend, layer.q[block], workspace, rows, lens, layer.attn_sink, layer.scale, results.buffer(block),
+            trusted_indices=True, return_lse=layer.return_lse,
+        ))  # fmt: skip
+    return results.all()
+
+
+_RUN = {"direct": _direct, "gathered": _gathered, "referenced": _referenced}
 
 
 class _Results:
     """Output of a call made in ``parts``: one part's as it is, several (or none) in one buffer."""
 
-    def __init__(self, q: torch.Tensor, out: torch.Tensor | None, parts: int):
-        self.out, self.lse, self._whole = out, None, parts == 1
-        if not self._whole:
+    def __init__(self, q: torch.Tensor, out: torch.Tensor | None, parts: int, return_lse: bool):
+        self.out, self.whole = out, parts == 1
+        self.lse: torch.Tensor | None = None
+        if not self.whole:
             self.out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-            self.lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+            if return_lse:
+                self.lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
 
     def buffer(self, block: slice) -> torch.Tensor | None:
-        return self.out if self._whole or self.out is None else self.out[block]
+        return self.out if self.whole or self.out is None else self.out[block]
 
-    def add(self, block: slice, out: torch.Tensor, lse: torch.Tensor) -> None:
-        if self._whole:
+    def add(self, block: slice, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        if self.whole:
             self.out, self.lse = out, lse
-        else:
+        elif lse is not None:
             assert self.lse is not None
             self.lse[block] = lse
 
-    def all(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def all(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert self.out is not None
-        assert self.lse is not None
         return self.out, self.lse
-
-
-def choose_path(
-    q: torch.Tensor,
-    swa_cache: PagedCache,
-    extra_cache: PagedCache | None,
-    meta: AttentionMetadata,
-    topk_indices: torch.Tensor | None = None,
-    kernel: str | None = None,
-    chunk: SparsePrefillChunkCache | None = None,
-) -> str:
-    """``"direct"`` or ``"gathered"``, whichever is predicted to be faster and may run. Arguments as in the step.
-
-    Raises KernelNotSupported or BackendUnavailable when neither may.
-    """
-    chunk = chunk or meta.chunk
-    direct, gathered = path_problems(q, swa_cache, extra_cache, meta, topk_indices)
-    if gathered.capturing or not chunk.fits or not gathered.rows:
-        return "direct"
-    try:
-        in_place = select(direct, kernel)
-    except (KernelNotSupported, BackendUnavailable):
-        # A kernel that cannot read these pages may still attend to rows gathered from them.
-        select(gathered, kernel)
-        return "gathered"
-    try:
-        over_rows = select(gathered, kernel)
-    except (KernelNotSupported, BackendUnavailable):
-        return "direct"
-    costs = step_costs(direct.arch)
-    indexed = meta.compress_ratio == 4
-    direct_us = costs.direct_us(in_place.predicted_us(direct), direct, indexed)
-    gathered_us = costs.gathered_us(over_rows.predicted_us(gathered), gathered, indexed)
-    return "direct" if direct_us <= gathered_us else "gathered"
-
-
-def path_problems(
-    q: torch.Tensor,
-    swa_cache: PagedCache,
-    extra_cache: PagedCache | None,
-    meta: AttentionMetadata,
-    topk_indices: torch.Tensor | None = None,
-) -> tuple[Problem, Problem]:
-    """The attention problem of the direct and of the gathered path, for :func:`dsv4x.explain`."""
-    tokens, heads = q.shape[:2]
-    extra_width = 0
-    if topk_indices is not None:
-        extra_width = topk_indices.shape[1]
-    elif meta.compress_ratio == 128:
-        extra_width = meta.slot_row_width
-    caches = tuple(cache.spec for cache in (swa_cache, extra_cache) if cache is not None)
-    entries = meta.mean_entries(extra_width)
-    direct = Problem.on(
-        "sparse_mla_decode", q.device, tokens=tokens, heads=heads,
-        width=meta.swa_indices.shape[1], extra_width=extra_width, entries=entries, caches=caches,
-    )  # fmt: skip
-    gathered = Problem.on(
-        "sparse_mla_prefill", q.device, tokens=tokens, heads=heads, entries=entries,
-        width=indices.combined_topk_width(extra_width, meta.window_size),
-        rows=sum(meta.compressed_counts) + sum(meta.gather_counts),
-    )  # fmt: skip
-    return direct, gathered
 
 
 def _check_cache(name: str, value: object, device: torch.device, page_size: int, pages: int) -> PagedCache:

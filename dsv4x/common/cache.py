@@ -92,37 +92,6 @@ def dequantize_k_cache_paged(
     return out
 
 
-def gather_workspace(
-    extra_cache: PagedCache | None,
-    swa_cache: PagedCache,
-    slots: torch.Tensor,
-    extra_rows: int,
-    out: torch.Tensor,
-    *,
-    extra_k_scale: float = 1.0,
-    swa_k_scale: float = 1.0,
-    kernel: str | None = None,
-) -> None:
-    """:func:`dequantize_k_cache_paged` of two caches into one workspace, in one launch.
-
-    Args:
-        extra_cache, swa_cache: of one head dim; None without compressed entries.
-        slots: int32 ``[S]``: before row ``extra_rows`` of ``extra_cache``, from there on of ``swa_cache``; -1, and any
-            slot outside its cache, is no entry, and its row is left alone.
-        extra_rows: in ``[0, S]``; 0 without ``extra_cache``.
-        out: bf16 ``[S, head_dim]``, rows contiguous, any row stride.
-        extra_k_scale, swa_k_scale: as ``k_scale`` of :func:`dequantize_k_cache_paged`.
-        kernel: ``"triton"`` or ``"reference"``; None picks.
-    """
-    if extra_cache is None:
-        dequantize_k_cache_paged(swa_cache, slots, out, k_scale=swa_k_scale, kernel=kernel)
-        return
-    caches = (extra_cache.spec, swa_cache.spec)
-    record = select(Problem.on("gather_workspace", slots.device, tokens=slots.shape[0], caches=caches), kernel)
-    if slots.shape[0]:
-        record.launch(slots.device, extra_cache, swa_cache, slots, extra_rows, out, extra_k_scale, swa_k_scale)
-
-
 def requantize_fp8_to_block_scale(
     cache: PagedCache,
     k_scale: float,

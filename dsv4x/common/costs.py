@@ -13,6 +13,7 @@ from typing import Any
 
 from .registry import Problem
 
+_BY_KIND = ("direct", "gathered")
 _TABLES = {"sm_90": Path(__file__).parent.parent / "cuda" / "costs_sm_90.json"}
 
 
@@ -22,14 +23,19 @@ class StepCosts:
 
     Attributes:
         gather, remap, combine: ``(a launch, one row or index element more)``.
-        host: path -> what a small eager step takes with and without an indexer's top-k: launches bound it, not work.
+        listing: ``(the launches, one reference more)`` of finding and remapping what top-k points at.
+        direct_host, gathered_host: what a small eager step takes with and without an indexer's top-k: launches bound
+            it, not work.
+        referenced_host: the same with one.
     """
 
     gather: tuple[float, float] = (8.0, 8e-4)
     remap: tuple[float, float] = (6.0, 5e-6)
     combine: tuple[float, float] = (10.0, 5e-6)
+    listing: tuple[float, float] = (60.0, 2e-4)
     direct_host: tuple[float, float] = (40.0, 30.0)
     gathered_host: tuple[float, float] = (60.0, 45.0)
+    referenced_host: float = 200.0
 
     def direct_us(self, kernel_us: float, problem: Problem, indexed: bool) -> float:
         """A step that reads pages in place: top-k remapped, then the kernel."""
@@ -42,6 +48,16 @@ class StepCosts:
         combine = self.combine[0] + self.combine[1] * problem.tokens * problem.width if indexed else 0.0
         return max(self.gathered_host[0 if indexed else 1], gather + combine + kernel_us)
 
+    def referenced_us(
+        self, kernel_us: float, problem: Problem, blocks: int, references: int, distinct: float, windows: int
+    ) -> float:
+        """A step of ``blocks`` calls of ``problem``, each listing ``references`` and gathering ``distinct`` rows."""
+        listing = self.listing[0] + self.listing[1] * references
+        gather = self.gather[0] + self.gather[1] * distinct
+        combine = self.combine[0] + self.combine[1] * problem.tokens * problem.width
+        block = max(self.referenced_host, listing + gather + combine + kernel_us)
+        return self.gather[0] + self.gather[1] * windows + blocks * block
+
 
 @functools.cache
 def step_costs(arch: str) -> StepCosts:
@@ -49,9 +65,10 @@ def step_costs(arch: str) -> StepCosts:
     table = table_of(arch)
     if table is None:
         return StepCosts()
-    host = {path: (us["4"], max(us["1"], us["128"])) for path, us in table["host"].items()}
-    lines = {name: (table[name][0], table[name][1]) for name in ("gather", "remap", "combine")}
-    return StepCosts(**lines, direct_host=host["direct"], gathered_host=host["gathered"])
+    host = table["host"]
+    by_kind = {f"{path}_host": (host[path]["4"], max(host[path]["1"], host[path]["128"])) for path in _BY_KIND}
+    lines = {name: (table[name][0], table[name][1]) for name in ("gather", "remap", "combine", "listing")}
+    return StepCosts(**lines, **by_kind, referenced_host=host["referenced"]["4"])
 
 
 @functools.cache

@@ -134,6 +134,10 @@ class CacheLayout:
         smallest = ceil_scale_byte(self.amax_floor, self.value_max)
         return max(smallest, _ceil_log2(self.scale_floor) + 127 if self.scale_floor else 0)
 
+    def __hash__(self) -> int:
+        # Every launch looks its layout up, and equal layouts have equal names.
+        return hash(self.name)
+
     def with_flavour(self, flavour: str) -> CacheLayout:
         """The same layout with its FP8 values in ``flavour``: a gfx942 server mixes both, a cache has one.
 

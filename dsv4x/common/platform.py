@@ -70,7 +70,8 @@ class Platform:
         """Limits of ``device`` (default: the current one). Asks the device: creates its context on first use."""
         if device is None:
             device = "cpu" if self.backend == "reference" else "cuda"
-        device = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+        if not isinstance(device, torch.device):
+            device = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
         if device.type != "cuda":
             return _limits(None)
         return _limits(torch.cuda.current_device() if device.index is None else device.index)

@@ -104,6 +104,7 @@ def register_portable() -> None:
     _pair("quantize_and_insert_k_cache", "cache")
     _pair("dequantize_k_cache_paged", "cache")
     _pair("gather_workspace", "cache")
+    _pair("gather_and_combine", "gather_combine")
     _pair("requantize_fp8_to_block_scale", "convert")
     _pair("combine_topk_swa_indices", "indices")
     _pair("combine_swa_extra_indices", "indices")

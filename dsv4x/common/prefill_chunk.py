@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import checks, indices
+from .compaction import compaction_scratch_bytes
 from .registry import Kernel
 
 if TYPE_CHECKING:
@@ -51,6 +52,25 @@ class Group:
         return self.slots.shape[0]
 
 
+@dataclass(frozen=True)
+class Window:
+    """The whole chunk's window rows, and each token's among them.
+
+    Attributes:
+        slots: int32 ``[W]``, the window cache's slot of each workspace row, as in :class:`Group`.
+        indices: int32 ``[T, >= window_size]`` workspace rows, -1 padded.
+        lens: int32 ``[T]`` spans.
+    """
+
+    slots: torch.Tensor
+    indices: torch.Tensor
+    lens: torch.Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.slots.shape[0]
+
+
 class SparsePrefillChunkCache:
     """The gathered path's plan for one chunk: built once, shared by the layers of one kind, rebuilt for the next chunk.
 
@@ -58,7 +78,7 @@ class SparsePrefillChunkCache:
     and lengths, the index rows of layers that no indexer chooses for, and how the chunk is cut so that workspace and
     index rows stay within ``max_bytes``: by requests first, and by query blocks where one request's index rows are too
     many. Nothing that a layer brings (caches' bytes, top-k, q) is kept. A request whose rows alone pass the cap cannot
-    be gathered; :meth:`fits` says so, and the direct path reads it in place.
+    be gathered; :attr:`fits` says so, and another path reads it. The ``referenced`` path is cut by tokens alone.
 
     ``plans`` is where :func:`~dsv4x.sparse_mla_attention` keeps what it decided for layers of a shape.
 
@@ -81,6 +101,7 @@ class SparsePrefillChunkCache:
         self._groups: tuple[Group, ...] | None = None
         self._spans: list[tuple[int, int, int]] | None = None
         self._shared: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._window: Window | None = None
         self.plans: dict[tuple[Any, ...], Any] = {}
 
     def rebuild(self, meta: AttentionMetadata) -> SparsePrefillChunkCache:
@@ -94,7 +115,7 @@ class SparsePrefillChunkCache:
 
     def close(self) -> None:
         """Drop what was planned; the next use is an error until :meth:`rebuild`."""
-        self._meta = self._groups = self._spans = self._shared = None
+        self._meta = self._groups = self._spans = self._shared = self._window = None
         self.plans = {}
 
     def check(self, meta: AttentionMetadata) -> None:
@@ -138,6 +159,51 @@ class SparsePrefillChunkCache:
             self._groups = tuple(_group(self._meta, *span) for span in self._spans)
         return self._groups
 
+    @property
+    def window(self) -> Window:
+        """The window rows of the ``referenced`` path, built on first use."""
+        if self._window is None:
+            meta = self._meta
+            assert meta is not None
+            slots = _ragged_slots(
+                meta.swa_block_table, meta.seq_lens - meta.gathered, meta.gathered, sum(meta.gather_counts),
+                meta.swa_page_size, meta.swa_pages,
+            )  # fmt: skip
+            rows, lens = indices.combine_topk_swa_indices(
+                meta.position[:, None][:, :0], meta.query_start_loc, meta.seq_lens, meta.gathered,
+                torch.zeros_like(meta.gathered), _exclusive_sum(meta.gathered), meta.window_size, meta.compress_ratio,
+                0, row_slots=slots, positions=(meta.request, meta.position),
+            )  # fmt: skip
+            self._window = Window(slots, rows, lens)
+        return self._window
+
+    def referenced_block(self, width: int) -> int:
+        """Tokens the ``referenced`` path takes at once, with top-k rows of ``width``; 0 when not one fits."""
+        meta = self._meta
+        assert meta is not None
+        compressed, windows = sum(meta.compressed_counts), sum(meta.gather_counts)
+        window_bytes = windows * (ROW_BYTES + 4) + meta.num_tokens * _index_row_bytes(0, meta.window_size)
+        slots = meta.extra_pages * meta.extra_page_size
+        left = self.max_bytes - window_bytes - compaction_scratch_bytes(slots)
+        room = left if self._workspace is None else min(left, (self._workspace.shape[0] - windows) * ROW_BYTES)
+        # A listed row's slot; an index's slot and its remapped row; the combined index row.
+        row = ROW_BYTES + 4
+        token = 8 * width + _index_row_bytes(width, meta.window_size)
+        if compressed * row + meta.num_tokens * token <= left and compressed * ROW_BYTES <= room:
+            return max(1, meta.num_tokens)
+        return max(0, min(meta.num_tokens, left // (width * row + token), room // max(1, width * ROW_BYTES)))
+
+    def referenced_blocks(self, width: int) -> list[slice]:
+        """The chunk's tokens in blocks of :meth:`referenced_block`."""
+        assert self._meta is not None
+        tokens, step = self._meta.num_tokens, self.referenced_block(width)
+        return [slice(t, min(t + step, tokens)) for t in range(0, tokens, step)]
+
+    def referenced_rows(self, width: int) -> int:
+        """Workspace rows a block's referenced entries may take."""
+        assert self._meta is not None
+        return min(self.referenced_block(width) * width, sum(self._meta.compressed_counts))
+
     def workspace(self, rows: int) -> torch.Tensor:
         """bf16 ``[rows, 512]`` to gather into, not filled."""
         if self._workspace is not None:
@@ -150,12 +216,23 @@ class SparsePrefillChunkCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Workspace rows and spans of one block's tokens; kept for the layers where no indexer chooses them.
 
-        ``combine`` is the kernel of ``combine_topk_swa_indices`` that makes them.
+        ``combine`` is the kernel of ``combine_topk_swa_indices`` that makes them, on the current device.
         """
-        meta = self._meta
-        assert meta is not None
         if topk_indices is None and self._shared is not None:
             return self._shared
+        arguments = self.combining(group, block, topk_indices)
+        combine.run(*arguments)
+        rows, lens = arguments[-2:]
+        # Only where it is the whole chunk: kept rows count against the cap too.
+        assert self._meta is not None
+        if topk_indices is None and _count(block) == self._meta.num_tokens:
+            self._shared = (rows, lens)
+        return rows, lens
+
+    def combining(self, group: Group, block: slice, topk_indices: torch.Tensor | None) -> tuple[Any, ...]:
+        """What the kernels of ``combine_topk_swa_indices`` take for one block's tokens: rows and spans come last."""
+        meta = self._meta
+        assert meta is not None
         tokens, device = _count(block), meta.seq_lens.device
         whole = tokens == meta.num_tokens
         if topk_indices is None:
@@ -168,14 +245,10 @@ class SparsePrefillChunkCache:
         )
         lens = torch.empty(tokens, dtype=torch.int32, device=device)
         positions = (meta.request, meta.position) if whole else (meta.request[block], meta.position[block])
-        combine.launch(
-            device, local, meta.query_start_loc, meta.seq_lens, group.gather_lens, group.compressed_base,
+        return (
+            local, meta.query_start_loc, meta.seq_lens, group.gather_lens, group.compressed_base,
             group.swa_base, meta.window_size, meta.compress_ratio, topk, group.slots, positions, rows, lens,
         )  # fmt: skip
-        # Only where it is the whole chunk: kept rows count against the cap too.
-        if topk_indices is None and whole:
-            self._shared = (rows, lens)
-        return rows, lens
 
 
 def _versions(meta: AttentionMetadata) -> tuple[int, ...]:
@@ -200,7 +273,11 @@ def _rows(meta: AttentionMetadata, first: int, end: int) -> int:
 def _index_bytes(meta: AttentionMetadata, first: int, end: int) -> int:
     """Bytes of one token's index row and span, in a group of these requests."""
     topk = meta.topk if meta.compress_ratio == 4 else max(meta.compressed_counts[first:end], default=0)
-    return 4 * indices.combined_topk_width(topk, meta.window_size) + 4
+    return _index_row_bytes(topk, meta.window_size)
+
+
+def _index_row_bytes(extra_width: int, window_size: int) -> int:
+    return 4 * indices.combined_topk_width(extra_width, window_size) + 4
 
 
 def _split(meta: AttentionMetadata, max_bytes: int, max_rows: int | None) -> list[tuple[int, int, int]] | None:

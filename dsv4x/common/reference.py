@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -79,7 +80,7 @@ def dequantize_k_cache_paged(cache: PagedCache, slots: torch.Tensor, out: torch.
 
 
 def gather_workspace(
-    extra_cache: PagedCache,
+    extra_cache: PagedCache | None,
     swa_cache: PagedCache,
     slots: torch.Tensor,
     extra_rows: int,
@@ -88,8 +89,15 @@ def gather_workspace(
     swa_k_scale: float = 1.0,
 ) -> None:
     """Rows before ``extra_rows`` from one cache, the others from the other."""
-    dequantize_k_cache_paged(extra_cache, slots[:extra_rows], out[:extra_rows], extra_k_scale)
+    if extra_cache is not None:
+        dequantize_k_cache_paged(extra_cache, slots[:extra_rows], out[:extra_rows], extra_k_scale)
     dequantize_k_cache_paged(swa_cache, slots[extra_rows:], out[extra_rows:], swa_k_scale)
+
+
+def gather_and_combine(gather: tuple[Any, ...], combine: tuple[Any, ...]) -> None:
+    """:func:`gather_workspace` and :func:`combine_topk_swa_indices`, of their arguments."""
+    gather_workspace(*gather)
+    combine_topk_swa_indices(*combine)
 
 
 def quantize_and_insert_k_cache(k: torch.Tensor, cache: PagedCache, slots: torch.Tensor, k_scale: float = 1.0) -> None:

@@ -43,6 +43,7 @@ class Problem:
         entries: entries a token reads on average, as far as prediction goes; 0 where it is the whole width.
         rows: workspace rows (``sparse_mla_prefill``).
         caches: the caches read or written, the window's first.
+        lse: whether the attention ops have to return the lse.
         interpreter: whether Triton runs in its interpreter (``TRITON_INTERPRET=1``).
         capturing: whether the current stream is being captured into a graph.
     """
@@ -58,6 +59,7 @@ class Problem:
     entries: int = 0
     rows: int = 0
     caches: tuple[CacheSpec, ...] = ()
+    lse: bool = True
     interpreter: bool = _INTERPRETER
     capturing: bool = False
 
@@ -88,6 +90,7 @@ class Kernel:
         layouts: cache layouts it reads; empty for any.
         max_heads: most heads it takes; 0 where the op has none.
         capture_safe: may run inside CUDA / HIP graph capture.
+        lse_optional: whether ``run`` takes ``return_lse`` and may leave the lse out; the others always make one.
         by_name_only: why it runs only when asked for by name, such as results less exact than the others'; empty where
             prediction may choose it.
         further_reasons: limits the fields above cannot say.
@@ -103,6 +106,7 @@ class Kernel:
     layouts: tuple[str, ...] = ()
     max_heads: int = 0
     capture_safe: bool = True
+    lse_optional: bool = False
     by_name_only: str = ""
     further_reasons: Callable[[Problem], Iterable[str]] = lambda problem: ()
 
@@ -130,11 +134,16 @@ class Kernel:
         return reasons
 
     def launch(self, device: torch.device, *args: Any, **kwargs: Any) -> Any:
-        """Call ``run`` with ``device`` current, which Triton and the vendor libraries expect and callers may forget."""
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self.run(*args, **kwargs)
-        return self.run(*args, **kwargs)
+        """Call ``run`` with ``device`` current."""
+        return call_on(device, self.run, *args, **kwargs)
+
+
+def call_on(device: torch.device, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``run`` with ``device`` current, which Triton and the vendor libraries expect and callers may forget."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return run(*args, **kwargs)
+    return run(*args, **kwargs)
 
 
 _kernels: dict[str, dict[str, Kernel]] = {}

@@ -8,7 +8,7 @@ import torch
 
 from . import checks
 from .layouts import PagedCache
-from .registry import Problem, select
+from .registry import Kernel, Problem, call_on, select
 
 VALUE_DIM = 512
 """V is the first 512 values of K."""
@@ -36,7 +36,8 @@ def sparse_mla_decode(
     schedule: dict[Any, Any] | None = None,
     swa_k_scale: float = 1.0,
     extra_k_scale: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    return_lse: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One softmax over a token's window entries and its extra (compressed) entries, pages read in place.
 
     With s = q . k * softmax_scale over the valid entries: lse = logsumexp(s), natural log, sink excluded;
@@ -64,9 +65,10 @@ def sparse_mla_decode(
             shapes alone; :class:`~dsv4x.AttentionMetadata` owns one. None: nothing is kept.
         swa_k_scale, extra_k_scale: the tensor scale a cache was stored with, finite and > 0; other than 1 only where
             its layout stores no scales (trtllm-native, uniform fp8).
+        return_lse: whether the lse is wanted. Not all of AITER's kernels make one.
 
     Returns:
-        ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``.
+        ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``, or None for lse under ``return_lse=False``.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride, device or layout; under ``DSV4X_CHECK=1``
@@ -102,13 +104,16 @@ def sparse_mla_decode(
         width=swa_indices.shape[1],
         extra_width=extra_indices.shape[1] if extra_indices is not None else 0,
         caches=tuple(cache.spec for _, cache, _, _ in scopes),
+        lse=return_lse,
     )
     scale = scale_of(softmax_scale, q.shape[2])
     record = select(problem, kernel)
     if tokens == 0:
-        return _empty(q, out)
-    return record.launch(
+        return _empty(q, out, return_lse)
+    return call_on(
         q.device,
+        attend,
+        record,
         q,
         swa_cache,
         swa_indices,
@@ -123,6 +128,7 @@ def sparse_mla_decode(
         schedule=schedule,
         swa_k_scale=swa_k_scale,
         extra_k_scale=extra_k_scale,
+        return_lse=return_lse,
     )
 
 
@@ -137,7 +143,8 @@ def sparse_mla_prefill(
     kernel: str | None = None,
     *,
     trusted_indices: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    return_lse: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One softmax over a token's rows of a bf16 workspace; out, lse and sink as in :func:`sparse_mla_decode`.
 
     Args:
@@ -151,9 +158,10 @@ def sparse_mla_prefill(
         out: bf16 ``[T, H, 512]``, any strides with the last 1; None allocates a contiguous one.
         kernel: ``"flash_mla"``, ``"triton"``, ``"aiter"`` or ``"reference"``, which runs or raises; None picks.
         trusted_indices: the caller vouches that lengths lie in ``[0, width]`` and no index past a span points at a NaN.
+        return_lse: whether the lse is wanted. Not all of AITER's kernels make one.
 
     Returns:
-        ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``.
+        ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``, or None for lse under ``return_lse=False``.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device; under ``DSV4X_CHECK=1`` also a row
@@ -180,13 +188,16 @@ def sparse_mla_prefill(
         head_dim=q.shape[2],
         width=indices.shape[1],
         rows=kv.shape[0],
+        lse=return_lse,
     )
     scale = scale_of(softmax_scale, q.shape[2])
     record = select(problem, kernel)
     if tokens == 0:
-        return _empty(q, out)
-    return record.launch(
+        return _empty(q, out, return_lse)
+    return call_on(
         q.device,
+        attend,
+        record,
         q,
         kv,
         indices,
@@ -195,7 +206,16 @@ def sparse_mla_prefill(
         scale,
         out,
         trusted_indices=trusted_indices,
+        return_lse=return_lse,
     )
+
+
+def attend(record: Kernel, *args: Any, return_lse: bool, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run an attention kernel; None for the lse where none is wanted, whatever the kernel made."""
+    if record.lse_optional:
+        options["return_lse"] = return_lse
+    out, lse = record.run(*args, **options)
+    return out, lse if return_lse else None
 
 
 def check_cache(name: str, value: object, device: torch.device, head_dim: int) -> PagedCache:
@@ -245,7 +265,7 @@ def scale_of(softmax_scale: object, head_dim: int) -> float:
     return float(softmax_scale)
 
 
-def _empty(q: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _empty(q: torch.Tensor, out: torch.Tensor | None, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     if out is None:
         out = torch.empty(0, q.shape[1], VALUE_DIM, dtype=q.dtype, device=q.device)
-    return out, torch.empty(0, q.shape[1], dtype=torch.float32, device=q.device)
+    return out, torch.empty(0, q.shape[1], dtype=torch.float32, device=q.device) if return_lse else None

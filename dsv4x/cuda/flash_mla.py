@@ -142,10 +142,6 @@ def _indices_for(
     return sanitize_indices(indices, lens, capacity, multiple)
 
 
-def _rows(tensor: torch.Tensor | None, start: int, end: int) -> torch.Tensor | None:
-    return None if tensor is None else tensor[start:end]
-
-
 def decode(
     q: torch.Tensor,
     swa_cache: PagedCache,
@@ -172,7 +168,6 @@ def decode(
         # Decode's promise says nothing of what stands past a span, and there a NaN row would poison this kernel.
         trusted = trusted_indices and swa_lens is None
         return prefill(q, kv, swa_indices, swa_lens, attn_sink, softmax_scale, out, trusted_indices=trusted)
-    function = FLASH_MLA.load().flash_mla_with_kvcache
     heads = q.shape[1]
     q, attn_sink = _pad_heads(q, attn_sink)
     takes_lens = swa_cache.layout.name != layouts.DSV32.name
@@ -181,43 +176,64 @@ def decode(
     indices, lens = _indices_for(swa_indices, swa_lens, swa_cache.capacity, DECODE_WIDTH, trusted_indices)
     if not takes_lens:
         lens = None
-    extra_view = e_indices = e_lens = None
+    e_indices = e_lens = None
     if extra_cache is not None and extra_indices is not None:
-        extra_view = _servers_view(extra_cache)
         e_indices, e_lens = _indices_for(extra_indices, extra_lens, extra_cache.capacity, DECODE_WIDTH, trusted_indices)
-
-    def call(start: int, part: Callable[[torch.Tensor | None], Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = part(q)
-        values, lse = function(
-            rows.unsqueeze(1),
-            _servers_view(swa_cache),
-            None,
-            None,
-            VALUE_DIM,
-            _scheduler(schedule, rows, swa_cache, indices, extra_cache, e_indices, start),
-            None,
-            softmax_scale,
-            False,
-            True,
-            part(indices).unsqueeze(1),
-            attn_sink,
-            extra_view,
-            None if e_indices is None else part(e_indices).unsqueeze(1),
-            part(lens),
-            part(e_lens),
-            **_options(function),
-        )
-        return _deliver(values.squeeze(1), lse.squeeze(2), heads, part(out))
-
     step = max_batch(q.shape[1], platform.limits(q.device).shared_memory)
+    caches = (swa_cache, extra_cache)
     if q.shape[0] <= step:
         # No slicing: in a small call each view costs a microsecond or two of the host's time.
-        return call(0, lambda tensor: tensor)
+        rows = (q, indices, lens, e_indices, e_lens)
+        return _decode_rows(rows, caches, attn_sink, softmax_scale, schedule, 0, heads, out)
     if out is None:
         out = torch.empty(q.shape[0], heads, VALUE_DIM, dtype=q.dtype, device=q.device)
-    starts = range(0, q.shape[0], step)
-    parts = [call(at, functools.partial(_rows, start=at, end=at + step)) for at in starts]
-    return out, torch.cat([lse for _, lse in parts])
+    parts = []
+    for at in range(0, q.shape[0], step):
+        block = slice(at, at + step)
+        rows = (
+            q[block], indices[block], None if lens is None else lens[block],
+            None if e_indices is None else e_indices[block], None if e_lens is None else e_lens[block],
+        )  # fmt: skip
+        parts.append(_decode_rows(rows, caches, attn_sink, softmax_scale, schedule, at, heads, out[block])[1])
+    return out, torch.cat(parts)
+
+
+def _decode_rows(
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    caches: tuple[PagedCache, PagedCache | None],
+    attn_sink: torch.Tensor | None,
+    softmax_scale: float,
+    schedule: dict[Any, Any] | None,
+    start: int,
+    heads: int,
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One call, for the tokens from ``start`` on: q, window indices and lengths, extra indices and lengths."""
+    q, indices, lens, extra_indices, extra_lens = rows
+    swa_cache, extra_cache = caches
+    if extra_indices is None:
+        extra_cache = None
+    function = FLASH_MLA.load().flash_mla_with_kvcache
+    values, lse = function(
+        q.unsqueeze(1),
+        _servers_view(swa_cache),
+        None,
+        None,
+        VALUE_DIM,
+        _scheduler(schedule, q, swa_cache, indices, extra_cache, extra_indices, start),
+        None,
+        softmax_scale,
+        False,
+        True,
+        indices.unsqueeze(1),
+        attn_sink,
+        None if extra_cache is None else _servers_view(extra_cache),
+        None if extra_indices is None else extra_indices.unsqueeze(1),
+        lens,
+        extra_lens,
+        **_options(function),
+    )
+    return _deliver(values.squeeze(1), lse.squeeze(2), heads, out)
 
 
 def _scheduler(
@@ -247,9 +263,10 @@ def _scheduler(
         None if extra_cache is None else extra_cache.page_size,
         None if extra_indices is None else extra_indices.shape[1],
     )
-    if key not in schedule:
-        schedule[key] = metadata()[0]
-    return schedule[key]
+    kept = schedule.get(key)
+    if kept is None:
+        kept = schedule[key] = metadata()[0]
+    return kept
 
 
 def prefill(

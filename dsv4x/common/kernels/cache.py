@@ -5,6 +5,7 @@ Launchers count programs in plain Python: triton.cdiv costs the host microsecond
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,6 +24,7 @@ from .encodings import (
     ue8m0_to_f32,
 )
 from .entries import decode_fp8, entry_format, locate
+from .launch import Launcher
 from .portability import to_bf16
 
 # (rows a program, warps): the best of a sweep on an H200 at 262 144 rows.
@@ -113,17 +115,16 @@ def dequantize_kernel(
 
 
 @triton.jit
-def gather_kernel(
-    extra_ptr, swa_ptr, slots_ptr, out_ptr, extra_k_scale, swa_k_scale, extra_rows, rows,
+def gather_rows(
+    program, extra_ptr, swa_ptr, slots_ptr, out_ptr, extra_k_scale, swa_k_scale, extra_rows, rows,
     extra_capacity, extra_page_size, extra_page_stride, swa_capacity, swa_page_size, swa_page_stride, out_stride,
     EXTRA_BLOCK: tl.constexpr, EXTRA_TILES: tl.constexpr, EXTRA_ROPE: tl.constexpr, EXTRA_WIDE: tl.constexpr,
     EXTRA: tl.constexpr,
     SWA_BLOCK: tl.constexpr, SWA_TILES: tl.constexpr, SWA_ROPE: tl.constexpr, SWA_WIDE: tl.constexpr,
     SWA: tl.constexpr,
 ):  # fmt: skip
-    """The first ``extra_rows`` rows from one cache, the others from another, in one launch."""
+    """One program's rows: of the first ``extra_rows`` from one cache, of the others from another."""
     extra_programs = tl.cdiv(extra_rows, EXTRA_BLOCK)
-    program = tl.program_id(0)
     if program < extra_programs:
         row = program * EXTRA_BLOCK + tl.arange(0, EXTRA_BLOCK)
         _dequantize_rows(
@@ -138,6 +139,22 @@ def gather_kernel(
             swa_capacity, swa_page_size, swa_page_stride, out_stride,
             SWA_BLOCK, SWA_TILES, SWA_ROPE, SWA_WIDE, SWA,
         )  # fmt: skip
+
+
+@triton.jit
+def gather_kernel(
+    extra_ptr, swa_ptr, slots_ptr, out_ptr, extra_k_scale, swa_k_scale, extra_rows, rows,
+    extra_capacity, extra_page_size, extra_page_stride, swa_capacity, swa_page_size, swa_page_stride, out_stride,
+    EXTRA_BLOCK: tl.constexpr, EXTRA_TILES: tl.constexpr, EXTRA_ROPE: tl.constexpr, EXTRA_WIDE: tl.constexpr,
+    EXTRA: tl.constexpr,
+    SWA_BLOCK: tl.constexpr, SWA_TILES: tl.constexpr, SWA_ROPE: tl.constexpr, SWA_WIDE: tl.constexpr,
+    SWA: tl.constexpr,
+):  # fmt: skip
+    gather_rows(
+        tl.program_id(0), extra_ptr, swa_ptr, slots_ptr, out_ptr, extra_k_scale, swa_k_scale, extra_rows, rows,
+        extra_capacity, extra_page_size, extra_page_stride, swa_capacity, swa_page_size, swa_page_stride, out_stride,
+        EXTRA_BLOCK, EXTRA_TILES, EXTRA_ROPE, EXTRA_WIDE, EXTRA, SWA_BLOCK, SWA_TILES, SWA_ROPE, SWA_WIDE, SWA,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -216,25 +233,53 @@ def quantize_constexprs(layout: CacheLayout) -> dict[str, object]:
     return {"MIN_SCALE_BYTE": smallest, "CARRY": carry, "EXPONENT": exponent}
 
 
-def _shared(cache: PagedCache) -> dict[str, object]:
-    return {
-        "WIDE": cache.capacity > 2**31 - 1,
-        **cache_constexprs(cache.layout, platform.limits(cache.device).arch),
-    }
+_launch_dequantize = Launcher(dequantize_kernel)
+_launch_gather = Launcher(gather_kernel)
+_launch_quantize = Launcher(quantize_insert_kernel)
+
+
+class _Launch(NamedTuple):
+    """How one of the kernels runs over caches of a layout."""
+
+    rows: int
+    warps: int
+    constexprs: tuple[Any, ...]
+
+
+@functools.lru_cache(maxsize=256)
+def _reading(layout: CacheLayout, wide: bool, device: torch.device) -> _Launch:
+    rows, warps = dequantize_shape(layout)
+    shared = cache_constexprs(layout, platform.limits(device).arch)
+    return _Launch(rows, warps, (rows, shared["TILES"], shared["ROPE_BLOCK"], wide, shared["FORMAT"]))
+
+
+@functools.lru_cache(maxsize=256)
+def _writing(layout: CacheLayout, wide: bool, unit_scale: bool, device: torch.device) -> _Launch:
+    rows, warps = quantize_shape(layout)
+    shared = cache_constexprs(layout, platform.limits(device).arch)
+    own = (*quantize_constexprs(layout).values(), unit_scale)
+    return _Launch(rows, warps, (*own, rows, shared["TILES"], shared["ROPE_BLOCK"], wide, shared["FORMAT"]))
+
+
+def _wide(cache: PagedCache) -> bool:
+    return cache.capacity > 2**31 - 1
 
 
 def dequantize_k_cache_paged(cache: PagedCache, slots: torch.Tensor, out: torch.Tensor, k_scale: float) -> None:
     """Launch over ``slots [N]``; rows of ``out`` whose slot is invalid are left alone."""
     rows = slots.shape[0]
-    block_n, num_warps = dequantize_shape(cache.layout)
-    dequantize_kernel[(-(-rows // block_n),)](
-        cache.data, slots, out, k_scale, rows, cache.capacity, cache.page_size, cache.page_stride, out.stride(0),
-        BLOCK_N=block_n, num_warps=num_warps, **_shared(cache),
-    )  # fmt: skip
+    read = _reading(cache.layout, _wide(cache), cache.device)
+    _launch_dequantize(
+        -(-rows // read.rows),
+        (cache.data, slots, out),
+        (k_scale, rows, cache.capacity, cache.page_size, cache.page_stride, out.stride(0)),
+        read.constexprs,
+        read.warps,
+    )
 
 
 def gather_workspace(
-    extra_cache: PagedCache,
+    extra_cache: PagedCache | None,
     swa_cache: PagedCache,
     slots: torch.Tensor,
     extra_rows: int,
@@ -242,27 +287,56 @@ def gather_workspace(
     extra_k_scale: float,
     swa_k_scale: float,
 ) -> None:
-    """Launch over ``slots [S]``: of ``extra_cache`` before row ``extra_rows``, of ``swa_cache`` from there on."""
+    """Both caches' rows of one workspace in one launch.
+
+    Args:
+        extra_cache, swa_cache: of one head dim; None without compressed entries.
+        slots: int32 ``[S]``, S > 0: before row ``extra_rows`` of ``extra_cache``, from there on of ``swa_cache``; -1,
+            and any slot outside its cache, is no entry, and its row is left alone.
+        extra_rows: in ``[0, S]``; 0 without ``extra_cache``.
+        out: bf16 ``[S, head_dim]``, rows contiguous, any row stride.
+        extra_k_scale, swa_k_scale: as ``k_scale`` of :func:`dsv4x.dequantize_k_cache_paged`.
+    """
+    if extra_cache is None:
+        dequantize_k_cache_paged(swa_cache, slots, out, swa_k_scale)
+        return
+    _launch_gather(*gather_launch(extra_cache, swa_cache, slots, extra_rows, out, extra_k_scale, swa_k_scale))
+
+
+def gather_launch(
+    extra_cache: PagedCache,
+    swa_cache: PagedCache,
+    slots: torch.Tensor,
+    extra_rows: int,
+    out: torch.Tensor,
+    extra_k_scale: float,
+    swa_k_scale: float,
+) -> tuple[int, tuple[torch.Tensor, ...], tuple[float, ...], tuple[Any, ...], int]:
+    """What :class:`Launcher` takes to run :func:`gather_kernel`."""
     rows = slots.shape[0]
-    (extra_block, num_warps), (swa_block, _) = dequantize_shape(extra_cache.layout), dequantize_shape(swa_cache.layout)
-    programs = -(-extra_rows // extra_block) + -(-(rows - extra_rows) // swa_block)
-    extra, swa = _shared(extra_cache), _shared(swa_cache)
-    gather_kernel[(programs,)](
-        extra_cache.data, swa_cache.data, slots, out, extra_k_scale, swa_k_scale, extra_rows, rows,
-        extra_cache.capacity, extra_cache.page_size, extra_cache.page_stride,
-        swa_cache.capacity, swa_cache.page_size, swa_cache.page_stride, out.stride(0),
-        extra_block, extra["TILES"], extra["ROPE_BLOCK"], extra["WIDE"], extra["FORMAT"],
-        swa_block, swa["TILES"], swa["ROPE_BLOCK"], swa["WIDE"], swa["FORMAT"],
-        num_warps=num_warps,
+    extra = _reading(extra_cache.layout, _wide(extra_cache), extra_cache.device)
+    swa = _reading(swa_cache.layout, _wide(swa_cache), swa_cache.device)
+    return (
+        -(-extra_rows // extra.rows) + -(-(rows - extra_rows) // swa.rows),
+        (extra_cache.data, swa_cache.data, slots, out),
+        (
+            extra_k_scale, swa_k_scale, extra_rows, rows,
+            extra_cache.capacity, extra_cache.page_size, extra_cache.page_stride,
+            swa_cache.capacity, swa_cache.page_size, swa_cache.page_stride, out.stride(0),
+        ),
+        (*extra.constexprs, *swa.constexprs),
+        extra.warps,
     )  # fmt: skip
 
 
 def quantize_and_insert_k_cache(k: torch.Tensor, cache: PagedCache, slots: torch.Tensor, k_scale: float) -> None:
     """Launch over rows of ``k``; rows whose slot is invalid are skipped."""
     rows = slots.shape[0]
-    block_n, num_warps = quantize_shape(cache.layout)
-    quantize_insert_kernel[(-(-rows // block_n),)](
-        k, cache.data, slots, k_scale, rows, cache.capacity, cache.page_size, cache.page_stride, k.stride(0),
-        UNIT_SCALE=k_scale == 1, BLOCK_N=block_n, num_warps=num_warps,
-        **quantize_constexprs(cache.layout), **_shared(cache),
-    )  # fmt: skip
+    write = _writing(cache.layout, _wide(cache), k_scale == 1, cache.device)
+    _launch_quantize(
+        -(-rows // write.rows),
+        (k, cache.data, slots),
+        (k_scale, rows, cache.capacity, cache.page_size, cache.page_stride, k.stride(0)),
+        write.constexprs,
+        write.warps,
+    )

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import Launcher
+
 # The first number that is no int32: rows and slots are computed in int64 and must stay below it.
 INT32_END = tl.constexpr(2**31)
 
@@ -96,7 +98,8 @@ def local_to_slots_kernel(
 
 
 @triton.jit
-def combine_kernel(
+def combine_row(
+    token,
     topk_ptr,
     query_start_loc_ptr,
     seq_lens_ptr,
@@ -120,7 +123,7 @@ def combine_kernel(
     HAS_POSITIONS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    token = tl.program_id(0)
+    """The index row and span of one query token."""
     if HAS_POSITIONS:
         request = tl.load(request_ptr + token)
         position = tl.load(position_ptr + token)
@@ -149,6 +152,58 @@ def combine_kernel(
             value = tl.where(slot >= 0, value, -1)
         tl.store(out_ptr + row * out_stride + offset, value.to(tl.int32), mask=offset < width)
     tl.store(lens_ptr + token, span + window)
+
+
+@triton.jit
+def combine_kernel(
+    topk_ptr,
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    gather_lens_ptr,
+    compressed_base_ptr,
+    swa_base_ptr,
+    row_slots_ptr,
+    request_ptr,
+    position_ptr,
+    out_ptr,
+    lens_ptr,
+    requests,
+    topk,
+    window_size,
+    compress_ratio,
+    width,
+    rows,
+    topk_stride,
+    out_stride,
+    HAS_ROW_SLOTS: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    combine_row(
+        tl.program_id(0),
+        topk_ptr,
+        query_start_loc_ptr,
+        seq_lens_ptr,
+        gather_lens_ptr,
+        compressed_base_ptr,
+        swa_base_ptr,
+        row_slots_ptr,
+        request_ptr,
+        position_ptr,
+        out_ptr,
+        lens_ptr,
+        requests,
+        topk,
+        window_size,
+        compress_ratio,
+        width,
+        rows,
+        topk_stride,
+        out_stride,
+        HAS_ROW_SLOTS,
+        HAS_POSITIONS,
+        BLOCK,
+    )
 
 
 @triton.jit
@@ -365,6 +420,11 @@ def sanitize_kernel(
     tl.store(out_lens_ptr + token, length)
 
 
+_launch_local_to_slots = Launcher(local_to_slots_kernel)
+_launch_combine = Launcher(combine_kernel)
+_launch_sanitize = Launcher(sanitize_kernel)
+
+
 def window_slots(query_start_loc, seq_lens, block_table, page_size, pages, out_indices, out_lens):
     """Launch over the rows of ``out_indices``."""
     tokens, width = out_indices.shape
@@ -389,22 +449,13 @@ def window_slots(query_start_loc, seq_lens, block_table, page_size, pages, out_i
 def local_to_slots(local, request, limits, block_table, page_size, pages, out):
     """Launch over the rows of ``local``."""
     tokens, width = local.shape
-    local_to_slots_kernel[(tokens,)](
-        local,
-        request,
-        limits,
-        block_table,
-        out,
-        width,
-        block_table.shape[0],
-        local.stride(0),
-        block_table.stride(0),
-        block_table.shape[1],
-        page_size,
-        pages,
-        out.stride(0),
-        BLOCK=512,
-        num_warps=4,
+    requests, columns = block_table.shape
+    _launch_local_to_slots(
+        tokens,
+        (local, request, limits, block_table, out),
+        (width, requests, local.stride(0), block_table.stride(0), columns, page_size, pages, out.stride(0)),
+        (512,),
+        4,
     )
 
 
@@ -413,33 +464,34 @@ def combine_topk_swa_indices(
     window_size, compress_ratio, topk, row_slots, positions, out_indices, out_lens,
 ):  # fmt: skip
     """Launch over the rows of ``topk_indices``."""
+    _launch_combine(
+        *combine_launch(
+            topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
+            window_size, compress_ratio, topk, row_slots, positions, out_indices, out_lens,
+        )
+    )  # fmt: skip
+
+
+def combine_launch(
+    topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
+    window_size, compress_ratio, topk, row_slots, positions, out_indices, out_lens,
+):  # fmt: skip
+    """What :class:`Launcher` takes to run :func:`combine_kernel`."""
     tokens, width = out_indices.shape
     request, position = positions if positions is not None else (out_lens, out_lens)
-    combine_kernel[(tokens,)](
-        topk_indices,
-        query_start_loc,
-        seq_lens,
-        gather_lens,
-        compressed_base,
-        swa_base,
-        row_slots if row_slots is not None else out_indices,
-        request,
-        position,
-        out_indices,
-        out_lens,
-        seq_lens.shape[0],
-        min(topk, topk_indices.shape[1]),
-        window_size,
-        compress_ratio,
-        width,
-        row_slots.shape[0] if row_slots is not None else 0,
-        topk_indices.stride(0),
-        out_indices.stride(0),
-        HAS_ROW_SLOTS=row_slots is not None,
-        HAS_POSITIONS=positions is not None,
-        BLOCK=512,
-        num_warps=4,
-    )
+    return (
+        tokens,
+        (
+            topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
+            row_slots if row_slots is not None else out_indices, request, position, out_indices, out_lens,
+        ),
+        (
+            seq_lens.shape[0], min(topk, topk_indices.shape[1]), window_size, compress_ratio, width,
+            row_slots.shape[0] if row_slots is not None else 0, topk_indices.stride(0), out_indices.stride(0),
+        ),
+        (row_slots is not None, positions is not None, 512),
+        4,
+    )  # fmt: skip
 
 
 def local_to_workspace_rows(local, request, limits, bases, out):
@@ -566,21 +618,14 @@ def sanitize_indices(
         int32 ``[T, ceil(w / multiple) * multiple]`` and int32 ``[T]``.
     """
     tokens, width = indices.shape
-    out_width = max(1, triton.cdiv(width, multiple)) * multiple
+    out_width = max(1, -(-width // multiple)) * multiple
     out = torch.empty(tokens, out_width, dtype=torch.int32, device=indices.device)
     out_lens = torch.empty(tokens, dtype=torch.int32, device=indices.device)
-    sanitize_kernel[(tokens,)](
-        indices,
-        lens if lens is not None else out_lens,
-        out,
-        out_lens,
-        width,
-        out_width,
-        capacity,
-        indices.stride(0),
-        out.stride(0),
-        HAS_LENS=lens is not None,
-        BLOCK=512,
-        num_warps=4,
+    _launch_sanitize(
+        tokens,
+        (indices, lens if lens is not None else out_lens, out, out_lens),
+        (width, out_width, capacity, indices.stride(0), out.stride(0)),
+        (lens is not None, 512),
+        4,
     )
     return out, out_lens
