@@ -12,6 +12,7 @@ from ..layouts import PagedCache
 from ..platform import platform
 from .config import decode_config, num_splits
 from .entries import entry_format, load_entries
+from .launch import Launcher
 from .portability import to_bf16
 from .softmax import LN2, LOG2E, apply_sink, attend_block, finish, load_q
 
@@ -122,8 +123,8 @@ def reduce_kernel(
     partial_ptr, partial_lse_ptr, sink_ptr, out_ptr, lse_ptr, heads, splits, out_stride_t, out_stride_h,
     HAS_SINK: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) + tl.arange(0, 1)
+    token = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads + tl.arange(0, 1)
     row = (token * heads + head) * splits
     column = tl.arange(0, VALUE_DIM)
     m = tl.full((1,), float("-inf"), tl.float32)
@@ -153,6 +154,9 @@ def reduce_kernel(
     tl.store(lse_ptr + token * heads + head, lse)
 
 
+_launch_reduce = Launcher(reduce_kernel)
+
+
 def reduce_partials(
     partial: torch.Tensor,
     partial_lse: torch.Tensor,
@@ -162,11 +166,13 @@ def reduce_partials(
 ) -> None:
     """Combine float32 ``partial [T, H, splits, V]``, ``partial_lse [T, H, splits]`` into ``out [T, H, V]`` and lse."""
     tokens, heads, splits, value_dim = partial.shape
-    reduce_kernel[(tokens, heads)](
-        partial, partial_lse, attn_sink if attn_sink is not None else lse, out, lse,
-        heads, splits, out.stride(0), out.stride(1),
-        HAS_SINK=attn_sink is not None, VALUE_DIM=value_dim, BLOCK_S=REDUCED_AT_ONCE, num_warps=4,
-    )  # fmt: skip
+    _launch_reduce(
+        tokens * heads,
+        (partial, partial_lse, attn_sink if attn_sink is not None else lse, out, lse),
+        (heads, splits, out.stride(0), out.stride(1)),
+        (attn_sink is not None, value_dim, REDUCED_AT_ONCE),
+        4,
+    )
 
 
 def sparse_mla_decode(

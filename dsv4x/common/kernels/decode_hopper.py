@@ -25,6 +25,7 @@ from ..layouts import PagedCache
 from ..platform import platform
 from .config import num_splits
 from .decode import reduce_partials
+from .launch import Launcher
 
 BLOCK_H = gl.constexpr(64)
 BLOCK_K = gl.constexpr(64)
@@ -423,6 +424,9 @@ def decode_hopper_kernel(
     )  # fmt: skip
 
 
+_launch = Launcher(decode_hopper_kernel)
+
+
 def sparse_mla_decode(
     q: torch.Tensor,
     swa_cache: PagedCache,
@@ -459,16 +463,24 @@ def sparse_mla_decode(
         partial = torch.empty(tokens, heads, splits, 512, dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
     items = tokens * head_blocks * splits
-    decode_hopper_kernel[(min(items, multiprocessors),)](
-        q, swa_cache.data, swa_indices, lse if swa_lens is None else swa_lens,
-        extra_cache.data, extra_indices, lse if extra_lens is None else extra_lens,
-        lse if attn_sink is None else attn_sink, out, lse, partial, partial_lse,
-        items, heads, head_blocks, splits, softmax_scale, q.stride(0), q.stride(1), out.stride(0), out.stride(1),
-        swa_indices.shape[1], swa_indices.stride(0), swa_cache.capacity, swa_cache.page_size, swa_cache.page_stride,
-        extra_width, extra_indices.stride(0), extra_cache.capacity, extra_cache.page_size, extra_cache.page_stride,
-        HAS_SWA_LENS=swa_lens is not None, HAS_EXTRA_LENS=extra_lens is not None, HAS_SINK=attn_sink is not None,
-        SPLIT=splits > 1, BIG_PAGES=max(swa_cache.page_size, extra_cache.page_size) * 584 >= 2**31,
-        RIGHT=RIGHT_REGISTERS, LOADER=LOADER_REGISTERS, num_warps=4,
+    _launch(
+        min(items, multiprocessors),
+        (
+            q, swa_cache.data, swa_indices, lse if swa_lens is None else swa_lens,
+            extra_cache.data, extra_indices, lse if extra_lens is None else extra_lens,
+            lse if attn_sink is None else attn_sink, out, lse, partial, partial_lse,
+        ),
+        (
+            items, heads, head_blocks, splits, softmax_scale, q.stride(0), q.stride(1), out.stride(0), out.stride(1),
+            swa_indices.shape[1], swa_indices.stride(0), swa_cache.capacity, swa_cache.page_size,
+            swa_cache.page_stride, extra_width, extra_indices.stride(0), extra_cache.capacity, extra_cache.page_size,
+            extra_cache.page_stride,
+        ),
+        (
+            swa_lens is not None, extra_lens is not None, attn_sink is not None, splits > 1,
+            max(swa_cache.page_size, extra_cache.page_size) * 584 >= 2**31, RIGHT_REGISTERS, LOADER_REGISTERS,
+        ),
+        4,
     )  # fmt: skip
     if splits > 1:
         reduce_partials(partial, partial_lse, attn_sink, out, lse)
