@@ -102,6 +102,7 @@ class SparsePrefillChunkCache:
         self._spans: list[tuple[int, int, int]] | None = None
         self._shared: tuple[torch.Tensor, torch.Tensor] | None = None
         self._window: Window | None = None
+        self._index_rows: tuple[torch.Tensor, torch.Tensor] | None = None
         self.plans: dict[tuple[Any, ...], Any] = {}
 
     def rebuild(self, meta: AttentionMetadata) -> SparsePrefillChunkCache:
@@ -115,7 +116,7 @@ class SparsePrefillChunkCache:
 
     def close(self) -> None:
         """Drop what was planned; the next use is an error until :meth:`rebuild`."""
-        self._meta = self._groups = self._spans = self._shared = self._window = None
+        self._meta = self._groups = self._spans = self._shared = self._window = self._index_rows = None
         self.plans = {}
 
     def check(self, meta: AttentionMetadata) -> None:
@@ -240,14 +241,18 @@ class SparsePrefillChunkCache:
             local, topk = every.expand(tokens, group.entries), group.entries
         else:
             local, topk = topk_indices if whole else topk_indices[block], min(topk_indices.shape[1], meta.topk)
-        rows = torch.empty(
-            tokens, indices.combined_topk_width(topk, meta.window_size), dtype=torch.int32, device=device
-        )
-        lens = torch.empty(tokens, dtype=torch.int32, device=device)
+        width = indices.combined_topk_width(topk, meta.window_size)
+        kept = self._index_rows if whole else None
+        if kept is None or kept[0].shape[1] != width:
+            rows = torch.empty(tokens, width, dtype=torch.int32, device=device)
+            kept = (rows, torch.empty(tokens, dtype=torch.int32, device=device))
+            if whole:
+                # For the next layer to overwrite: allocating costs the host, and the cap counts them already.
+                self._index_rows = kept
         positions = (meta.request, meta.position) if whole else (meta.request[block], meta.position[block])
         return (
             local, meta.query_start_loc, meta.seq_lens, group.gather_lens, group.compressed_base,
-            group.swa_base, meta.window_size, meta.compress_ratio, topk, group.slots, positions, rows, lens,
+            group.swa_base, meta.window_size, meta.compress_ratio, topk, group.slots, positions, *kept,
         )  # fmt: skip
 
 
