@@ -326,8 +326,8 @@ def test_more_heads_than_a_kernel_takes_are_refused():
 @pytest.mark.parametrize(
     ("names", "arguments", "error", "says"),
     [
-        (("cutlass", "triton"), {}, ValueError, "prefill: got 'cutlass', need one of flash_mla, triton, aiter"),
-        (("triton", "cutlass"), {}, ValueError, "decode: got 'cutlass', need one of flash_mla, triton, aiter"),
+        (("cutlass", "triton"), {}, ValueError, "prefill: got 'cutlass', need one of flash_mla, gluon, triton, aiter"),
+        (("triton", "cutlass"), {}, ValueError, "decode: got 'cutlass', need one of flash_mla, gluon, triton, aiter"),
         (("triton", None), {}, ValueError, "decode: got None"),
         (("triton", "triton"), {"head_dim": 300}, ValueError, "head_dim: got 300, need 512 or 576"),
         (("triton", "triton"), {"head_dim": 128}, ValueError, "head_dim: got 128, need 512 or 576"),

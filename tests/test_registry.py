@@ -135,7 +135,7 @@ def test_every_op_hands_its_kernel_argument_on():
 
 def test_an_unknown_kernel_or_op_is_named():
     with pytest.raises(
-        ValueError, match=r"kernel: got 'cutlass', need one of flash_mla, triton, aiter, flashinfer, reference"
+        ValueError, match=r"kernel: got 'cutlass', need one of flash_mla, gluon, triton, aiter, flashinfer, reference"
     ):
         select(DECODE, "cutlass")
     with pytest.raises(ValueError, match=r"op: got 'nothing'"):

@@ -382,7 +382,7 @@ def test_any_number_of_splits_gives_the_same_answer(splits, device, decode_case,
     out = torch.empty(5, 8, 512, dtype=torch.bfloat16, device=device)[:, 2:7]
     there = on_device(case, device)
     order = ["q", "swa_cache", "swa_indices", "swa_lens", "extra_cache", "extra_indices", "extra_lens", "attn_sink"]
-    lse = sparse_mla_decode(*[there[name] for name in order], 512**-0.5, out, splits=splits)
+    lse = sparse_mla_decode(*[there[name] for name in order], 512**-0.5, out, split_k=splits)
     check_decode(out, lse, *reference.sparse_mla_decode(**case, dtype=torch.float64))
 
 

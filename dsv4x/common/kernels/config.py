@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass
 
 from ..layouts import CacheLayout
+from ..sparse_mla import MAX_SPLITS
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,6 @@ def decode_config(arch: str, heads: int, layouts: tuple[CacheLayout, ...]) -> At
 # In blocks of entries: what a program costs before its first, what reducing costs, and each split to reduce. From an
 # H200, where a block of 64 takes 2.5 us and one program of one block 12 us.
 _PROGRAM_BLOCKS, _REDUCE_BLOCKS, _SPLIT_BLOCKS = 2, 2.5, 1 / 16
-_MOST_SPLITS = 128
 _MOST_WAVES = 4
 
 
@@ -73,7 +73,7 @@ def num_splits(programs: int, blocks: int, at_once: int) -> int:
     Splitting is for few programs: with it there are at most four waves of them, which bounds the partial outputs.
     """
     best, fewest = 1, -(-programs // at_once) * (blocks + _PROGRAM_BLOCKS)
-    for splits in range(2, min(blocks, _MOST_SPLITS) + 1):
+    for splits in range(2, min(blocks, MAX_SPLITS) + 1):
         share = -(-blocks // splits)
         waves = -(-programs * splits // at_once)
         if waves > _MOST_WAVES:

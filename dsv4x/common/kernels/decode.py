@@ -189,7 +189,7 @@ def sparse_mla_decode(
     *,
     swa_k_scale: float = 1.0,
     extra_k_scale: float = 1.0,
-    splits: int | None = None,
+    split_k: int | None = None,
 ) -> torch.Tensor:
     """Launch over ``q [T, H, D]``; writes ``out [T, H, V]`` and returns lse float32 ``[T, H]``."""
     tokens, heads, head_dim = q.shape
@@ -201,6 +201,7 @@ def sparse_mla_decode(
     assert e_indices is not None
     config = decode_config(limits.arch, heads, (swa_cache.layout, e_cache.layout))
     head_blocks = -(-heads // config.block_h)
+    splits = split_k
     if splits is None:
         splits = num_splits(tokens * head_blocks, -(-width // config.block_k), 2 * limits.multiprocessors)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)

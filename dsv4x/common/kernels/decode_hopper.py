@@ -441,11 +441,11 @@ def sparse_mla_decode(
     *,
     swa_k_scale: float = 1.0,
     extra_k_scale: float = 1.0,
-    splits: int | None = None,
+    split_k: int | None = None,
 ) -> torch.Tensor:
     """Launch over ``q [T, H, 512]`` and DSv4 pages; writes ``out [T, H, 512]`` and returns lse float32 ``[T, H]``.
 
-    Of ``splits``, None lets the shapes decide, and a number makes a row's result independent of the rest of the batch.
+    Of ``split_k``, None lets the shapes decide; a number makes a row's result independent of the rest of the batch.
     """
     tokens, heads, _ = q.shape
     multiprocessors = platform.limits(q.device).multiprocessors
@@ -455,6 +455,7 @@ def sparse_mla_decode(
         extra_width = extra_indices.shape[1]
     head_blocks = -(-heads // BLOCK_H.value)
     blocks = -(-swa_indices.shape[1] // BLOCK_K.value) - (-extra_width // BLOCK_K.value)
+    splits = split_k
     if splits is None:
         splits = num_splits(tokens * head_blocks, blocks, multiprocessors)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
