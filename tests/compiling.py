@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import importlib
+import pathlib
 import pkgutil
 import re
+import subprocess
 from dataclasses import dataclass, field
 
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 import dsv4x.common.kernels as kernels_package
 from dsv4x import layouts
-from dsv4x.common.kernels import cache, compaction, config, convert, decode, gather_combine, indices, prefill
+from dsv4x.common.kernels import (
+    cache,
+    compaction,
+    config,
+    convert,
+    decode,
+    decode_hopper,
+    gather_combine,
+    indices,
+    prefill,
+    prefill_config,
+    prefill_hopper,
+)
 from dsv4x.common.kernels.entries import entry_format
 
 TARGETS = {
@@ -143,23 +158,45 @@ def cases(arch: str) -> list[Case]:
         constants = {"WORD": word, "BLOCK": 2048}
         found.append(Case(compaction.copy_pages_kernel, constants, types={"out_ptr": "*u8"}, label=f"[{word}]"))
     for heads in (8, 64):
-        shape = config.attention_config(arch, heads)
-        block = {"BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k, "VALUE_DIM": 512, "HAS_SINK": True}
-        for tail in (0, 64):
-            constants = {**block, "TAIL": tail, "HAS_LENS": True}
-            label = f"[H={heads},tail={tail}]"
-            found.append(Case(prefill.prefill_kernel, constants, shape.options, ATTENTION_OUT, label=label))
         flags = {"HAS_SWA_LENS": True, "HAS_EXTRA": True, "HAS_EXTRA_LENS": True}
         for swa, extra, split in decode_scopes(heads):
             shape = config.decode_config(arch, heads, (swa, extra))
-            block["BLOCK_K"] = shape.block_k
+            block = {"BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k, "VALUE_DIM": 512, "HAS_SINK": True}
             constants = {
                 **block, **flags, "SPLIT": split, "TAIL": swa.head_dim - 512, "WIDE": False,
                 "SWA": entry_format(swa, arch), "EXTRA": entry_format(extra, arch),
             }  # fmt: skip
             label = f"[H={heads},{swa.name}+{extra.name},split={split}]"
             found.append(Case(decode.decode_kernel, constants, shape.options, ATTENTION_OUT, label=label))
+    for head_dim in (512, 576):
+        for most, shape in prefill_config.prefill_configs(arch, head_dim):
+            constants = {
+                "BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k, "PREFETCH": shape.prefetch, "VALUE_DIM": 512,
+                "TAIL": head_dim - 512, "HAS_LENS": True, "HAS_SINK": True,
+            }  # fmt: skip
+            label = f"[H<={most},D={head_dim}]"
+            found.append(Case(prefill.prefill_kernel, constants, shape.options, ATTENTION_OUT, label=label))
+    if arch == "sm_90":
+        found += [hopper_decode_case(*flags) for flags in ((False, False), (True, False), (True, True))]
+        options = {"num_warps": prefill_hopper.NUM_WARPS}
+        for index in ("*i32", "*i64"):
+            for given in (False, True):
+                constants = {"HAS_LENS": given, "HAS_SINK": given}
+                types = {**ATTENTION_OUT, "indices_ptr": index, "lens_ptr": index}
+                label = f"[{index},lens={given}]"
+                found.append(Case(prefill_hopper.prefill_hopper_kernel, constants, options, types, label=label))
     return found
+
+
+def hopper_decode_case(given: bool, split: bool) -> Case:
+    """With all optional arguments or none, int32 and int64 rows side by side."""
+    constants = {
+        "HAS_SWA_LENS": given, "HAS_EXTRA_LENS": given, "HAS_SINK": given, "SPLIT": split, "BIG_PAGES": not given,
+        "RIGHT": decode_hopper.RIGHT_REGISTERS, "LOADER": decode_hopper.LOADER_REGISTERS,
+    }  # fmt: skip
+    types = {**ATTENTION_OUT, "extra_indices_ptr": "*i64", "extra_lens_ptr": "*i64"}
+    label = f"[given={given},split={split}]"
+    return Case(decode_hopper.decode_hopper_kernel, constants, {"num_warps": 4}, types, label=label)
 
 
 def gather_case(extra: layouts.CacheLayout, swa: layouts.CacheLayout, arch: str, combine: bool = False) -> Case:
@@ -179,15 +216,19 @@ def gather_case(extra: layouts.CacheLayout, swa: layouts.CacheLayout, arch: str,
 
 def decode_scopes(heads: int) -> list[tuple[layouts.CacheLayout, layouts.CacheLayout, bool]]:
     """(window layout, extra layout, split) of the decode compilations: every layout in one scope at least."""
-    found = [(layouts.DSV4, layouts.DSV4, False), (layouts.DSV4, layouts.DSV4, True)]
+    fnuz = layouts.DSV4.with_flavour("e4m3fnuz")
+    found = [
+        (layouts.DSV4, layouts.DSV4, False),
+        (layouts.DSV4, layouts.DSV4, True),
+        (fnuz, layouts.DSV4, True),
+        (layouts.DSV41_FP8, layouts.DSV41_FP4, True),
+        (layouts.DSV32, layouts.TRTLLM_NATIVE, True),
+    ]
     if heads > 8:
-        fnuz = layouts.DSV4.with_flavour("e4m3fnuz")
         found += [
-            (fnuz, layouts.DSV4, True),
-            (layouts.DSV41_FP8, layouts.DSV41_FP4, True),
+            (fnuz, fnuz, True),
             (layouts.DSV41_FP8_SOA, layouts.UNIFORM_FP8, True),
             (layouts.BF16_512, layouts.BF16_512, True),
-            (layouts.DSV32, layouts.TRTLLM_NATIVE, True),
             (layouts.BF16_576, layouts.BF16_576, True),
         ]
     return found
@@ -216,7 +257,8 @@ def compile_case(case: Case, arch: str) -> triton.compiler.CompiledKernel:
         signature[name] = case.types.get(name) or POINTERS.get(name) or SCALARS.get(name, default)
         if name.endswith(("_ptr", "_stride", "_stride_t", "_stride_h")):
             attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(case.kernel, signature, dict(case.constants), attributes)
+    make = GluonASTSource if case.kernel.is_gluon() else ASTSource
+    source = make(case.kernel, signature, dict(case.constants), attributes)
     return triton.compile(source, target=TARGETS[arch], options=dict(case.options))
 
 
@@ -235,4 +277,16 @@ def amd_report(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
         "agpr": field_of("agpr_count"),
         "spills": field_of("vgpr_spill_count"),
         "mfma": len(re.findall(r"^\s*v_mfma_", text, re.M)),
+        "calls": len(re.findall(r"^\s*s_(?:swappc|call)", text, re.M)),
+        "fp8": len(re.findall(r"^\s*v_cvt_(?:scalef32_)?pk_f32_fp8", text, re.M)),
     }
+
+
+def nvidia_report(compiled: triton.compiler.CompiledKernel, cubin: pathlib.Path) -> dict[str, int]:
+    """Bytes of stack a thread, which is where spills go, and warpgroup MMA instructions; writes ``cubin``."""
+    cubin.write_bytes(compiled.asm["cubin"])
+    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match is not None, usage
+    return {"stack": int(match.group(2)), "wgmma": compiled.asm["ptx"].count("wgmma.mma_async")}

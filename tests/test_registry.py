@@ -344,7 +344,10 @@ def test_padded_heads_count_in_the_prediction(base, flash_reasons):
     flash_reasons(base)
     record = registry._kernels[base.op]["flash_mla"]
     big = problem(base, tokens=4096)
-    times = [record.predicted_us(dataclasses.replace(big, heads=h)) for h in (1, 64, 65, 128)]
+    problems = [dataclasses.replace(big, heads=h) for h in (1, 64, 65, 128)]
+    paddings = [flash_mla.padding_us(each) for each in problems]
+    assert [us > 0 for us in paddings] == [base is PREFILL, False] * 2
+    times = [record.predicted_us(each) - us for each, us in zip(problems, paddings)]
     assert times[0] == pytest.approx(times[1])
     assert times[2] == pytest.approx(times[3])
     assert times[2] > times[1]

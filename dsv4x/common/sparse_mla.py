@@ -167,7 +167,8 @@ def sparse_mla_prefill(
         softmax_scale: finite and > 0; None means 512 ** -0.5, and is refused for D = 576, whose model scales by
             192 ** -0.5 times its YaRN factor.
         out: bf16 ``[T, H, 512]``, any strides with the last 1; None allocates a contiguous one.
-        kernel: ``"flash_mla"``, ``"triton"``, ``"aiter"`` or ``"reference"``, which runs or raises; None picks.
+        kernel: ``"flash_mla"``, ``"gluon"``, ``"triton"``, ``"aiter"`` or ``"reference"``, which runs or raises; None
+            picks.
         trusted_indices: the caller vouches that lengths lie in ``[0, width]`` and no index past a span points at a NaN.
         return_lse: whether the lse is wanted. Not all of AITER's kernels make one.
 

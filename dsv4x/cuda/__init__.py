@@ -1,7 +1,7 @@
-"""NVIDIA: FlashMLA's and FlashInfer's kernels beside the portable ones, where CUDA is the backend."""
+"""NVIDIA: FlashMLA's, FlashInfer's and Gluon kernels beside the portable ones, where CUDA is the backend."""
 
 from ..common.vendor import VendorLibrary
-from . import flash_mla, flashinfer
+from . import flash_mla, flashinfer, gluon
 
 DEEP_GEMM = VendorLibrary(
     "deep_gemm",
@@ -15,9 +15,10 @@ LIBRARIES = (flash_mla.FLASH_MLA, DEEP_GEMM, flashinfer.FLASHINFER)
 
 
 def register_kernels() -> None:
-    """Add both libraries' kernels to the ops they serve; neither library is imported."""
+    """Add all their kernels to the ops they serve; no library is imported."""
     flash_mla.register_kernels()
     flashinfer.register_kernels()
+    gluon.register_kernels()
 
 
 __all__ = ["LIBRARIES", "register_kernels"]

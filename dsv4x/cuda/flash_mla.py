@@ -296,8 +296,24 @@ def prefill(
 # Where no table was measured: a short call, and the rate of long batches, of an H200.
 _RATES = {"sparse_mla_decode": (17.0, 300e6), "sparse_mla_prefill": (20.0, 480e6)}
 
+# Microseconds of padding heads around prefill, a call, a token, and a token and head: of an H200
+# (benchmarks/results/prefill-kernels-h200.json). The tables hold none, they were measured at 64 and 128 heads.
+_PADDING = (25.0, 0.02, 0.0025)
+
+
+def padding_us(problem: Problem) -> float:
+    """What prefill's copies of q and of the output take where heads are padded; 0 elsewhere."""
+    if problem.op != "sparse_mla_prefill" or problem.heads in HEADS:
+        return 0.0
+    call, token, head = _PADDING
+    return call + problem.tokens * (token + head * problem.heads)
+
 
 def _predicted_us(problem: Problem) -> float:
+    return _kernel_us(problem) + padding_us(problem)
+
+
+def _kernel_us(problem: Problem) -> float:
     padded = next((h for h in HEADS if problem.heads <= h), HEADS[-1])
     table = costs.table_of(problem.arch)
     if table is not None:

@@ -5,38 +5,54 @@ import triton
 import triton.language as tl
 
 from ..platform import platform
-from .config import attention_config
 from .portability import to_bf16
+from .prefill_config import prefill_config
 from .softmax import LOG2E, apply_sink, attend_block, finish, load_q
 
 
 @triton.jit
+def _rows(index_row, start, span, rows, BLOCK_K: tl.constexpr):
+    """The workspace rows of a step's entries, -1 for every one that is none."""
+    offset = start + tl.arange(0, BLOCK_K)
+    row = tl.load(index_row + offset, mask=offset < span, other=-1)
+    return tl.where((row >= 0) & (row < rows), row, -1)
+
+
+@triton.jit(do_not_specialize=["heads", "rows", "width"])
 def prefill_kernel(
     q_ptr, kv_ptr, indices_ptr, lens_ptr, sink_ptr, out_ptr, lse_ptr,
     heads, rows, width, scale, q_stride_t, q_stride_h, kv_stride, indices_stride, out_stride_t, out_stride_h,
     HAS_LENS: tl.constexpr, HAS_SINK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-    VALUE_DIM: tl.constexpr, TAIL: tl.constexpr,
+    VALUE_DIM: tl.constexpr, TAIL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    # Blocks of heads of one token run side by side, so that the others find the rows in L2.
+    head_blocks = (heads + BLOCK_H - 1) // BLOCK_H
+    token = (tl.program_id(0) // head_blocks).to(tl.int64)
+    head = (tl.program_id(0) % head_blocks).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     head_mask = head < heads
     column = tl.arange(0, VALUE_DIM)
     q, q_tail = load_q(q_ptr + token * q_stride_t + head * q_stride_h, head_mask, VALUE_DIM, TAIL)
     span = width
     if HAS_LENS:
         span = tl.minimum(tl.maximum(tl.load(lens_ptr + token), 0), width).to(tl.int32)
+    index_row = indices_ptr + token * indices_stride
     m = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_H,), tl.float32)
     acc = tl.zeros((BLOCK_H, VALUE_DIM), tl.float32)
+    if PREFETCH:
+        row = _rows(index_row, 0, span, rows, BLOCK_K)
     for start in range(0, span, BLOCK_K):
-        offset = start + tl.arange(0, BLOCK_K)
-        row = tl.load(indices_ptr + token * indices_stride + offset, mask=offset < span, other=-1).to(tl.int64)
-        valid = (row >= 0) & (row < rows)
-        kv_row = kv_ptr + row[:, None] * kv_stride
+        if not PREFETCH:
+            row = _rows(index_row, start, span, rows, BLOCK_K)
+        valid = row >= 0
+        # No row is read for an entry that is none, but its pointer should still lie in the workspace.
+        kv_row = kv_ptr + tl.where(valid, row, 0).to(tl.int64)[:, None] * kv_stride
         k = tl.load(kv_row + column[None, :], mask=valid[:, None], other=0.0)
         k_tail = k
         if TAIL > 0:
             k_tail = tl.load(kv_row + VALUE_DIM + tl.arange(0, TAIL)[None, :], mask=valid[:, None], other=0.0)
+        if PREFETCH:
+            row = _rows(index_row, start + BLOCK_K, span, rows, BLOCK_K)
         m, l, acc = attend_block(q, q_tail, k, k_tail, valid, scale * LOG2E, m, l, acc, TAIL)
     out, lse = finish(m, l, acc)
     if HAS_SINK:
@@ -58,13 +74,13 @@ def sparse_mla_prefill(
     """Launch over ``q [T, H, D]``; writes ``out [T, H, V]`` and returns lse float32 ``[T, H]``."""
     tokens, heads, head_dim = q.shape
     value_dim = out.shape[2]
-    config = attention_config(platform.limits(q.device).arch, heads)
+    config = prefill_config(platform.limits(q.device).arch, heads, head_dim)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    prefill_kernel[(tokens, -(-heads // config.block_h))](
+    prefill_kernel[(tokens * -(-heads // config.block_h),)](
         q, kv, indices, lens if lens is not None else lse, attn_sink if attn_sink is not None else lse, out, lse,
         heads, kv.shape[0], indices.shape[1], softmax_scale,
         q.stride(0), q.stride(1), kv.stride(0), indices.stride(0), out.stride(0), out.stride(1),
         HAS_LENS=lens is not None, HAS_SINK=attn_sink is not None, BLOCK_H=config.block_h, BLOCK_K=config.block_k,
-        VALUE_DIM=value_dim, TAIL=head_dim - value_dim, **config.options,
+        VALUE_DIM=value_dim, TAIL=head_dim - value_dim, PREFETCH=config.prefetch, **config.options,
     )  # fmt: skip
     return lse
