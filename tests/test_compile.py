@@ -43,7 +43,7 @@ def test_hopper_decode_keeps_its_registers_and_the_tensor_cores(tmp_path):
     for case in cases:
         compiled = compiling.compile_case(case, "sm_90")
         report = compiling.nvidia_report(compiled, tmp_path / "kernel.cubin")
-        # The logits of the first block and of the others over 512 values; half of V for them, the last block, the right.
+        # Logits over 512 values of the first block and of the others; half of V for those, the last, the right half.
         assert report["wgmma"] == 2 * 512 // 16 + 3 * 64 // 16
         # Spills stand where an item begins and ends, and take no more than they do now.
         assert report["stack"] <= 256, case.name

@@ -387,6 +387,22 @@ def test_any_number_of_splits_gives_the_same_answer(splits, device, decode_case,
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("split_k", [1, 3])
+def test_with_splits_fixed_a_row_does_not_depend_on_its_batch(split_k, decode_case):
+    case = decode_case(tokens=5, heads=5, width=70, extra_width=50)
+    together = dsv4x.sparse_mla_decode(**case, kernel="triton", split_k=split_k)
+    per_token = ("q", "swa_indices", "swa_lens", "extra_indices", "extra_lens")
+    for row in range(5):
+        alone = {name: value[row : row + 1] if name in per_token else value for name, value in case.items()}
+        got = dsv4x.sparse_mla_decode(**alone, kernel="triton", split_k=split_k)
+        assert all(torch.equal(a, b[row : row + 1]) for a, b in zip(got, together))
+
+
+def test_kernels_that_split_as_they_like_refuse_fixed_splits(decode_case):
+    with pytest.raises(dsv4x.KernelNotSupported, match="split_k is 2, need None: it splits rows as the whole batch"):
+        dsv4x.sparse_mla_decode(**decode_case(), kernel="reference", split_k=2)
+
+
 def test_splits_fill_the_device_and_stop_where_reducing_costs_more():
     from dsv4x.common.kernels.config import num_splits
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..common.layouts import PagedCache
 from ..common.registry import Kernel, Problem, register
 from ..common.sparse_mla import VALUE_DIM
 from ..common.vendor import VendorLibrary
@@ -51,18 +52,31 @@ def prefill(
 
 def decode(
     q: torch.Tensor,
-    *args: Any,
+    swa_cache: PagedCache,
+    swa_indices: torch.Tensor,
+    swa_lens: torch.Tensor | None,
+    extra_cache: PagedCache | None,
+    extra_indices: torch.Tensor | None,
+    extra_lens: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    softmax_scale: float,
+    out: torch.Tensor | None,
+    *,
     trusted_indices: bool = False,
     schedule: dict[Any, Any] | None = None,
-    **options: Any,
+    swa_k_scale: float = 1.0,
+    extra_k_scale: float = 1.0,
+    split_k: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arguments as in :func:`dsv4x.sparse_mla_decode`; indices are checked in the kernel, nothing is scheduled."""
+    """Arguments as in :func:`dsv4x.sparse_mla_decode`. It checks indices in the kernel, and schedules nothing."""
     from ..common.kernels.decode_hopper import sparse_mla_decode
 
-    *inputs, out = args
     if out is None:
         out = torch.empty(*q.shape[:2], VALUE_DIM, dtype=q.dtype, device=q.device)
-    return out, sparse_mla_decode(q, *inputs, out, **options)
+    return out, sparse_mla_decode(
+        q, swa_cache, swa_indices, swa_lens, extra_cache, extra_indices, extra_lens, attn_sink, softmax_scale, out,
+        split_k=split_k,
+    )  # fmt: skip
 
 
 def _decode_reasons(problem: Problem) -> list[str]:

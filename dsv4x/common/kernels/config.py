@@ -1,8 +1,8 @@
 """Launch shapes of the decode kernel, a row an arch family: data, so that what runs is what was compiled in tests.
 
 Shared memory bounds them: 64 KiB of LDS on gfx942, 160 KiB on gfx950, 99 KiB a block on sm_120, 227 KiB on sm_90
-and sm_100. The gfx rows were chosen by compiling (benchmarks/gfx_configs.py, docs/gfx.md): no spills, and two waves a SIMD
-where the estimate is within a tenth of the best. None was timed on an AMD GPU.
+and sm_100. The gfx rows were chosen by compiling (benchmarks/gfx_configs.py, docs/gfx.md): no spills, and two waves a
+SIMD where the estimate is within a tenth of the best. None was timed on an AMD GPU.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ _OTHERS = _Row(AttentionConfig(16, 32, 4, 1), AttentionConfig(16, 32, 4, 1), _SM
 
 
 def decode_config(arch: str, heads: int, layouts: tuple[CacheLayout, ...]) -> AttentionConfig:
-    """The launch shape for ``heads`` query heads and entries of ``layouts`` on ``arch``; unknown archs get the smallest.
+    """The launch shape for ``heads`` query heads and entries of ``layouts``; unknown archs get the smallest.
 
     Scales finer than one to 64 values, or more than 512 values, are heavy: they cost registers and shared memory.
     """
@@ -92,7 +92,7 @@ def num_splits(programs: int, blocks: int, at_once: int) -> int:
 
     Splitting is for few programs: with it there are at most four waves of them, which bounds the partial outputs.
     """
-    best, fewest = 1, -(-programs // at_once) * (blocks + _PROGRAM_BLOCKS)
+    best, fewest = 1, float(-(-programs // at_once) * (blocks + _PROGRAM_BLOCKS))
     for splits in range(2, min(blocks, MAX_SPLITS) + 1):
         share = -(-blocks // splits)
         waves = -(-programs * splits // at_once)

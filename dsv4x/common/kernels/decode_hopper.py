@@ -439,8 +439,6 @@ def sparse_mla_decode(
     softmax_scale: float,
     out: torch.Tensor,
     *,
-    swa_k_scale: float = 1.0,
-    extra_k_scale: float = 1.0,
     split_k: int | None = None,
 ) -> torch.Tensor:
     """Launch over ``q [T, H, 512]`` and DSv4 pages; writes ``out [T, H, 512]`` and returns lse float32 ``[T, H]``.
