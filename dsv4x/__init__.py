@@ -12,7 +12,7 @@ The step, once a step and once a layer::
 Under it, the ops: ``quantize_and_insert_k_cache``, ``dequantize_k_cache_paged``, ``combine_topk_swa_indices``,
 ``sparse_mla_decode``, ``sparse_mla_prefill``. ``gather_referenced_cache_blocks`` and ``gather_referenced_rows`` compact
 what a step refers to. ``explain(problem)`` tells which kernel runs and why the others do not, ``explain_step`` which
-path a step takes and what was predicted for each.
+path a step takes and what was predicted for each. ``warmup`` compiles what a server's steps will launch.
 ``plan_cache(prefill, decode)`` tells what to store and where to convert for two kernels that read different layouts.
 Index remaps, bounds-checked: ``window_slots``, ``local_to_slots``, ``local_to_workspace_rows``,
 ``slots_to_compact_slots``, ``dense_to_ragged``, ``ragged_to_dense``, ``combine_swa_extra_indices``,
@@ -58,6 +58,7 @@ from .common.prefill_chunk import SparsePrefillChunkCache
 from .common.registry import Problem, explain
 from .common.routing import StepExplanation, explain_step
 from .common.sparse_mla import sparse_mla_decode, sparse_mla_prefill
+from .common.warmup import warmup
 
 register_portable()
 if platform.backend == "cuda":
@@ -109,5 +110,6 @@ __all__ = [
     "sparse_mla_attention",
     "sparse_mla_decode",
     "sparse_mla_prefill",
+    "warmup",
     "window_slots",
 ]

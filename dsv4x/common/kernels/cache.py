@@ -24,7 +24,7 @@ from .encodings import (
     ue8m0_to_f32,
 )
 from .entries import decode_fp8, entry_format, locate
-from .launch import Launcher
+from .launch import Launcher, jit
 from .portability import to_bf16
 
 # (rows a program, warps): the best of a sweep on an H200 at 262 144 rows.
@@ -102,7 +102,7 @@ def _dequantize_rows(
         tl.store(out[:, None] + FORMAT.nope_dim + column[None, :], values, mask=mask)
 
 
-@triton.jit
+@jit
 def dequantize_kernel(
     cache_ptr, slots_ptr, out_ptr, k_scale, rows, capacity, page_size, page_stride, out_stride,
     BLOCK_N: tl.constexpr, TILES: tl.constexpr, ROPE_BLOCK: tl.constexpr, WIDE: tl.constexpr, FORMAT: tl.constexpr,
@@ -141,7 +141,7 @@ def gather_rows(
         )  # fmt: skip
 
 
-@triton.jit
+@jit
 def gather_kernel(
     extra_ptr, swa_ptr, slots_ptr, out_ptr, extra_k_scale, swa_k_scale, extra_rows, rows,
     extra_capacity, extra_page_size, extra_page_stride, swa_capacity, swa_page_size, swa_page_stride, out_stride,
@@ -157,7 +157,7 @@ def gather_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@jit
 def quantize_insert_kernel(
     k_ptr, cache_ptr, slots_ptr, k_scale, rows, capacity, page_size, page_stride, k_stride,
     MIN_SCALE_BYTE: tl.constexpr, CARRY: tl.constexpr, EXPONENT: tl.constexpr, UNIT_SCALE: tl.constexpr,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..compaction import PASS_UNITS, WORD_BITS
+from .launch import jit
 
 _BLOCK = 512
 _WORDS = 64
@@ -52,7 +53,7 @@ def _referenced(
     return column, tl.where(here, at, 0).to(tl.int32), index - unit * unit_slots, here
 
 
-@triton.jit
+@jit
 def mark_kernel(
     indices_ptr, lens_ptr, words_ptr, width, slots, unit_slots, first, units, indices_stride,
     HAS_LENS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -67,14 +68,14 @@ def mark_kernel(
     tl.atomic_or(word, bit, mask=here & unset, sem="relaxed")
 
 
-@triton.jit
+@jit
 def popcount_kernel(words_ptr, ends_ptr, words, BLOCK: tl.constexpr):
     word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     bits = tl.load(words_ptr + word, mask=word < words, other=0).to(tl.uint32, bitcast=True)
     tl.store(ends_ptr + word, _popcount(bits), mask=word < words)
 
 
-@triton.jit
+@jit
 def list_kernel(words_ptr, ends_ptr, count_ptr, listed_ptr, words, first, capacity, BLOCK: tl.constexpr):
     word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     bits = tl.load(words_ptr + word, mask=word < words, other=0).to(tl.uint32, bitcast=True)
@@ -87,7 +88,7 @@ def list_kernel(words_ptr, ends_ptr, count_ptr, listed_ptr, words, first, capaci
     tl.store(listed_ptr + rank, unit.to(listed_ptr.dtype.element_ty), mask=listed)
 
 
-@triton.jit
+@jit
 def remap_kernel(
     indices_ptr, lens_ptr, words_ptr, ends_ptr, count_ptr, out_ptr,
     width, slots, unit_slots, first, units, capacity, indices_stride, out_stride,
@@ -104,7 +105,7 @@ def remap_kernel(
     tl.store(out, index, mask=here & (rank < capacity))
 
 
-@triton.jit
+@jit
 def copy_pages_kernel(
     cache_ptr, pages_ptr, out_ptr, page_words, page_stride, out_stride, WORD: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -5,15 +5,14 @@ Neither waits for the other, and in a small step a launch takes the host longer 
 
 from typing import Any
 
-import triton
 import triton.language as tl
 
 from .cache import gather_launch, gather_rows
 from .indices import combine_launch, combine_row
-from .launch import Launcher
+from .launch import Launcher, jit
 
 
-@triton.jit
+@jit
 def gather_combine_kernel(
     extra_ptr, swa_ptr, slots_ptr, out_ptr,
     topk_ptr, query_start_loc_ptr, seq_lens_ptr, gather_lens_ptr, compressed_base_ptr, swa_base_ptr, row_slots_ptr,

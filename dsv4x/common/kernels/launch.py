@@ -6,6 +6,7 @@ them and compares the kernel's globals, which took 19 us of an H200's host where
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any
 
@@ -14,6 +15,18 @@ import triton
 
 # The interpreter compiles nothing; HIP specializes pointers by their storage's size too, and was not measured.
 _BY_TRITON = triton.knobs.runtime.interpret or torch.version.hip is not None
+
+PER_BATCH = (
+    "rows", "extra_rows", "row_slots", "requests", "total", "steps", "blocks", "gathering",
+    "table_stride", "table_columns", "capacity", "first", "units", "upper", "s_kv_swa",
+)  # fmt: skip
+"""Parameters whose values differ from batch to batch: Triton would compile anew for 1 and for multiples of 16.
+
+Widths and the strides of index rows are not among them. A server's are multiples of 16, and knowing it vectorizes.
+"""
+
+jit = functools.partial(triton.jit, do_not_specialize=PER_BATCH)
+"""``triton.jit`` for kernels, so that the batches of a server meet a few compilations and no more."""
 
 _MOST = 1024
 """Launches remembered a kernel: lengths differ from step to step, and none may stay for good."""

@@ -37,7 +37,7 @@ NUM_WARPS = 4
 """Warps of the producer; each consumer has as many."""
 
 # All a multiprocessor's registers but the producer's: half the output takes 128 of a consumer's, the logits 32.
-_CONSUMER_REGISTERS = gl.constexpr(224)
+_CONSUMER_REGISTERS = gl.constexpr(216)
 
 GATHER = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
@@ -121,13 +121,11 @@ def _logits(q, k, k_full, phase, OWN: gl.constexpr):
 
 
 @gluon.jit
-def _fold(acc, m, m_shared, p, k, AT: gl.constexpr, OWN: gl.constexpr):
+def _fold(acc, m, m_shared, p, k, OWN: gl.constexpr):
     """Start acc + p @ v of a tile in this consumer's columns, acc rescaled to the tile's maximum, which is returned."""
-    tile = _varying(AT)
-    m_new = m_shared.index(AT).load(gl.SliceLayout(1, ACC))
+    m_new = m_shared.load(gl.SliceLayout(1, ACC))
     acc = acc * _decay(m, m_new)[:, None]
-    v = k.index(tile).slice(OWN * HALF, HALF, dim=1)
-    return warpgroup_mma(p.index(tile), v, acc, is_async=True), m_new
+    return warpgroup_mma(p, k.slice(OWN * HALF, HALF, dim=1), acc, is_async=True), m_new
 
 
 @gluon.jit
@@ -155,7 +153,7 @@ def _consume(
             mbarrier.wait(k_full.index(1), phase)
             mbarrier.wait(p_full.index(0), phase)
             fence_async_shared()
-            acc, m = _fold(acc, m, m_shared, p, k, 0, OWN)
+            acc, m = _fold(acc, m, m_shared.index(0), p.index(0), k.index(0), OWN)
         logits = gl.where(valid[None, :], logits, float("-inf"))
         m_new = gl.maximum(gl.convert_layout(m, STATS), gl.max(logits, axis=1) * scale)
         weights = gl.exp2(logits * scale - gl.where(m_new == float("-inf"), 0.0, m_new)[:, None])
@@ -168,14 +166,14 @@ def _consume(
         if OWN == 1:
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(k_empty.index(1), count=1)
-        acc, m = _fold(acc, m, m_shared, p, k, OWN, OWN)
+        acc, m = _fold(acc, m, m_shared.index(OWN), p.index(OWN), k.index(OWN), OWN)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(k_empty.index(3 * OWN), count=1)
         if OWN == 0:
             mbarrier.wait(k_full.index(2), phase)
             mbarrier.wait(p_full.index(1), phase)
             fence_async_shared()
-            acc, m = _fold(acc, m, m_shared, p, k, 1, OWN)
+            acc, m = _fold(acc, m, m_shared.index(1), p.index(1), k.index(1), OWN)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(k_empty.index(2), count=1)
         phase ^= 1
