@@ -1,9 +1,9 @@
 """Decode kernels over DSv4 pages beside FlashMLA called bare, on one GPU in one run; also prefill in place, T = 4096.
 
 Every row holds medians of ``triton.testing.do_bench`` (microseconds; it flushes L2 before every call) over the same
-inputs: window 128 in a pool of 16 384 entries, top-k random in a pool of 65 536, page 64, sink on. Kernels are called by
-their launchers, as FlashMLA is called bare on ready arguments with its scheduler object filled. ``graph`` columns replay
-a captured call, so that a busy host does not count.
+inputs: window 128 in a pool of 16 384 entries, top-k random in a pool of 65 536, page 64, sink on. Kernels are called
+by their launchers, as FlashMLA is called bare on ready arguments with its scheduler object filled. ``graph`` columns
+replay a captured call, so that a busy host does not count.
 
 Usage: python benchmarks/decode_kernels.py --out benchmarks/results/decode-kernels-<gpu>.json   (about 40 s)
 """

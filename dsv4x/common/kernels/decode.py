@@ -56,7 +56,7 @@ def _attend_scope(
     return m, l, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "splits"])
 def decode_kernel(
     q_ptr, swa_ptr, swa_indices_ptr, swa_lens_ptr, extra_ptr, extra_indices_ptr, extra_lens_ptr, sink_ptr,
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
@@ -118,7 +118,7 @@ def decode_kernel(
         tl.store(lse_ptr + token * heads + head, lse, mask=head_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "splits"])
 def reduce_kernel(
     partial_ptr, partial_lse_ptr, sink_ptr, out_ptr, lse_ptr, heads, splits, out_stride_t, out_stride_h,
     HAS_SINK: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
