@@ -1,10 +1,9 @@
 """Chooses the decode kernel's launch shapes for AMD GPUs by compiling, and writes what each compiles to.
 
 No AMD GPU is needed or used: nothing here is a timing. A candidate must fit the arch's LDS, must not spill and must use
-MFMA; among those the one with the least estimated issue time an entry and head is taken, or one within a tenth of it
-that lets two waves stand on a SIMD, and one for all layouts of a kind. The estimate counts the instructions of the
-hottest loop, 16 cycles an MFMA and 4 another, side by side where two waves fit a SIMD and one after the other where one
-does.
+MFMA, with Triton 3.6 as with 3.9; among those the one with the least estimated issue time an entry and head is taken,
+one for all layouts of a kind. The estimate counts the hottest loop, 16 cycles an MFMA and 4 another instruction,
+side by side where two waves fit a SIMD and one after the other where one does.
 
 Usage: python benchmarks/gfx_configs.py [--choose] --out docs/gfx.md
 """

@@ -1,8 +1,8 @@
 """Launch shapes of the decode kernel, a row an arch family: data, so that what runs is what was compiled in tests.
 
 Shared memory bounds them: 64 KiB of LDS on gfx942, 160 KiB on gfx950, 99 KiB a block on sm_120, 227 KiB on sm_90
-and sm_100. The gfx rows were chosen by compiling (benchmarks/gfx_configs.py, docs/gfx.md): no spills, and two waves a
-SIMD where the estimate is within a tenth of the best. None was timed on an AMD GPU.
+and sm_100. The gfx rows were chosen by compiling (benchmarks/gfx_configs.py, docs/gfx.md): no spills with
+Triton 3.6 and 3.9. None was timed on an AMD GPU.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ _HOPPER = _Row(_HOPPER_FEW, _HOPPER_MANY, _HOPPER_FEW, _HOPPER_MANY)
 _CONFIGS = {
     "gfx942": _Row(
         AttentionConfig(16, 16, 4, 1, 16),
-        AttentionConfig(64, 16, 8, 1, 16),
+        AttentionConfig(64, 16, 4, 1, 16),
         AttentionConfig(16, 16, 4, 1, 16),
         AttentionConfig(32, 16, 4, 1, 16),
     ),
     "gfx950": _Row(
         AttentionConfig(16, 32, 4, 1, 16),
-        AttentionConfig(64, 32, 8, 1, 16),
+        AttentionConfig(64, 16, 4, 1, 16),
         AttentionConfig(16, 16, 4, 1, 16),
         AttentionConfig(32, 16, 4, 1, 16),
     ),
