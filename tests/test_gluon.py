@@ -2,7 +2,7 @@
 
 import pytest
 
-from dsv4x.common import registry
+from dsv4x.common import portable, registry
 from dsv4x.common.layouts import CacheSpec
 from dsv4x.common.registry import Problem, select
 from dsv4x.cuda import flash_mla, gluon
@@ -12,6 +12,7 @@ from dsv4x.cuda import flash_mla, gluon
 def records(monkeypatch):
     """Both libraries' kernels registered, as if both were usable."""
     monkeypatch.setattr(registry, "_kernels", {})
+    monkeypatch.setattr(registry, "_refused", {})
     for library in (gluon.GLUON, flash_mla.FLASH_MLA):
         monkeypatch.setitem(vars(library), "_loaded", (None, None, None))
     monkeypatch.setattr(flash_mla, "_prefill_reasons", lambda problem: [])
@@ -50,7 +51,9 @@ def test_it_is_usable_with_the_triton_installed_here():
     [(8, 640, "gluon"), (32, 640, "gluon"), (64, 640, "flash_mla"), (128, 1152, "flash_mla")],
 )
 def test_the_faster_one_on_an_h200_is_chosen(records, heads, width, faster, tokens):
-    assert select(problem(tokens=tokens, heads=heads, width=width)).name == faster
+    asked = problem(tokens=tokens, heads=heads, width=width)
+    assert select(asked).name == faster
+    assert select(asked).predicted_us(asked) < portable._triton_prefill_us(asked)
 
 
 def test_without_flash_mla_it_is_chosen(records):
