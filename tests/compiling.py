@@ -23,6 +23,7 @@ from dsv4x.common.kernels import (
     config,
     convert,
     decode,
+    decode_hopper,
     gather_combine,
     indices,
     mqa_logits,
@@ -139,7 +140,11 @@ def cases(arch: str) -> list[Case]:
         Case(indices.build_swa_token_ids_kernel, {"BLOCK": 512}, types={"first_ptr": "*i64"}),
         Case(indices.sanitize_kernel, {"BLOCK": 512, "HAS_LENS": True}, types=integers),
         Case(compaction.popcount_kernel, {"BLOCK": 64}),
-        Case(decode.reduce_kernel, {"VALUE_DIM": 512, "HAS_SINK": True}, types=ATTENTION_OUT),
+        Case(
+            decode.reduce_kernel,
+            {"VALUE_DIM": 512, "HAS_SINK": True, "BLOCK_S": decode.REDUCED_AT_ONCE},
+            types=ATTENTION_OUT,
+        ),
     ]
     # Triton makes an integer argument of 1 a constant: the slots of a unit of one slot, and most sizes of a tiny pool.
     tiny = ("width", "slots", "unit_slots", "units", "words", "capacity", "indices_stride", "out_stride")
@@ -156,14 +161,12 @@ def cases(arch: str) -> list[Case]:
         constants = {"WORD": word, "BLOCK": 2048}
         found.append(Case(compaction.copy_pages_kernel, constants, types={"out_ptr": "*u8"}, label=f"[{word}]"))
     for heads in (8, 64):
-        shape = config.attention_config(arch, heads)
-        block = {"BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k, "VALUE_DIM": 512, "HAS_SINK": True}
         flags = {"HAS_SWA_LENS": True, "HAS_EXTRA": True, "HAS_EXTRA_LENS": True}
         for swa, extra, split in decode_scopes(heads):
             shape = config.decode_config(arch, heads, (swa, extra))
-            block["BLOCK_K"] = shape.block_k
+            block = {"BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k, "VALUE_DIM": 512, "HAS_SINK": True}
             constants = {
-                **block, **flags, "SPLIT": split, "TAIL": swa.head_dim - 512,
+                **block, **flags, "SPLIT": split, "TAIL": swa.head_dim - 512, "WIDE": False,
                 "SWA": entry_format(swa, arch), "EXTRA": entry_format(extra, arch),
             }  # fmt: skip
             label = f"[H={heads},{swa.name}+{extra.name},split={split}]"
@@ -177,6 +180,7 @@ def cases(arch: str) -> list[Case]:
             label = f"[H<={most},D={head_dim}]"
             found.append(Case(prefill.prefill_kernel, constants, shape.options, ATTENTION_OUT, label=label))
     if arch == "sm_90":
+        found += [hopper_decode_case(*flags) for flags in ((False, False), (True, False), (True, True))]
         options = {"num_warps": prefill_hopper.NUM_WARPS}
         for index in ("*i32", "*i64"):
             for given in (False, True):
@@ -250,6 +254,17 @@ def logits_cases(arch: str) -> list[Case]:
     return found
 
 
+def hopper_decode_case(given: bool, split: bool) -> Case:
+    """With all optional arguments or none, int32 and int64 rows side by side."""
+    constants = {
+        "HAS_SWA_LENS": given, "HAS_EXTRA_LENS": given, "HAS_SINK": given, "SPLIT": split, "BIG_PAGES": not given,
+        "RIGHT": decode_hopper.RIGHT_REGISTERS, "LOADER": decode_hopper.LOADER_REGISTERS,
+    }  # fmt: skip
+    types = {**ATTENTION_OUT, "extra_indices_ptr": "*i64", "extra_lens_ptr": "*i64"}
+    label = f"[given={given},split={split}]"
+    return Case(decode_hopper.decode_hopper_kernel, constants, {"num_warps": 4}, types, label=label)
+
+
 def gather_case(extra: layouts.CacheLayout, swa: layouts.CacheLayout, arch: str, combine: bool = False) -> Case:
     constants: dict[str, object] = {}
     for scope, layout in (("EXTRA", extra), ("SWA", swa)):
@@ -267,15 +282,19 @@ def gather_case(extra: layouts.CacheLayout, swa: layouts.CacheLayout, arch: str,
 
 def decode_scopes(heads: int) -> list[tuple[layouts.CacheLayout, layouts.CacheLayout, bool]]:
     """(window layout, extra layout, split) of the decode compilations: every layout in one scope at least."""
-    found = [(layouts.DSV4, layouts.DSV4, False), (layouts.DSV4, layouts.DSV4, True)]
+    fnuz = layouts.DSV4.with_flavour("e4m3fnuz")
+    found = [
+        (layouts.DSV4, layouts.DSV4, False),
+        (layouts.DSV4, layouts.DSV4, True),
+        (fnuz, layouts.DSV4, True),
+        (layouts.DSV41_FP8, layouts.DSV41_FP4, True),
+        (layouts.DSV32, layouts.TRTLLM_NATIVE, True),
+    ]
     if heads > 8:
-        fnuz = layouts.DSV4.with_flavour("e4m3fnuz")
         found += [
-            (fnuz, layouts.DSV4, True),
-            (layouts.DSV41_FP8, layouts.DSV41_FP4, True),
+            (fnuz, fnuz, True),
             (layouts.DSV41_FP8_SOA, layouts.UNIFORM_FP8, True),
             (layouts.BF16_512, layouts.BF16_512, True),
-            (layouts.DSV32, layouts.TRTLLM_NATIVE, True),
             (layouts.BF16_576, layouts.BF16_576, True),
         ]
     return found
@@ -324,6 +343,8 @@ def amd_report(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
         "agpr": field_of("agpr_count"),
         "spills": field_of("vgpr_spill_count"),
         "mfma": len(re.findall(r"^\s*v_mfma_", text, re.M)),
+        "calls": len(re.findall(r"^\s*s_(?:swappc|call)", text, re.M)),
+        "fp8": len(re.findall(r"^\s*v_cvt_(?:scalef32_)?pk_f32_fp8", text, re.M)),
     }
 
 

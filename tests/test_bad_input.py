@@ -248,6 +248,11 @@ Q_CASES = [
     ("q", zeros(T, 0, 512), ValueError, ["0 heads", "1 to 128"]),
     ("q", zeros(T, 129, 512), ValueError, ["129 heads", "1 to 128"]),
 ]
+SPLIT_CASES = [
+    ("split_k", 0, ValueError, ["0", "1 to 128"]),
+    ("split_k", 129, ValueError, ["129", "1 to 128"]),
+    ("split_k", 2.0, TypeError, ["float", "int"]),
+]
 SINK_AND_OUT_CASES = [
     *wrong_tensors("attn_sink", zeros(H, dtype=F32), need="float32", dtype=F32, resize=[(H + 1,), (1, H)]),
     *wrong_tensors("out", zeros(T, H, 512), need="bfloat16", dtype=BF16, resize=[(T, H + 1, 512), (T + 1, H, 512)]),
@@ -273,7 +278,7 @@ CHOICE_CASES = [("kernel", "cutlass", ValueError, ["cutlass", "flash_mla", "trit
 TABLE = {
     dsv4x.sparse_mla_decode: (
         decode_arguments,
-        [*Q_CASES, *scope_cases("swa"), *scope_cases("extra"), *SINK_AND_OUT_CASES, *CHOICE_CASES],
+        [*Q_CASES, *scope_cases("swa"), *scope_cases("extra"), *SINK_AND_OUT_CASES, *SPLIT_CASES, *CHOICE_CASES],
     ),
     dsv4x.sparse_mla_prefill: (
         prefill_arguments,

@@ -4,7 +4,9 @@ import compiling
 import pytest
 import triton
 
-from dsv4x.common.kernels import prefill_hopper
+from dsv4x import layouts
+from dsv4x.common.kernels import decode, decode_hopper, prefill_hopper
+from dsv4x.common.kernels.entries import entry_format
 
 PRODUCTS = ("decode", "prefill", "paged_mqa_logits", "mqa_logits")
 CASES = [(arch, case) for arch in compiling.TARGETS for case in compiling.cases(arch)]
@@ -21,6 +23,7 @@ def test_kernel_compiles_and_fits(arch, case):
     if arch.startswith("gfx"):
         report = compiling.amd_report(compiled)
         assert report["spills"] == 0
+        assert report["calls"] == 0
         assert (report["mfma"] > 0) == case.name.startswith(PRODUCTS)
 
 
@@ -33,6 +36,36 @@ def test_the_hopper_kernel_keeps_its_registers_and_the_tensor_cores(tmp_path):
         assert report["wgmma"] == 2 * (512 // 16 + 2 * 64 // 16)
         # Triton 3.6 keeps 32-bit indices with lengths in registers; the others, and 3.9, lack a few.
         assert report["stack"] <= 64, case.name
+
+
+def test_hopper_decode_keeps_its_registers_and_the_tensor_cores(tmp_path):
+    cases = [case for arch, case in CASES if arch == "sm_90" and case.kernel is decode_hopper.decode_hopper_kernel]
+    assert cases
+    for case in cases:
+        compiled = compiling.compile_case(case, "sm_90")
+        report = compiling.nvidia_report(compiled, tmp_path / "kernel.cubin")
+        # Logits over 512 values of the first block and of the others; half of V for those, the last, the right half.
+        assert report["wgmma"] == 2 * 512 // 16 + 3 * 64 // 16
+        # Spills stand where an item begins and ends, and take no more than they do now.
+        assert report["stack"] <= 256, case.name
+        assert compiled.asm["ptx"].count("cvt.rn.f16x2.e4m3x2") > 0
+
+
+@pytest.mark.parametrize(("arch", "flavour"), [("gfx942", "e4m3fnuz"), ("gfx950", "e4m3fn")])
+def test_the_archs_own_fp8_is_converted_by_its_own_instruction(arch, flavour):
+    for own in layouts.FLAVOURS:
+        layout = layouts.DSV4.with_flavour(own)
+        case = next(
+            case
+            for at, case in CASES
+            if at == arch
+            and case.kernel is decode.decode_kernel
+            and case.constants["SWA"] is entry_format(layouts.DSV4.with_flavour("e4m3fnuz"), arch)
+            and case.constants["EXTRA"] is entry_format(layout, arch)
+        )
+        report = compiling.amd_report(compiling.compile_case(case, arch))
+        assert report["calls"] == 0
+        assert (report["fp8"] > 0) == (flavour in (own, "e4m3fnuz"))
 
 
 def test_a_kernel_that_does_not_compile_fails(monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 
 from dsv4x.common import portable, registry
+from dsv4x.common.layouts import CacheSpec
 from dsv4x.common.registry import Problem, select
 from dsv4x.cuda import flash_mla, gluon
 
@@ -65,3 +66,56 @@ def test_without_flash_mla_it_is_chosen(records):
 def test_predictions_are_near_what_was_measured(records, tokens, width, heads, us):
     predicted = records["gluon"].predicted_us(problem(tokens=tokens, width=width, heads=heads))
     assert predicted == pytest.approx(us, rel=0.35)
+
+
+@pytest.fixture
+def decode_record(records):
+    return registry._kernels["sparse_mla_decode"]["gluon"]
+
+
+def decode_problem(layout="DSv4", extra="DSv4", pages=64, **fields):
+    caches = tuple(CacheSpec(name, 64, pages, 37440) for name in (layout, extra))
+    given = {"arch": "sm_90", "tokens": 64, "heads": 64, "width": 128, "extra_width": 512, "interpreter": False}
+    return Problem("sparse_mla_decode", "cuda", caches=caches, **{**given, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"arch": "sm_100"}, "arch is sm_100, need sm_90"),
+        ({"interpreter": True}, "TRITON_INTERPRET=1, need it unset: Gluon has no interpreter"),
+        ({"extra": "DSv4.1 fp8"}, "cache layout is DSv4.1 fp8, need DSv4"),
+        ({"layout": "DSv4 fnuz"}, "cache layout is DSv4 fnuz, need DSv4"),
+    ],
+)
+def test_what_decode_refuses(decode_record, fields, reason):
+    reasons = decode_record.not_supported_reasons(decode_problem(**fields))
+    assert len(reasons) == 1
+    assert reasons[0].startswith(reason)
+
+
+def test_decode_takes_32_bit_slots(decode_record):
+    assert decode_record.not_supported_reasons(decode_problem(pages=2**25 - 1)) == []
+    says = f"{2**31} slots, need < {2**31}: it takes 32-bit slots"
+    assert decode_record.not_supported_reasons(decode_problem(pages=2**25)) == [says, says]
+
+
+def test_decode_keeps_the_splits_it_is_given(decode_record):
+    assert decode_record.not_supported_reasons(decode_problem(split_k=3)) == []
+
+
+# Of one run, benchmarks/results/decode-kernels-h200.json.
+@pytest.mark.parametrize(
+    ("heads", "topk", "tokens", "us"),
+    [
+        (64, 512, 128, 53.8),
+        (64, 512, 512, 172.3),
+        (64, 512, 4096, 1265.3),
+        (128, 1024, 64, 72.9),
+        (128, 1024, 128, 132.1),
+        (128, 1024, 4096, 3686.0),
+    ],
+)
+def test_decode_predictions_are_near_what_was_measured(decode_record, heads, topk, tokens, us):
+    predicted = decode_record.predicted_us(decode_problem(heads=heads, extra_width=topk, tokens=tokens))
+    assert predicted == pytest.approx(us, rel=0.15)

@@ -12,7 +12,7 @@ from dsv4x.common.routing import PATHS, paths_of
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = ["triton", "flash_mla"]
+KERNELS = ["triton", "flash_mla", "gluon"]
 TOKENS = [1, 2, 17, 128, 1000, 4097, 20000]
 HEADS = [8, 16, 20, 32, 64, 100, 128]
 PAGE_SIZES = [2, 61, 64, 256]

@@ -382,19 +382,49 @@ def test_any_number_of_splits_gives_the_same_answer(splits, device, decode_case,
     out = torch.empty(5, 8, 512, dtype=torch.bfloat16, device=device)[:, 2:7]
     there = on_device(case, device)
     order = ["q", "swa_cache", "swa_indices", "swa_lens", "extra_cache", "extra_indices", "extra_lens", "attn_sink"]
-    lse = sparse_mla_decode(*[there[name] for name in order], 512**-0.5, out, splits=splits)
+    lse = sparse_mla_decode(*[there[name] for name in order], 512**-0.5, out, split_k=splits)
     check_decode(out, lse, *reference.sparse_mla_decode(**case, dtype=torch.float64))
 
 
 @pytest.mark.interpreter
-def test_splits_fill_the_device_and_are_never_shorter_than_two_blocks():
-    from dsv4x.common.kernels.decode import num_splits
+@pytest.mark.parametrize("split_k", [1, 3])
+def test_with_splits_fixed_a_row_does_not_depend_on_its_batch(split_k, decode_case):
+    case = decode_case(tokens=5, heads=5, width=70, extra_width=50)
+    together = dsv4x.sparse_mla_decode(**case, kernel="triton", split_k=split_k)
+    per_token = ("q", "swa_indices", "swa_lens", "extra_indices", "extra_lens")
+    for row in range(5):
+        alone = {name: value[row : row + 1] if name in per_token else value for name, value in case.items()}
+        got = dsv4x.sparse_mla_decode(**alone, kernel="triton", split_k=split_k)
+        assert all(torch.equal(a, b[row : row + 1]) for a, b in zip(got, together))
 
-    assert num_splits(programs=1, blocks=20, multiprocessors=132) == 10
-    assert num_splits(programs=100, blocks=20, multiprocessors=132) == 2
-    assert num_splits(programs=1000, blocks=20, multiprocessors=132) == 1
-    assert num_splits(programs=1, blocks=0, multiprocessors=132) == 1
-    assert num_splits(programs=0, blocks=1, multiprocessors=0) == 1
+
+def test_kernels_that_split_as_they_like_refuse_fixed_splits(decode_case):
+    with pytest.raises(dsv4x.KernelNotSupported, match="split_k is 2, need None: it splits rows as the whole batch"):
+        dsv4x.sparse_mla_decode(**decode_case(), kernel="reference", split_k=2)
+
+
+def test_splits_fill_the_device_and_stop_where_reducing_costs_more():
+    from dsv4x.common.kernels.config import num_splits
+
+    assert num_splits(programs=1, blocks=10, at_once=132) == 10
+    assert num_splits(programs=32, blocks=10, at_once=132) == 4
+    assert num_splits(programs=64, blocks=10, at_once=132) == 2
+    assert num_splits(programs=128, blocks=10, at_once=132) == 1
+    assert num_splits(programs=10_000, blocks=200, at_once=132) == 1
+    assert num_splits(programs=1, blocks=0, at_once=132) == 1
+    assert num_splits(programs=1, blocks=1, at_once=1) == 1
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 18, 130, 2000])
+def test_every_split_has_work_and_partials_are_bounded(blocks):
+    from dsv4x.common.kernels.config import num_splits
+
+    for programs in range(1, 700):
+        splits = num_splits(programs, blocks, 132)
+        assert 1 <= splits <= max(1, blocks)
+        if splits > 1:
+            assert (splits - 1) * -(-blocks // splits) < blocks
+            assert programs * splits <= 4 * 132
 
 
 @pytest.mark.parametrize("gib", [3, 5])

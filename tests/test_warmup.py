@@ -1,5 +1,6 @@
 """Warming up compiles what steps launch, stores nothing, and leaves nothing to compile later."""
 
+import dataclasses
 import random
 
 import pytest
@@ -68,3 +69,13 @@ def test_no_batch_compiles_anything_afterwards(heads, kernel):
         k = torch.zeros(tokens, 512, dtype=torch.bfloat16, device="cuda")
         dsv4x.quantize_and_insert_k_cache(k, swa, torch.arange(tokens, device="cuda"))
     assert warmup_module._compiled() == compiled
+
+
+def test_kernels_that_another_batch_may_get_are_warmed_up_too(monkeypatch):
+    explanation = dsv4x.explain(dsv4x.Problem("sparse_mla_decode", "cpu", "cpu", heads=8, width=64))
+    times = {"flash_mla": 20.0, "gluon": 39.0, "triton": 41.0}
+    monkeypatch.setattr(
+        warmup_module.registry, "explain", lambda problem: dataclasses.replace(explanation, predicted_us=times)
+    )
+    assert warmup_module._kernels_of(explanation.problem, None) == ["flash_mla", "gluon"]
+    assert warmup_module._kernels_of(explanation.problem, "triton") == ["triton"]

@@ -46,6 +46,7 @@ class Problem:
         lse: whether the attention ops have to return the lse.
         next_n: query rows a request (``paged_mqa_logits``).
         options: what else decides, as the op names it, such as ``"stable"``.
+        split_k: the splits of each row's entries that the caller fixed; 0 where the kernel decides.
         interpreter: whether Triton runs in its interpreter (``TRITON_INTERPRET=1``).
         capturing: whether the current stream is being captured into a graph.
     """
@@ -64,6 +65,7 @@ class Problem:
     lse: bool = True
     next_n: int = 1
     options: tuple[str, ...] = ()
+    split_k: int = 0
     interpreter: bool = _INTERPRETER
     capturing: bool = False
 
@@ -95,6 +97,7 @@ class Kernel:
         max_heads: most heads it takes; 0 where the op has none.
         capture_safe: may run inside CUDA / HIP graph capture.
         lse_optional: whether ``run`` takes ``return_lse`` and may leave the lse out; the others always make one.
+        fixed_splits: whether ``run`` takes ``split_k``, and a row's result then depends on nothing else in the batch.
         by_name_only: why it runs only when asked for by name, such as results less exact than the others'; empty where
             prediction may choose it.
         further_reasons: limits the fields above cannot say.
@@ -112,6 +115,7 @@ class Kernel:
     max_heads: int = 0
     capture_safe: bool = True
     lse_optional: bool = False
+    fixed_splits: bool = False
     by_name_only: str = ""
     further_reasons: Callable[[Problem], Iterable[str]] = lambda problem: ()
     note: Callable[[Problem], str] = lambda problem: ""
@@ -133,6 +137,8 @@ class Kernel:
             reasons.append(f"{problem.heads} heads, need <= {self.max_heads}")
         if problem.capturing and not self.capture_safe:
             reasons.append("a graph is being captured, and it synchronizes with the host")
+        if problem.split_k and not self.fixed_splits:
+            reasons.append(f"split_k is {problem.split_k}, need None: it splits rows as the whole batch suggests")
         reasons.extend(self.further_reasons(problem))
         # Asked last: it may import the library, which the cheaper reasons can make pointless.
         if self.library is not None and not reasons and self.library.reason:

@@ -18,6 +18,9 @@ HEAD_DIMS = (512, 576)
 
 MAX_HEADS = 128
 
+MAX_SPLITS = 128
+"""Most parts a row's entries are split into."""
+
 
 def sparse_mla_decode(
     q: torch.Tensor,
@@ -37,6 +40,7 @@ def sparse_mla_decode(
     swa_k_scale: float = 1.0,
     extra_k_scale: float = 1.0,
     return_lse: bool = True,
+    split_k: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One softmax over a token's window entries and its extra (compressed) entries, pages read in place.
 
@@ -57,8 +61,8 @@ def sparse_mla_decode(
         softmax_scale: finite and > 0; None means 512 ** -0.5, and is refused for D = 576, whose model scales by
             192 ** -0.5 times its YaRN factor.
         out: bf16 ``[T, H, 512]``, any strides with the last 1; None allocates a contiguous one.
-        kernel: ``"flash_mla"``, ``"flashinfer"``, ``"triton"``, ``"aiter"`` or ``"reference"``, which runs or raises;
-            None picks.
+        kernel: ``"flash_mla"``, ``"gluon"``, ``"flashinfer"``, ``"triton"``, ``"aiter"`` or ``"reference"``, which
+            runs or raises; None picks.
         trusted_indices: the caller vouches that lengths lie in ``[0, width]`` and that every index within them is -1
             or in range, which spares kernels that would fault on others (FlashMLA) a pass over the indices.
         schedule: a dict that lives as long as these lengths do, in which a kernel keeps what depends on lengths and
@@ -66,6 +70,9 @@ def sparse_mla_decode(
         swa_k_scale, extra_k_scale: the tensor scale a cache was stored with, finite and > 0; other than 1 only where
             its layout stores no scales (trtllm-native, uniform fp8).
         return_lse: whether the lse is wanted. Not all of AITER's kernels make one.
+        split_k: batch-invariant mode: into how many parts, 1 to 128, each row's entries are split, whatever else is in
+            the batch; equal rows then give equal bits. None lets the kernel decide from the shapes. Partial outputs
+            take ``T * H * split_k * 2`` KiB above 1; under None at most about 66 MiB on 132 multiprocessors.
 
     Returns:
         ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``, or None for lse under ``return_lse=False``.
@@ -79,6 +86,8 @@ def sparse_mla_decode(
     """
     check_values = checks.check_values_enabled()
     tokens = _check_q(q)
+    if split_k is not None:
+        checks.integer("split_k", split_k, 1, MAX_SPLITS)
     scopes: list[tuple[str, Any, Any, torch.Tensor | None]] = [("swa", swa_cache, swa_indices, swa_lens)]
     if extra_cache is not None or extra_indices is not None:
         scopes.append(("extra", extra_cache, extra_indices, extra_lens))
@@ -105,6 +114,7 @@ def sparse_mla_decode(
         extra_width=extra_indices.shape[1] if extra_indices is not None else 0,
         caches=tuple(cache.spec for _, cache, _, _ in scopes),
         lse=return_lse,
+        split_k=split_k or 0,
     )
     scale = scale_of(softmax_scale, q.shape[2])
     record = select(problem, kernel)
@@ -129,6 +139,7 @@ def sparse_mla_decode(
         swa_k_scale=swa_k_scale,
         extra_k_scale=extra_k_scale,
         return_lse=return_lse,
+        split_k=split_k,
     )
 
 
@@ -211,10 +222,14 @@ def sparse_mla_prefill(
     )
 
 
-def attend(record: Kernel, *args: Any, return_lse: bool, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+def attend(
+    record: Kernel, *args: Any, return_lse: bool, split_k: int | None = None, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run an attention kernel; None for the lse where none is wanted, whatever the kernel made."""
     if record.lse_optional:
         options["return_lse"] = return_lse
+    if split_k is not None:
+        options["split_k"] = split_k
     out, lse = record.run(*args, **options)
     return out, lse if return_lse else None
 

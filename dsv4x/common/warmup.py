@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 
-from . import checks
+from . import checks, registry
 from .attention import COMPRESS_RATIOS, AttentionMetadata, sparse_mla_attention
 from .cache import quantize_and_insert_k_cache
 from .layouts import PagedCache
-from .routing import PATHS, explain_step
+from .routing import PATHS, explain_step, path_problems
 from .sparse_mla import VALUE_DIM, sparse_mla_decode, sparse_mla_prefill
+
+# A kernel predicted to take up to this many times the fastest one's time may be the fastest for another batch.
+_CLOSE = 2.0
 
 # A batch on either side of every bound in a table of launch shapes, and of one split and several.
 _TOKENS = (1, 2, 8, 33, 130, 1024)
@@ -114,11 +117,22 @@ def _run_step(
     chosen = torch.full((tokens + 1, topk), -1, dtype=torch.int32, device=device) if ratio == 4 else None
     cache = extra_cache if ratio > 1 else None
     explanation = explain_step(q, swa_cache, cache, meta, chosen, kernel)
+    problems = path_problems(q, swa_cache, cache, meta, chosen)
     for path in (path for path in PATHS if path in explanation.kernels):
-        for sink in (None, torch.zeros(heads, device=device)):
-            sparse_mla_attention(q, swa_cache, cache, meta, chosen, sink, path=path, kernel=kernel)
+        for name in _kernels_of(problems[path], kernel):
+            for sink in (None, torch.zeros(heads, device=device)):
+                sparse_mla_attention(q, swa_cache, cache, meta, chosen, sink, path=path, kernel=name)
     if not explanation.kernels:
         sparse_mla_attention(q, swa_cache, cache, meta, chosen, kernel=kernel)
+
+
+def _kernels_of(problem: registry.Problem, kernel: str | None) -> list[str]:
+    """The kernel asked for, or those that prediction may pick for batches like this one."""
+    if kernel is not None:
+        return [kernel]
+    predicted = registry.explain(problem).predicted_us
+    fastest = min(predicted.values())
+    return [name for name, us in predicted.items() if us <= _CLOSE * fastest]
 
 
 def _run_ops(

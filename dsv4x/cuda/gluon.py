@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from ..common.registry import Kernel, Problem, refuse, register
+from ..common.layouts import PagedCache
+from ..common.registry import Kernel, Problem, register
 from ..common.sparse_mla import VALUE_DIM
 from ..common.vendor import VendorLibrary
 
@@ -21,6 +24,11 @@ _BLOCK_H, _STEP = 64, 128
 # and what 64 heads add to them; a step of 128 entries. Programs run in waves, one a multiprocessor.
 _CALL, _START, _HEADS, _ENTRIES = 5.0, 0.7, 5.0, 4.1
 _MULTIPROCESSORS = 132
+
+# The same of decode (benchmarks/results/decode-kernels-h200.json): a cold start of all multiprocessors, an item's start
+# and end, a block of 64 entries, and the reduction of splits.
+_COLD, _ITEM, _BLOCK, _REDUCE = 12.0, 15.7, 2.38, 4.0
+_DECODE_BLOCK = 64
 
 
 def prefill(
@@ -42,6 +50,59 @@ def prefill(
     return out, sparse_mla_prefill(q, kv, indices, lens, attn_sink, softmax_scale, out)
 
 
+def decode(
+    q: torch.Tensor,
+    swa_cache: PagedCache,
+    swa_indices: torch.Tensor,
+    swa_lens: torch.Tensor | None,
+    extra_cache: PagedCache | None,
+    extra_indices: torch.Tensor | None,
+    extra_lens: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    softmax_scale: float,
+    out: torch.Tensor | None,
+    *,
+    trusted_indices: bool = False,
+    schedule: dict[Any, Any] | None = None,
+    swa_k_scale: float = 1.0,
+    extra_k_scale: float = 1.0,
+    split_k: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Arguments as in :func:`dsv4x.sparse_mla_decode`. It checks indices in the kernel, and schedules nothing."""
+    from ..common.kernels.decode_hopper import sparse_mla_decode
+
+    if out is None:
+        out = torch.empty(*q.shape[:2], VALUE_DIM, dtype=q.dtype, device=q.device)
+    return out, sparse_mla_decode(
+        q, swa_cache, swa_indices, swa_lens, extra_cache, extra_indices, extra_lens, attn_sink, softmax_scale, out,
+        split_k=split_k,
+    )  # fmt: skip
+
+
+def _decode_reasons(problem: Problem) -> list[str]:
+    reasons = [
+        f"{cache.pages * cache.page_size} slots, need < {2**31}: it takes 32-bit slots"
+        for cache in problem.caches
+        if cache.pages * cache.page_size >= 2**31
+    ]
+    if problem.interpreter:
+        reasons.append("TRITON_INTERPRET=1, need it unset: Gluon has no interpreter")
+    return reasons
+
+
+def _decode_us(problem: Problem) -> float:
+    from ..common.kernels.config import num_splits
+
+    programs = problem.tokens * -(-problem.heads // _BLOCK_H)
+    widths = (problem.entries,) if problem.entries else (problem.width, problem.extra_width)
+    blocks = sum(-(-width // _DECODE_BLOCK) for width in widths)
+    splits = problem.split_k or num_splits(programs, blocks, _MULTIPROCESSORS)
+    items = programs * splits
+    item = _ITEM + _BLOCK * -(-blocks // splits)
+    cold = _COLD * min(1.0, items / _MULTIPROCESSORS)
+    return cold + item * -(-items // _MULTIPROCESSORS) + (_REDUCE if splits > 1 else 0.0)
+
+
 def _reasons(problem: Problem) -> list[str]:
     reasons = []
     if problem.head_dim != VALUE_DIM:
@@ -59,8 +120,20 @@ def _predicted_us(problem: Problem) -> float:
 
 
 def register_kernels() -> None:
-    """Add the prefill kernel of Hopper."""
-    refuse("sparse_mla_decode", "gluon", "there is no Gluon kernel of decode")
+    """Add the kernels of Hopper."""
+    register(
+        Kernel(
+            "sparse_mla_decode",
+            "gluon",
+            decode,
+            _decode_us,
+            library=GLUON,
+            archs=("sm_90",),
+            layouts=("DSv4",),
+            fixed_splits=True,
+            further_reasons=_decode_reasons,
+        )
+    )
     register(
         Kernel(
             "sparse_mla_prefill",

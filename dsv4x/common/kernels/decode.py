@@ -10,31 +10,53 @@ import triton.language as tl
 
 from ..layouts import PagedCache
 from ..platform import platform
-from .config import decode_config
+from .config import decode_config, num_splits
 from .entries import entry_format, load_entries
+from .launch import Launcher
 from .portability import to_bf16
 from .softmax import LN2, LOG2E, apply_sink, attend_block, finish, load_q
+
+REDUCED_AT_ONCE = 16
+"""Splits whose partial outputs are loaded together."""
+
+
+@triton.jit
+def _load_slots(indices_ptr, offset, span, capacity, WIDE: tl.constexpr):
+    """Slots at ``offset`` of a row; -1 past its span and for every index that is no entry."""
+    slots = tl.load(indices_ptr + offset, mask=offset < span, other=-1)
+    slots = tl.where((slots >= 0) & (slots < capacity), slots, -1)
+    if WIDE:
+        return slots.to(tl.int64)
+    else:
+        # Dividing 32-bit slots is several times cheaper; only a pool of 2**31 slots needs more.
+        return slots.to(tl.int32)
 
 
 @triton.jit
 def _attend_scope(
     q, q_tail, m, l, acc, scale, cache_ptr, indices_ptr, span, first, last, capacity, page_size, page_stride, k_scale,
-    BLOCK_K: tl.constexpr, VALUE_DIM: tl.constexpr, TAIL: tl.constexpr, FORMAT: tl.constexpr,
+    BLOCK_K: tl.constexpr, VALUE_DIM: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Fold blocks ``first`` to ``last`` of one scope into the running softmax."""
+    column = tl.arange(0, BLOCK_K)
+    slots = _load_slots(indices_ptr, first * BLOCK_K + column, span, capacity, WIDE)
     for block in range(first, last):
-        offset = block * BLOCK_K + tl.arange(0, BLOCK_K)
-        slots = tl.load(indices_ptr + offset, mask=offset < span, other=-1).to(tl.int64)
-        valid = (slots >= 0) & (slots < capacity)
-        k = load_entries(cache_ptr, slots, valid, page_size, page_stride, k_scale, 0, VALUE_DIM, FORMAT)
-        k_tail = k
-        if TAIL > 0:
-            k_tail = load_entries(cache_ptr, slots, valid, page_size, page_stride, k_scale, VALUE_DIM, TAIL, FORMAT)
-        m, l, acc = attend_block(q, q_tail, k, k_tail, valid, scale, m, l, acc, TAIL)
+        upcoming = _load_slots(indices_ptr, (block + 1) * BLOCK_K + column, span, capacity, WIDE)
+        stand_in = tl.max(slots, axis=0)
+        if stand_in >= 0:
+            valid = slots >= 0
+            # Without an entry, a neighbour's is read: its weight is zero, and the gathers need no masks.
+            slots = tl.where(valid, slots, stand_in)
+            k = load_entries(cache_ptr, slots, page_size, page_stride, k_scale, 0, VALUE_DIM, FORMAT)
+            k_tail = k
+            if TAIL > 0:
+                k_tail = load_entries(cache_ptr, slots, page_size, page_stride, k_scale, VALUE_DIM, TAIL, FORMAT)
+            m, l, acc = attend_block(q, q_tail, k, k_tail, valid, scale, m, l, acc, TAIL)
+        slots = upcoming
     return m, l, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "splits"])
 def decode_kernel(
     q_ptr, swa_ptr, swa_indices_ptr, swa_lens_ptr, extra_ptr, extra_indices_ptr, extra_lens_ptr, sink_ptr,
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
@@ -44,7 +66,7 @@ def decode_kernel(
     extra_width, extra_indices_stride, extra_capacity, extra_page_size, extra_page_stride,
     HAS_SWA_LENS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_EXTRA_LENS: tl.constexpr, HAS_SINK: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, VALUE_DIM: tl.constexpr, TAIL: tl.constexpr,
-    SWA: tl.constexpr, EXTRA: tl.constexpr,
+    WIDE: tl.constexpr, SWA: tl.constexpr, EXTRA: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
@@ -73,14 +95,14 @@ def decode_kernel(
     m, l, acc = _attend_scope(
         q, q_tail, m, l, acc, scale * LOG2E, swa_ptr, swa_indices_ptr + token * swa_indices_stride, swa_span,
         first, tl.minimum(last, swa_blocks), swa_capacity, swa_page_size, swa_page_stride, swa_k_scale,
-        BLOCK_K, VALUE_DIM, TAIL, SWA,
+        BLOCK_K, VALUE_DIM, TAIL, WIDE, SWA,
     )  # fmt: skip
     if HAS_EXTRA:
         m, l, acc = _attend_scope(
             q, q_tail, m, l, acc, scale * LOG2E, extra_ptr, extra_indices_ptr + token * extra_indices_stride,
             extra_span, tl.maximum(first - swa_blocks, 0), last - swa_blocks,
             extra_capacity, extra_page_size, extra_page_stride, extra_k_scale,
-            BLOCK_K, VALUE_DIM, TAIL, EXTRA,
+            BLOCK_K, VALUE_DIM, TAIL, WIDE, EXTRA,
         )  # fmt: skip
 
     out, lse = finish(m, l, acc)
@@ -96,40 +118,61 @@ def decode_kernel(
         tl.store(lse_ptr + token * heads + head, lse, mask=head_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "splits"])
 def reduce_kernel(
     partial_ptr, partial_lse_ptr, sink_ptr, out_ptr, lse_ptr, heads, splits, out_stride_t, out_stride_h,
-    HAS_SINK: tl.constexpr, VALUE_DIM: tl.constexpr,
+    HAS_SINK: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    token = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads + tl.arange(0, 1)
     row = (token * heads + head) * splits
     column = tl.arange(0, VALUE_DIM)
     m = tl.full((1,), float("-inf"), tl.float32)
     l = tl.zeros((1,), tl.float32)
     acc = tl.zeros((1, VALUE_DIM), tl.float32)
-    for split in range(0, splits):
-        lse = tl.load(partial_lse_ptr + row + split + tl.arange(0, 1)) / LN2
+    for start in range(0, splits, BLOCK_S):
+        split = start + tl.arange(0, BLOCK_S)
+        present = split < splits
+        rows = row[:, None] + split[None, :]
+        lse = tl.load(partial_lse_ptr + rows, mask=present[None, :], other=float("inf"))
+        parts = tl.load(
+            partial_ptr + tl.reshape(rows, (BLOCK_S, 1)) * VALUE_DIM + column[None, :], mask=present[:, None], other=0.0
+        )
         # A split without entries says +inf, which stands for a weight of zero.
-        lse = tl.where(lse == float("inf"), float("-inf"), lse)
-        m_new = tl.maximum(m, lse)
+        lse = tl.where(lse == float("inf"), float("-inf"), lse / LN2)
+        m_new = tl.maximum(m, tl.max(lse, axis=1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         alpha = tl.exp2(m - m_safe)
-        weight = tl.exp2(lse - m_safe)
-        part = tl.load(partial_ptr + (row + split) * VALUE_DIM + column)
-        acc = acc * alpha[:, None] + weight[:, None] * part[None, :]
-        l = l * alpha + weight
+        weight = tl.exp2(lse - m_safe[:, None])
+        acc = acc * alpha[:, None] + tl.sum(parts * tl.reshape(weight, (BLOCK_S, 1)), axis=0)[None, :]
+        l = l * alpha + tl.sum(weight, axis=1)
         m = m_new
     out, lse = finish(m, l, acc)
     if HAS_SINK:
-        out = apply_sink(out, lse, tl.load(sink_ptr + head + tl.arange(0, 1)))
-    tl.store(out_ptr + token * out_stride_t + head * out_stride_h + column[None, :], to_bf16(out))
-    tl.store(lse_ptr + token * heads + head + tl.arange(0, 1), lse)
+        out = apply_sink(out, lse, tl.load(sink_ptr + head))
+    tl.store(out_ptr + token * out_stride_t + head[:, None] * out_stride_h + column[None, :], to_bf16(out))
+    tl.store(lse_ptr + token * heads + head, lse)
 
 
-def num_splits(programs: int, blocks: int, multiprocessors: int) -> int:
-    """Splits that fill the device about twice, none shorter than two blocks of entries."""
-    return max(1, min(2 * multiprocessors // max(1, programs), blocks // 2))
+_launch_reduce = Launcher(reduce_kernel)
+
+
+def reduce_partials(
+    partial: torch.Tensor,
+    partial_lse: torch.Tensor,
+    attn_sink: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Combine float32 ``partial [T, H, splits, V]``, ``partial_lse [T, H, splits]`` into ``out [T, H, V]`` and lse."""
+    tokens, heads, splits, value_dim = partial.shape
+    _launch_reduce(
+        tokens * heads,
+        (partial, partial_lse, attn_sink if attn_sink is not None else lse, out, lse),
+        (heads, splits, out.stride(0), out.stride(1)),
+        (attn_sink is not None, value_dim, REDUCED_AT_ONCE),
+        4,
+    )
 
 
 def sparse_mla_decode(
@@ -146,7 +189,7 @@ def sparse_mla_decode(
     *,
     swa_k_scale: float = 1.0,
     extra_k_scale: float = 1.0,
-    splits: int | None = None,
+    split_k: int | None = None,
 ) -> torch.Tensor:
     """Launch over ``q [T, H, D]``; writes ``out [T, H, V]`` and returns lse float32 ``[T, H]``."""
     tokens, heads, head_dim = q.shape
@@ -158,8 +201,9 @@ def sparse_mla_decode(
     assert e_indices is not None
     config = decode_config(limits.arch, heads, (swa_cache.layout, e_cache.layout))
     head_blocks = -(-heads // config.block_h)
+    splits = split_k
     if splits is None:
-        splits = num_splits(tokens * head_blocks, -(-width // config.block_k), limits.multiprocessors)
+        splits = num_splits(tokens * head_blocks, -(-width // config.block_k), 2 * limits.multiprocessors)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     if splits > 1:
         partial = torch.empty(tokens, heads, splits, value_dim, dtype=torch.float32, device=q.device)
@@ -178,13 +222,10 @@ def sparse_mla_decode(
         HAS_SWA_LENS=swa_lens is not None, HAS_EXTRA=extra is not None, HAS_EXTRA_LENS=extra_lens is not None,
         HAS_SINK=attn_sink is not None, SPLIT=splits > 1, BLOCK_H=config.block_h, BLOCK_K=config.block_k,
         VALUE_DIM=value_dim, TAIL=head_dim - value_dim,
+        WIDE=max(swa_cache.capacity, e_cache.capacity) > 2**31 - 1,
         SWA=entry_format(swa_cache.layout, limits.arch), EXTRA=entry_format(e_cache.layout, limits.arch),
         **config.options,
     )  # fmt: skip
     if splits > 1:
-        reduce_kernel[(tokens, heads)](
-            partial, partial_lse, attn_sink if attn_sink is not None else lse, out, lse,
-            heads, splits, out.stride(0), out.stride(1),
-            HAS_SINK=attn_sink is not None, VALUE_DIM=value_dim, num_warps=4,
-        )  # fmt: skip
+        reduce_partials(partial, partial_lse, attn_sink, out, lse)
     return lse

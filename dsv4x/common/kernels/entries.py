@@ -62,9 +62,14 @@ def entry_format(layout: CacheLayout, arch: str) -> EntryFormat:
     )
 
 
+_NATIVE_ON_GFX = {"gfx942": "e4m3fnuz", "gfx950": "e4m3fn"}
+
+
 def native_fp8(layout: CacheLayout, arch: str) -> bool:
-    """Whether the arch's own conversion gives the layout's codes; measured on NVIDIA, elsewhere bytes are decoded."""
-    return layout.value_encoding == "e4m3fn" and arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 89
+    """Whether the arch's own conversion gives the layout's codes: measured on NVIDIA, by the ISA's manual on AMD."""
+    if arch.startswith("sm_"):
+        return layout.value_encoding == "e4m3fn" and int(arch.removeprefix("sm_")) >= 89
+    return layout.value_encoding == _NATIVE_ON_GFX.get(arch)
 
 
 @triton.jit
@@ -85,7 +90,10 @@ def locate(cache_ptr, slots, page_size, page_stride, FORMAT: tl.constexpr):
 def decode_fp8(codes, FORMAT: tl.constexpr):
     """uint8 codes of the format's FP8 flavour -> float32, exact."""
     if FORMAT.native:
-        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        if FORMAT.value_encoding == "e4m3fnuz":
+            return codes.to(tl.float8e4b8, bitcast=True).to(tl.float32)
+        else:
+            return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
     elif FORMAT.value_encoding == "e4m3fnuz":
         return e4m3fnuz_to_f32(codes)
     else:
@@ -93,49 +101,64 @@ def decode_fp8(codes, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def _load_encoded(data, scale, column, mask, k_scale, FIRST: tl.constexpr, COUNT: tl.constexpr, FORMAT: tl.constexpr):
-    """float32 ``[N, COUNT]`` of the encoded values from ``FIRST`` on, scales applied."""
+def _exact_bf16(x):
+    """float32 of at most 8 significant bits -> bf16: its upper half, where rounding would cost instructions."""
+    return (x.to(tl.uint32, bitcast=True) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _load_scales(scale, FIRST: tl.constexpr, COUNT: tl.constexpr, FORMAT: tl.constexpr):
+    """float32 ``[N, COUNT]`` scales of the values from ``FIRST`` on, each tile's read once."""
+    TILES: tl.constexpr = COUNT // FORMAT.tile
+    # An entry's scales may be fewer than its tiles, a power of two; the values there are replaced later.
+    tile = tl.minimum(FIRST // FORMAT.tile + tl.arange(0, TILES), FORMAT.nope_dim // FORMAT.tile - 1)
+    if FORMAT.scale_encoding == "ue8m0":
+        scales = ue8m0_to_f32(tl.load(scale[:, None] + tile[None, :]))
+    elif FORMAT.scale_encoding == "e4m3fn":
+        scales = e4m3fn_to_f32(tl.load(scale[:, None] + tile[None, :]))
+    else:
+        scales = tl.load(scale.to(tl.pointer_type(tl.float32))[:, None] + tile[None, :])
+    wide = tl.broadcast_to(scales[:, :, None], (scale.shape[0], TILES, FORMAT.tile))
+    return tl.reshape(wide, (scale.shape[0], COUNT))
+
+
+@triton.jit
+def _load_encoded(data, scale, column, k_scale, FIRST: tl.constexpr, COUNT: tl.constexpr, FORMAT: tl.constexpr):
+    """bf16 ``[N, COUNT]`` of the encoded values from ``FIRST`` on, scales applied."""
     if FORMAT.value_encoding == "e2m1":
         byte = FIRST // 2 + tl.arange(0, COUNT // 2)
-        codes = tl.load(data[:, None] + byte[None, :], mask=mask, other=0)
+        codes = tl.load(data[:, None] + byte[None, :])
         values = e2m1_to_f32(tl.interleave(codes & 0xF, codes >> 4))
     else:
-        codes = tl.load(data[:, None] + column[None, :], mask=mask, other=0)
-        values = decode_fp8(codes, FORMAT)
-    tile = (column // FORMAT.tile)[None, :]
-    if FORMAT.scale_encoding == "ue8m0":
-        values *= ue8m0_to_f32(tl.load(scale[:, None] + tile, mask=mask, other=127))
-    elif FORMAT.scale_encoding == "e4m3fn":
-        values *= e4m3fn_to_f32(tl.load(scale[:, None] + tile, mask=mask, other=0))
-    elif FORMAT.scale_encoding == "float32":
-        values *= tl.load(scale.to(tl.pointer_type(tl.float32))[:, None] + tile, mask=mask, other=0.0)
+        values = decode_fp8(tl.load(data[:, None] + column[None, :]), FORMAT)
+    if FORMAT.scale_encoding == "none":
+        return to_bf16(values * k_scale)
+    values *= _load_scales(scale, FIRST, COUNT, FORMAT)
+    if FORMAT.scale_encoding == "float32":
+        return to_bf16(values)
     else:
-        values *= k_scale
-    return values
+        return _exact_bf16(values)
 
 
 @triton.jit
 def load_entries(
-    cache_ptr, slots, valid, page_size, page_stride, k_scale,
-    FIRST: tl.constexpr, COUNT: tl.constexpr, FORMAT: tl.constexpr,
-):  # fmt: skip
-    """bf16 ``[len(slots), COUNT]``: values ``FIRST`` to ``FIRST + COUNT - 1`` of each entry.
-
-    Zero where ``valid`` is false. Nothing is read for an entry that is not valid, whatever its slot.
+    cache_ptr, slots, page_size, page_stride, k_scale, FIRST: tl.constexpr, COUNT: tl.constexpr, FORMAT: tl.constexpr
+):
+    """bf16 ``[len(slots), COUNT]``: values ``FIRST`` to ``FIRST + COUNT - 1`` of the entries at ``slots``, none of them
+    out of range.
     """
     LAST: tl.constexpr = FIRST + COUNT
     NOPE: tl.constexpr = FORMAT.nope_dim
-    safe = tl.where(valid, slots, 0).to(tl.int64)
-    data, scale = locate(cache_ptr, safe, page_size, page_stride, FORMAT)
+    data, scale = locate(cache_ptr, slots, page_size, page_stride, FORMAT)
     column = FIRST + tl.arange(0, COUNT)
     if LAST <= NOPE:
-        return to_bf16(_load_encoded(data, scale, column, valid[:, None], k_scale, FIRST, COUNT, FORMAT))
+        return _load_encoded(data, scale, column, k_scale, FIRST, COUNT, FORMAT)
     else:
         rope = (data + FORMAT.rope_base).to(tl.pointer_type(tl.bfloat16))[:, None] + (column - NOPE)[None, :]
         if FIRST >= NOPE:
-            return tl.load(rope, mask=valid[:, None], other=0.0)
+            return tl.load(rope)
         else:
+            # The bytes behind the encoded values are the entry's own, so reading them as codes stays in bounds.
+            nope = _load_encoded(data, scale, column, k_scale, FIRST, COUNT, FORMAT)
             encoded = (column < NOPE)[None, :]
-            mask = valid[:, None] & encoded
-            nope = to_bf16(_load_encoded(data, scale, column, mask, k_scale, FIRST, COUNT, FORMAT))
-            return tl.where(encoded, nope, tl.load(rope, mask=valid[:, None] & (column >= NOPE)[None, :], other=0.0))
+            return tl.where(encoded, nope, tl.load(rope, mask=column[None, :] >= NOPE, other=0.0))

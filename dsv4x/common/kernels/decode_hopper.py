@@ -1,0 +1,486 @@
+"""Decode attention over DSv4 pages on Hopper, in Gluon: gathering, decoding and both matrix products at the same time.
+
+A program works through (token, block of 64 heads, split) items in three roles that hand blocks of 64 entries on through
+shared memory:
+
+- the loader gathers entries, decodes them to bf16 and leaves them in one of two K tiles;
+- the left half multiplies q with a K tile, takes the online softmax, and accumulates output columns 0 to 255;
+- the right half accumulates columns 256 to 511 with the softmax weights the left half leaves behind.
+
+So the decoding of one block, the softmax of another and the matrix products of both overlap, and each role has the
+registers it needs. Programs stay for several items: the loader is at the next one while the halves still write.
+"""
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..layouts import PagedCache
+from ..platform import platform
+from .config import num_splits
+from .decode import reduce_partials
+from .launch import Launcher
+
+BLOCK_H = gl.constexpr(64)
+BLOCK_K = gl.constexpr(64)
+STAGES = gl.constexpr(2)
+HALF = gl.constexpr(256)
+
+RIGHT_REGISTERS = 168
+LOADER_REGISTERS = 120
+"""A thread's; what they leave of the multiprocessor's is the left half's."""
+
+LN2 = gl.constexpr(0.6931471805599453)
+LOG2E = gl.constexpr(1.4426950408889634)
+
+# Four e4m3 codes and their scale -> four bf16. By way of float16 and float32, both exact, which keeps NaN; moving the
+# bits with integer instructions takes longer, since those run at half the rate.
+_DECODE = gl.constexpr("""{
+.reg .b16 a, b, c, d;
+.reg .b32 p, q;
+.reg .f32 w, x, y, z;
+mov.b32 {a, b}, $2;
+cvt.rn.f16x2.e4m3x2 p, a;
+cvt.rn.f16x2.e4m3x2 q, b;
+mov.b32 {a, b}, p;
+mov.b32 {c, d}, q;
+cvt.f32.f16 w, a;
+cvt.f32.f16 x, b;
+cvt.f32.f16 y, c;
+cvt.f32.f16 z, d;
+mul.f32 w, w, $3;
+mul.f32 x, x, $4;
+mul.f32 y, y, $5;
+mul.f32 z, z, $6;
+cvt.rn.bf16x2.f32 $0, x, w;
+cvt.rn.bf16x2.f32 $1, z, y;
+}""")
+
+
+@gluon.jit
+def _item(item, head_blocks, splits, swa, extra, HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr):
+    """``(token, first head, split, first block, last block, window's blocks, its span, extra span)`` of a work item.
+
+    At least one block, so that every role passes its barriers equally often; past the spans it holds no entries.
+    """
+    split = item % splits
+    row = item // splits
+    token = (row // head_blocks).to(gl.int64)
+    head0 = (row % head_blocks) * BLOCK_H
+    swa_span = swa[3]
+    if HAS_SWA_LENS:
+        swa_span = gl.minimum(gl.maximum(gl.load(swa[2] + token), 0), swa_span).to(gl.int32)
+    extra_span = extra[3]
+    if HAS_EXTRA_LENS:
+        extra_span = gl.minimum(gl.maximum(gl.load(extra[2] + token), 0), extra_span).to(gl.int32)
+    swa_blocks = gl.cdiv(swa_span, BLOCK_K)
+    blocks = swa_blocks + gl.cdiv(extra_span, BLOCK_K)
+    share = gl.cdiv(blocks, splits)
+    first = split * share
+    last = gl.maximum(gl.minimum(first + share, blocks), first + 1)
+    return token, head0, split, first, last, swa_blocks, swa_span, extra_span
+
+
+@gluon.jit
+def _load_slots(indices_ptr, block, row, span, capacity):
+    """int32 slots of a block of a row; -1 for what is no entry."""
+    offset = block * BLOCK_K + row
+    slots = gl.load(indices_ptr + offset, mask=offset < span, other=-1)
+    return gl.where((slots >= 0) & (slots < capacity), slots, -1).to(gl.int32)
+
+
+@gluon.jit
+def _beside(a, b):
+    """``[N, 2 C]``: the columns of a, then those of b."""
+    return gl.reshape(gl.permute(gl.join(a, b), (0, 2, 1)), [a.shape[0], 2 * a.shape[1]])
+
+
+@gluon.jit
+def _decode_tile(codes, scales, TILE: gl.constexpr):
+    """bf16 of a tile's uint8 ``[N, 64]`` and the 8 scale bytes of each entry."""
+    code = (scales >> (8 * TILE)).to(gl.int32) & 0xFF
+    bits = gl.where(code == 0, 0x00400000, code << 23)
+    bits = gl.where(code == 255, 0x7FC00000, bits)
+    scale, _ = gl.broadcast(bits.to(gl.float32, bitcast=True)[:, None], codes)
+    return gl.inline_asm_elementwise(
+        _DECODE, "=r,=r,r,r,r,r,r", [codes, scale], dtype=gl.bfloat16, is_pure=True, pack=4
+    )
+
+
+@gluon.jit
+def _load_scope(scope, token, span, first, last, count, k_smem, bias_smem, k_full, k_empty, BIG_PAGES: gl.constexpr):
+    """Gather and decode blocks ``first`` to ``last`` of a scope; returns how many blocks the loader has left so far."""
+    CODES: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
+    cache_ptr, indices_ptr, _, _, indices_stride, capacity, page_size, page_stride = scope
+    # PagedCache holds pages to this alignment, and 16-byte loads need to be told.
+    page_stride = gl.multiple_of(gl.cast(page_stride, gl.int64), 16)
+    indices_ptr += token * indices_stride
+    row = gl.arange(0, BLOCK_K, gl.SliceLayout(1, CODES))
+    column = gl.arange(0, 64, gl.SliceLayout(0, CODES))[None, :]
+    slots = _load_slots(indices_ptr, first, row, span, capacity)
+    for block in range(first, last):
+        valid = slots >= 0
+        safe = gl.where(valid, slots, 0)
+        page = safe // page_size
+        entry = safe - page * page_size
+        scale_base = gl.cast(page_size, gl.int32) * 576
+        if BIG_PAGES:
+            entry = entry.to(gl.int64)
+            scale_base = gl.cast(page_size, gl.int64) * 576
+        base = cache_ptr + page.to(gl.int64) * page_stride
+        data = base + entry * 576
+        mask = valid[:, None]
+        codes = data[:, None] + column
+        # All of an entry's loads are under way before the first is waited for, and the next block's slots behind them.
+        codes0 = gl.load(codes, mask=mask, other=0)
+        codes1 = gl.load(codes + 64, mask=mask, other=0)
+        codes2 = gl.load(codes + 128, mask=mask, other=0)
+        codes3 = gl.load(codes + 192, mask=mask, other=0)
+        codes4 = gl.load(codes + 256, mask=mask, other=0)
+        codes5 = gl.load(codes + 320, mask=mask, other=0)
+        codes6 = gl.load(codes + 384, mask=mask, other=0)
+        rope = gl.load((data + 448).to(gl.pointer_type(gl.bfloat16))[:, None] + column, mask=mask, other=0.0)
+        scales = gl.load((base + (scale_base + entry * 8)).to(gl.pointer_type(gl.int64)), mask=valid, other=0)
+        slots = _load_slots(indices_ptr, block + 1, row, span, capacity)
+        stage = count % STAGES
+        if count >= STAGES:
+            mbarrier.wait(k_empty.index(stage), (count // STAGES - 1) & 1)
+        bias_smem.index(stage).store(gl.where(valid, 0.0, float("-inf")))
+        left = _beside(
+            _beside(_decode_tile(codes0, scales, 0), _decode_tile(codes1, scales, 1)),
+            _beside(_decode_tile(codes2, scales, 2), _decode_tile(codes3, scales, 3)),
+        )
+        right = _beside(
+            _beside(_decode_tile(codes4, scales, 4), _decode_tile(codes5, scales, 5)),
+            _beside(_decode_tile(codes6, scales, 6), rope),
+        )
+        k_smem.index(stage).store(_beside(left, right))
+        fence_async_shared()
+        mbarrier.arrive(k_full.index(stage), count=1)
+        count += 1
+    return count
+
+
+@gluon.jit
+def _loader(
+    items, head_blocks, splits, swa, extra, k_smem, bias_smem, k_full, k_empty,
+    HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr, BIG_PAGES: gl.constexpr,
+):  # fmt: skip
+    count = gl.to_tensor(0)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        token, _, _, first, last, swa_blocks, swa_span, extra_span = _item(
+            item, head_blocks, splits, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS
+        )
+        count = _load_scope(
+            swa, token, swa_span, first, gl.minimum(last, swa_blocks), count,
+            k_smem, bias_smem, k_full, k_empty, BIG_PAGES,
+        )  # fmt: skip
+        count = _load_scope(
+            extra, token, extra_span, gl.maximum(first - swa_blocks, 0), last - swa_blocks, count,
+            k_smem, bias_smem, k_full, k_empty, BIG_PAGES,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _load_q(q_smem, q, token, head0, heads, FIRST: gl.constexpr):
+    """Bring one half of q's columns to shared memory, zeros for heads there are not."""
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    head = head0 + gl.arange(0, BLOCK_H, gl.SliceLayout(1, ROWS))
+    column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, ROWS))
+    rows = q[0] + token * q[1] + head[:, None] * q[2] + column[None, :]
+    q_smem.slice(FIRST, HALF, dim=1).store(gl.load(rows, mask=(head < heads)[:, None], other=0.0))
+    fence_async_shared()
+
+
+@gluon.jit
+def _store_out(acc, weight, q_smem, token, head0, heads, split, splits, out, FIRST: gl.constexpr, SPLIT: gl.constexpr):
+    """Write one half of the output's columns. q's own half of shared memory, done with, turns them into whole rows."""
+    ACC: gl.constexpr = acc.type.layout
+    if SPLIT:
+        head = head0 + gl.arange(0, BLOCK_H, gl.SliceLayout(1, ACC))
+        column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, ACC))
+        row = (token * heads + head) * splits + split
+        rows = out[3] + row[:, None] * (2 * HALF) + column[None, :]
+        gl.store(rows, acc * weight[:, None], mask=(head < heads)[:, None])
+    else:
+        ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+        half = q_smem.slice(FIRST, HALF, dim=1)
+        half.store((acc * weight[:, None]).to(gl.bfloat16))
+        head = head0 + gl.arange(0, BLOCK_H, gl.SliceLayout(1, ROWS))
+        column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, ROWS))
+        rows = out[0] + token * out[1] + head[:, None] * out[2] + column[None, :]
+        gl.store(rows, half.load(ROWS), mask=(head < heads)[:, None])
+
+
+@gluon.jit
+def _softmax(logits, bias, scale, m, l):
+    """(weights, factor of what came before, maximum, sum) with one block more; base 2."""
+    logits = logits * scale + bias[None, :]
+    m_new = gl.maximum(m, gl.max(logits, axis=1))
+    # While every entry was invalid the maximum is -inf, and -inf - -inf would be NaN.
+    m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
+    p = gl.exp2(logits - m_safe[:, None])
+    alpha = gl.exp2(m - m_safe)
+    return p.to(gl.bfloat16), alpha, m_new, l * alpha + gl.sum(p, axis=1)
+
+
+@gluon.jit
+def _hand_over(p, alpha, p_smem, alpha_smem, p_full, p_empty, message):
+    """Leave a block's weights for both halves."""
+    stage = message % STAGES
+    if message >= STAGES:
+        mbarrier.wait(p_empty.index(stage), (message // STAGES - 1) & 1)
+    p_smem.index(stage).store(p)
+    alpha_smem.index(stage).store(alpha)
+    fence_async_shared()
+    mbarrier.arrive(p_full.index(stage), count=1)
+
+
+@gluon.jit
+def _left(
+    items, head_blocks, splits, swa, extra, q, out, lse_ptr, partial_lse_ptr, sink_ptr, heads, scale,
+    q_smem, k_smem, bias_smem, p_smem, alpha_smem, q_full, k_full, k_empty, p_full, p_empty,
+    HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr, HAS_SINK: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    HEADS: gl.constexpr = gl.SliceLayout(1, LOGITS)
+    zero = gl.zeros([BLOCK_H, BLOCK_K], gl.float32, LOGITS)
+    count = gl.to_tensor(0)
+    message = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        token, head0, split, first, last, _, _, _ = _item(
+            item, head_blocks, splits, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS
+        )
+        _load_q(q_smem, q, token, head0, heads, 0)
+        m = gl.full([BLOCK_H], float("-inf"), gl.float32, HEADS)
+        l = gl.zeros([BLOCK_H], gl.float32, HEADS)
+        acc = gl.zeros([BLOCK_H, HALF], gl.float32, ACC)
+        mbarrier.wait(q_full, turn & 1)
+        turn += 1
+        stage = count % STAGES
+        mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+        logits = warpgroup_mma(q_smem, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        logits = warpgroup_mma_wait(0, (logits,))
+        bias = bias_smem.index(stage).load(gl.SliceLayout(0, LOGITS))
+        p, alpha, m, l = _softmax(logits, bias, scale, m, l)
+        _hand_over(p, alpha, p_smem, alpha_smem, p_full, p_empty, message)
+        for _ in range(first + 1, last):
+            before = count % STAGES
+            count += 1
+            stage = count % STAGES
+            mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+            # Both products are under way before the softmax waits for the first: the second runs beside it.
+            logits = warpgroup_mma(q_smem, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
+            v = k_smem.index(before).slice(0, HALF, dim=1)
+            acc = warpgroup_mma(p_smem.index(message % STAGES), v, acc, is_async=True)
+            logits = warpgroup_mma_wait(1, (logits,))
+            bias = bias_smem.index(stage).load(gl.SliceLayout(0, LOGITS))
+            p, alpha, m, l = _softmax(logits, bias, scale, m, l)
+            message += 1
+            _hand_over(p, alpha, p_smem, alpha_smem, p_full, p_empty, message)
+            acc = warpgroup_mma_wait(0, (acc,))
+            mbarrier.arrive(k_empty.index(before), count=1)
+        stage = count % STAGES
+        count += 1
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
+        v = k_smem.index(stage).slice(0, HALF, dim=1)
+        acc = warpgroup_mma(p_smem.index(message % STAGES), v, acc, is_async=True)
+        empty = l == 0.0
+        lse = gl.where(empty, float("inf"), (m + gl.log2(gl.where(empty, 1.0, l))) * LN2)
+        weight = 1.0 / gl.where(empty, 1.0, l)
+        head = head0 + gl.arange(0, BLOCK_H, HEADS)
+        if SPLIT:
+            gl.store(partial_lse_ptr + (token * heads + head) * splits + split, lse, mask=head < heads)
+        else:
+            gl.store(lse_ptr + token * heads + head, lse, mask=head < heads)
+            if HAS_SINK:
+                sink = gl.load(sink_ptr + head, mask=head < heads, other=0.0)
+                # An empty row's lse of +inf meets a sink of +inf as NaN; its output is zero whatever the sink.
+                weight *= gl.where(empty, 0.0, 1.0 / (1.0 + gl.exp2((sink - lse) * LOG2E)))
+        acc = warpgroup_mma_wait(0, (acc,))
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        # The weights of the last message are those of the output.
+        message += 1
+        stage = message % STAGES
+        if message >= STAGES:
+            mbarrier.wait(p_empty.index(stage), (message // STAGES - 1) & 1)
+        alpha_smem.index(stage).store(weight)
+        mbarrier.arrive(p_full.index(stage), count=1)
+        message += 1
+        weight = gl.convert_layout(weight, gl.SliceLayout(1, ACC))
+        _store_out(acc, weight, q_smem, token, head0, heads, split, splits, out, 0, SPLIT)
+
+
+@gluon.jit
+def _right(
+    items, head_blocks, splits, swa, extra, q, out, heads,
+    q_smem, k_smem, p_smem, alpha_smem, q_full, k_empty, p_full, p_empty,
+    HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    count = gl.to_tensor(0)
+    message = gl.to_tensor(0)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        token, head0, split, first, last, _, _, _ = _item(
+            item, head_blocks, splits, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS
+        )
+        _load_q(q_smem, q, token, head0, heads, HALF)
+        mbarrier.arrive(q_full, count=1)
+        acc = gl.zeros([BLOCK_H, HALF], gl.float32, ACC)
+        for _ in range(first, last):
+            stage = message % STAGES
+            mbarrier.wait(p_full.index(stage), (message // STAGES) & 1)
+            acc = acc * alpha_smem.index(stage).load(gl.SliceLayout(1, ACC))[:, None]
+            v = k_smem.index(count % STAGES).slice(HALF, HALF, dim=1)
+            acc = warpgroup_mma(p_smem.index(stage), v, acc, is_async=True)
+            acc = warpgroup_mma_wait(0, (acc,))
+            mbarrier.arrive(p_empty.index(stage), count=1)
+            mbarrier.arrive(k_empty.index(count % STAGES), count=1)
+            count += 1
+            message += 1
+        stage = message % STAGES
+        mbarrier.wait(p_full.index(stage), (message // STAGES) & 1)
+        weight = alpha_smem.index(stage).load(gl.SliceLayout(1, ACC))
+        mbarrier.arrive(p_empty.index(stage), count=1)
+        message += 1
+        _store_out(acc, weight, q_smem, token, head0, heads, split, splits, out, HALF, SPLIT)
+
+
+# Nothing but q's and out's strides needs its divisibility known, and every number specialized doubles the kernels.
+_UNSPECIALIZED = (
+    "items", "heads", "head_blocks", "splits",
+    "swa_width", "swa_indices_stride", "swa_capacity", "swa_page_size", "swa_page_stride",
+    "extra_width", "extra_indices_stride", "extra_capacity", "extra_page_size", "extra_page_stride",
+)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=_UNSPECIALIZED)
+def decode_hopper_kernel(
+    q_ptr, swa_ptr, swa_indices_ptr, swa_lens_ptr, extra_ptr, extra_indices_ptr, extra_lens_ptr, sink_ptr,
+    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
+    items, heads, head_blocks, splits, scale, q_stride_t, q_stride_h, out_stride_t, out_stride_h,
+    swa_width, swa_indices_stride, swa_capacity, swa_page_size, swa_page_stride,
+    extra_width, extra_indices_stride, extra_capacity, extra_page_size, extra_page_stride,
+    HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr, HAS_SINK: gl.constexpr, SPLIT: gl.constexpr,
+    BIG_PAGES: gl.constexpr, RIGHT: gl.constexpr, LOADER: gl.constexpr,
+):  # fmt: skip
+    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    q_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, 2 * HALF], TILE)
+    k_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_K, 2 * HALF], TILE)
+    p_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BLOCK_H, BLOCK_K], TILE)
+    bias_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_K], FLAT)
+    alpha_smem = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_H], FLAT)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    p_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    p_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    mbarrier.init(q_full, count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(p_full.index(stage), count=1)
+        mbarrier.init(p_empty.index(stage), count=1)
+    swa = (
+        swa_ptr, swa_indices_ptr, swa_lens_ptr, swa_width,
+        swa_indices_stride, swa_capacity, swa_page_size, swa_page_stride,
+    )  # fmt: skip
+    extra = (
+        extra_ptr, extra_indices_ptr, extra_lens_ptr, extra_width,
+        extra_indices_stride, extra_capacity, extra_page_size, extra_page_stride,
+    )  # fmt: skip
+    q = (q_ptr, q_stride_t, q_stride_h)
+    out = (out_ptr, out_stride_t, out_stride_h, partial_ptr)
+    gl.warp_specialize(
+        [
+            (_left, (
+                items, head_blocks, splits, swa, extra, q, out, lse_ptr, partial_lse_ptr, sink_ptr, heads,
+                scale * LOG2E, q_smem, k_smem, bias_smem, p_smem, alpha_smem, q_full, k_full, k_empty, p_full, p_empty,
+                HAS_SWA_LENS, HAS_EXTRA_LENS, HAS_SINK, SPLIT,
+            )),
+            (_right, (
+                items, head_blocks, splits, swa, extra, q, out, heads,
+                q_smem, k_smem, p_smem, alpha_smem, q_full, k_empty, p_full, p_empty,
+                HAS_SWA_LENS, HAS_EXTRA_LENS, SPLIT,
+            )),
+            (_loader, (
+                items, head_blocks, splits, swa, extra, k_smem, bias_smem, k_full, k_empty,
+                HAS_SWA_LENS, HAS_EXTRA_LENS, BIG_PAGES,
+            )),
+        ],
+        [4, 4],
+        [RIGHT, LOADER],
+    )  # fmt: skip
+
+
+_launch = Launcher(decode_hopper_kernel)
+
+
+def sparse_mla_decode(
+    q: torch.Tensor,
+    swa_cache: PagedCache,
+    swa_indices: torch.Tensor,
+    swa_lens: torch.Tensor | None,
+    extra_cache: PagedCache | None,
+    extra_indices: torch.Tensor | None,
+    extra_lens: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    softmax_scale: float,
+    out: torch.Tensor,
+    *,
+    split_k: int | None = None,
+) -> torch.Tensor:
+    """Launch over ``q [T, H, 512]`` and DSv4 pages; writes ``out [T, H, 512]`` and returns lse float32 ``[T, H]``.
+
+    Of ``split_k``, None lets the shapes decide; a number makes a row's result independent of the rest of the batch.
+    """
+    tokens, heads, _ = q.shape
+    multiprocessors = platform.limits(q.device).multiprocessors
+    if extra_cache is None or extra_indices is None:
+        extra_cache, extra_indices, extra_lens, extra_width = swa_cache, swa_indices, None, 0
+    else:
+        extra_width = extra_indices.shape[1]
+    head_blocks = -(-heads // BLOCK_H.value)
+    blocks = -(-swa_indices.shape[1] // BLOCK_K.value) - (-extra_width // BLOCK_K.value)
+    splits = split_k
+    if splits is None:
+        splits = num_splits(tokens * head_blocks, blocks, multiprocessors)
+    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    partial = partial_lse = lse
+    if splits > 1:
+        partial = torch.empty(tokens, heads, splits, 512, dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
+    items = tokens * head_blocks * splits
+    _launch(
+        min(items, multiprocessors),
+        (
+            q, swa_cache.data, swa_indices, lse if swa_lens is None else swa_lens,
+            extra_cache.data, extra_indices, lse if extra_lens is None else extra_lens,
+            lse if attn_sink is None else attn_sink, out, lse, partial, partial_lse,
+        ),
+        (
+            items, heads, head_blocks, splits, softmax_scale, q.stride(0), q.stride(1), out.stride(0), out.stride(1),
+            swa_indices.shape[1], swa_indices.stride(0), swa_cache.capacity, swa_cache.page_size,
+            swa_cache.page_stride, extra_width, extra_indices.stride(0), extra_cache.capacity, extra_cache.page_size,
+            extra_cache.page_stride,
+        ),
+        (
+            swa_lens is not None, extra_lens is not None, attn_sink is not None, splits > 1,
+            max(swa_cache.page_size, extra_cache.page_size) * 584 >= 2**31, RIGHT_REGISTERS, LOADER_REGISTERS,
+        ),
+        4,
+    )  # fmt: skip
+    if splits > 1:
+        reduce_partials(partial, partial_lse, attn_sink, out, lse)
+    return lse
