@@ -590,7 +590,7 @@ def test_registering_on_cuda_imports_neither_library(own_registry, monkeypatch):
     monkeypatch.setattr(cuda.flash_mla, "FLASH_MLA", Explosive())
     monkeypatch.setattr(flashinfer, "FLASHINFER", Explosive())
     cuda.register_kernels()
-    assert set(registry._kernels["sparse_mla_decode"]) == {"flash_mla", "flashinfer"}
+    assert set(registry._kernels["sparse_mla_decode"]) == {"flash_mla", "gluon", "flashinfer"}
     refused = registry._kernels["sparse_mla_decode"]["flashinfer"].not_supported_reasons(problem(arch="sm_90"))
     assert refused == ["arch is sm_90, need sm_100 or sm_103"]
 

@@ -44,7 +44,7 @@ def rows(tokens, width, cache, slots, dtype):
     indices[3] = -1
     indices[4, : width // 2] = -2
     lens = torch.randint(0, width + 1, (tokens,), device="cuda", dtype=dtype)
-    special = [width, 0, width + 100, width, width, -5, 1, 63, 64, 65, 127, 128, 129]
+    special = [width, 0, width + 100, width, width, -5, 1, 63, 64, 65, 127, 128, 129][:tokens]
     lens[: len(special)] = torch.tensor(special, dtype=dtype, device="cuda")
     past = torch.arange(width, device="cuda") >= lens[:, None]
     return torch.where(past, torch.iinfo(torch.int32).max, indices), lens
