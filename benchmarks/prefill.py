@@ -4,7 +4,8 @@ Microseconds: the best of three medians of ``triton.testing.do_bench``, eager, D
 ``direct``, ``gathered`` and ``referenced`` are dsv4x's paths, ``chosen`` is what it picks by itself, ``predicted_*`` is
 what the pick rests on; ``peer_direct`` and ``peer_gathered`` are a server's steps (benchmarks/steps.py), ``kernel``
 is ``flash_mla_sparse_fwd`` alone on rows gathered before. ``regret`` is chosen over the best of dsv4x's paths,
-``against_peers`` over the best of the peers'.
+``against_peers`` over the best of the peers'. Up to 256 tokens, where eager calls wait for the host, ``*_gpu`` is the same
+replayed from a graph.
 
 Usage: python benchmarks/prefill.py --out benchmarks/results/prefill-<gpu>.json
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 import triton
-from steps import Step, median_us
+from steps import Step, device_us, median_us
 
 import dsv4x
 from dsv4x.common.routing import paths_of
@@ -28,6 +29,7 @@ PREFIXES = (0, 8192, 131072, 1048576)
 SHAPES = ((64, 512), (128, 1024))
 RATIOS = (4, 1, 128)
 REQUESTS = (1, 8)
+GRAPHED = 256
 
 COLUMNS = {
     "ratio": 5, "requests": 9, "heads": 6, "prefix": 8, "tokens": 7, "direct": 9, "gathered": 9, "referenced": 11,
@@ -50,6 +52,8 @@ def measure(tokens: int, prefix: int, heads: int, topk: int, ratio: int, request
         {name: median_us(runs[name], 3, 12) for name in names[at:] + names[:at]} for at in range(0, len(names), 2)
     ]
     us = {name: min(each[name] for each in rounds) for name in runs}
+    if tokens <= GRAPHED:
+        us |= {f"{name}_gpu": device_us(runs[name], 2, 8) for name in names[: names.index("kernel")]}
     explained = dsv4x.explain_step(step.q, step.swa, step.extra, step.meta, step.topk, chunk=step.chunk)
     return {
         "tokens": tokens, "prefix": prefix, "heads": heads, "topk": topk, "ratio": ratio, "requests": requests, **us,

@@ -281,6 +281,56 @@ def sparse_mla_attention(
             local entry its token may not see, or a NaN in q, with its row.
         KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
     """
+    if chunk is None:
+        chunk = meta.chunk
+    chunk.check(meta)
+    # Sixty layers a step look the same; what was checked and decided for one holds for every other.
+    key: tuple[Any, ...] | None
+    try:
+        key = (
+            q.dtype, q.shape, q.stride(), q.device, q.is_cuda and torch.cuda.is_current_stream_capturing(),
+            swa_cache.spec, swa_cache.device, None if extra_cache is None else (extra_cache.spec, extra_cache.device),
+            _look(topk_indices), _look(attn_sink), _look(out),
+            softmax_scale, swa_k_scale, extra_k_scale, path, kernel, return_lse,
+        )  # fmt: skip
+        plan = chunk.plans.get(key)
+    except (AttributeError, TypeError):
+        # Something is no tensor, no cache or no number: the checks will say what.
+        key = plan = None
+    if plan is None:
+        _check_arguments(q, swa_cache, extra_cache, meta, topk_indices, swa_k_scale, extra_k_scale)
+        check_rest(q, attn_sink, out)
+        scale_of(softmax_scale, HEAD_DIM)
+        _check_path(path, meta, topk_indices, chunk)
+        plan = _plan(q, swa_cache, extra_cache, meta, topk_indices, path, kernel, chunk, return_lse)
+        if key is not None:
+            chunk.plans[key] = plan
+    if checks.check_values_enabled():
+        if topk_indices is not None:
+            spans = meta.visible.clamp_max(min(meta.topk, topk_indices.shape[1]))
+            checks.index_values("topk_indices", topk_indices, spans, meta.visible, "local entry")
+        checks.finite_rows("q", q, [meta.swa_lens])
+    if not meta.num_tokens:
+        return _Results(q, out, 0, return_lse).all()
+    scale = scale_of(softmax_scale, HEAD_DIM)
+    layer = _Layer(q, swa_cache, extra_cache, topk_indices, attn_sink, scale, swa_k_scale, extra_k_scale, return_lse)
+    return call_on(q.device, _RUN[plan.path], plan, layer, meta, chunk, out)
+
+
+def _look(value: torch.Tensor | None) -> tuple[Any, ...] | None:
+    """All that the checks look at in a tensor."""
+    return None if value is None else (value.dtype, value.shape, value.stride(), value.device)
+
+
+def _check_arguments(
+    q: torch.Tensor,
+    swa_cache: PagedCache,
+    extra_cache: PagedCache | None,
+    meta: AttentionMetadata,
+    topk_indices: torch.Tensor | None,
+    swa_k_scale: float,
+    extra_k_scale: float,
+) -> None:
     checks.tensor("q", q, (meta.num_tokens, None, HEAD_DIM), torch.bfloat16, meta.seq_lens.device)
     check_heads(q)
     swa_cache = _check_cache("swa_cache", swa_cache, q.device, meta.swa_page_size, meta.swa_pages)
@@ -295,13 +345,13 @@ def sparse_mla_attention(
         checks.tensor("topk_indices", topk_indices, (meta.num_tokens, None), torch.int32, q.device)
     elif topk_indices is not None:
         raise ValueError(f"topk_indices: given, need None for compress_ratio {meta.compress_ratio}")
-    check_rest(q, attn_sink, out)
-    scale = scale_of(softmax_scale, HEAD_DIM)
+
+
+def _check_path(
+    path: str | None, meta: AttentionMetadata, topk_indices: torch.Tensor | None, chunk: SparsePrefillChunkCache
+) -> None:
     if path not in (*PATHS, None):
         raise ValueError(f"path: got {path!r}, need one of {PATHS} or None")
-    if chunk is None:
-        chunk = meta.chunk
-    chunk.check(meta)
     if path == "gathered" and not chunk.fits:
         raise ValueError(f"path: gathered, but a request's rows alone pass the cap of {chunk.max_bytes} bytes")
     if path == "referenced":
@@ -311,24 +361,6 @@ def sparse_mla_attention(
             raise ValueError(
                 f"path: referenced, but the windows and one token's rows pass the cap of {chunk.max_bytes} bytes"
             )
-    if checks.check_values_enabled():
-        if topk_indices is not None:
-            spans = meta.visible.clamp_max(min(meta.topk, topk_indices.shape[1]))
-            checks.index_values("topk_indices", topk_indices, spans, meta.visible, "local entry")
-        checks.finite_rows("q", q, [meta.swa_lens])
-    key = (
-        q.shape[1], swa_cache.spec, None if extra_cache is None else extra_cache.spec,
-        None if topk_indices is None else topk_indices.shape[1], path, kernel,
-        return_lse, q.is_cuda and torch.cuda.is_current_stream_capturing(),
-    )  # fmt: skip
-    plan = chunk.plans.get(key)
-    if plan is None:
-        plan = _plan(q, swa_cache, extra_cache, meta, topk_indices, path, kernel, chunk, return_lse)
-        chunk.plans[key] = plan
-    if not meta.num_tokens:
-        return _Results(q, out, 0, return_lse).all()
-    layer = _Layer(q, swa_cache, extra_cache, topk_indices, attn_sink, scale, swa_k_scale, extra_k_scale, return_lse)
-    return call_on(q.device, _RUN[plan.path], plan, layer, meta, chunk, out)
 
 
 class _Layer(NamedTuple):
