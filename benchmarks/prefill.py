@@ -4,8 +4,8 @@ Microseconds: the best of three medians of ``triton.testing.do_bench``, eager, D
 ``direct``, ``gathered`` and ``referenced`` are dsv4x's paths, ``chosen`` is what it picks by itself, ``predicted_*`` is
 what the pick rests on; ``peer_direct`` and ``peer_gathered`` are a server's steps (benchmarks/steps.py), ``kernel``
 is ``flash_mla_sparse_fwd`` alone on rows gathered before. ``regret`` is chosen over the best of dsv4x's paths,
-``against_peers`` over the best of the peers'. Up to 256 tokens, where eager calls wait for the host, ``*_gpu`` is the same
-replayed from a graph.
+``against_peers`` over the best of the peers'. Up to 256 tokens, where eager calls wait for the host, ``*_gpu`` is that
+step replayed from a graph.
 
 Usage: python benchmarks/prefill.py --out benchmarks/results/prefill-<gpu>.json
 """
@@ -59,6 +59,7 @@ def measure(tokens: int, prefix: int, heads: int, topk: int, ratio: int, request
         "tokens": tokens, "prefix": prefix, "heads": heads, "topk": topk, "ratio": ratio, "requests": requests, **us,
         **{f"predicted_{path}": value for path, value in explained.predicted_us.items()},
         "path": explained.chosen,
+        "path_kernel": explained.kernels[explained.chosen],
         "regret": us["chosen"] / min(us[path] for path in paths_of(ratio)),
         "against_peers": us["chosen"] / min(us["peer_direct"], us["peer_gathered"]),
     }  # fmt: skip
@@ -73,6 +74,7 @@ def _shown(value: float | str | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the rows as JSON here")
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--ratios", type=int, nargs="+", default=RATIOS)
     parser.add_argument("--requests", type=int, nargs="+", default=REQUESTS)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after this long")
@@ -85,7 +87,7 @@ def main() -> None:
         for requests in arguments.requests:
             for heads, topk in SHAPES:
                 for prefix in PREFIXES:
-                    for tokens in TOKENS:
+                    for tokens in arguments.tokens:
                         if time.monotonic() - began > arguments.seconds:
                             continue
                         row = measure(tokens, prefix, heads, topk, ratio, requests)

@@ -391,6 +391,9 @@ def test_the_path_is_chosen_by_prediction_and_bounded_by_the_workspace(make_step
         def predicted_us(self, problem):
             return self.us
 
+        def host_us(self, problem):
+            return 0.0
+
     times = {"sparse_mla_decode": 0.0, "sparse_mla_prefill": 0.0}
     monkeypatch.setattr(routing, "select", lambda problem, kernel: Fixed(times[problem.op]))
     assert choose_path(*arguments) == "direct"

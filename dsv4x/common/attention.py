@@ -73,6 +73,7 @@ class AttentionMetadata:
     host_starts: list[int]
     host_query_lens: list[int]
     host_seq_lens: list[int]
+    _captured: bool = False
     _schedule: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
@@ -160,6 +161,7 @@ class AttentionMetadata:
             query_start_loc, seq_lens, swa_block_table, extra_block_table,
             swa_page_size, swa_pages, extra_page_size or 0, extra_pages or 0,
             request, position.int(), visible, swa_indices, swa_lens, None, extra_lens, starts, query_lens, lengths,
+            device.type == "cuda" and torch.cuda.is_current_stream_capturing(),
         )  # fmt: skip
         if compress_ratio == 128 and 4 * num_tokens * meta.slot_row_width <= MAX_SLOT_ROW_BYTES:
             meta.extra_indices = meta.slot_rows(slice(0, num_tokens))
@@ -438,7 +440,7 @@ def _direct(
         results.add(block, *attend(
             plan.attend, q, layer.swa_cache, swa_indices, swa_lens, layer.extra_cache, extra_indices, extra_lens,
             layer.attn_sink, layer.scale, results.buffer(block),
-            trusted_indices=True, schedule=meta._schedule.setdefault(block.start, {}),
+            trusted_indices=True, schedule=meta._schedule.setdefault(block.start, {"captured": meta._captured}),
             swa_k_scale=layer.swa_k_scale, extra_k_scale=layer.extra_k_scale, return_lse=layer.return_lse,
         ))  # fmt: skip
     return results.all()

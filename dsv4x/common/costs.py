@@ -24,8 +24,8 @@ class StepCosts:
     Attributes:
         gather, remap, combine: ``(a launch, one row or index element more)``.
         listing: ``(the launches, one reference more)`` of finding and remapping what top-k points at.
-        direct_host, gathered_host: what a small eager step takes with and without an indexer's top-k: launches bound
-            it, not work.
+        direct_host, gathered_host: what a step takes of the host beside its kernel's call, with and without top-k; the
+            host is what a small eager step waits for, and a captured graph does not.
         referenced_host: the same with one.
     """
 
@@ -37,26 +37,37 @@ class StepCosts:
     gathered_host: tuple[float, float] = (60.0, 45.0)
     referenced_host: float = 200.0
 
-    def direct_us(self, kernel_us: float, problem: Problem, indexed: bool) -> float:
+    def direct_us(self, kernel_us: float, host_us: float, problem: Problem, indexed: bool) -> float:
         """A step that reads pages in place: top-k remapped, then the kernel."""
         remap = self.remap[0] + self.remap[1] * problem.tokens * problem.extra_width if indexed else 0.0
-        return max(self.direct_host[0 if indexed else 1], remap + kernel_us)
+        return max(_host(problem, self.direct_host[0 if indexed else 1], host_us), remap + kernel_us)
 
-    def gathered_us(self, kernel_us: float, problem: Problem, indexed: bool) -> float:
+    def gathered_us(self, kernel_us: float, host_us: float, problem: Problem, indexed: bool) -> float:
         """A step that gathers ``problem.rows`` rows, combines index rows (shared by the layers without an indexer)."""
         gather = self.gather[0] + self.gather[1] * problem.rows
         combine = self.combine[0] + self.combine[1] * problem.tokens * problem.width if indexed else 0.0
-        return max(self.gathered_host[0 if indexed else 1], gather + combine + kernel_us)
+        return max(_host(problem, self.gathered_host[0 if indexed else 1], host_us), gather + combine + kernel_us)
 
     def referenced_us(
-        self, kernel_us: float, problem: Problem, blocks: int, references: int, distinct: float, windows: int
+        self,
+        kernel_us: float,
+        host_us: float,
+        problem: Problem,
+        blocks: int,
+        references: int,
+        distinct: float,
+        windows: int,
     ) -> float:
         """A step of ``blocks`` calls of ``problem``, each listing ``references`` and gathering ``distinct`` rows."""
         listing = self.listing[0] + self.listing[1] * references
         gather = self.gather[0] + self.gather[1] * distinct
         combine = self.combine[0] + self.combine[1] * problem.tokens * problem.width
-        block = max(self.referenced_host, listing + gather + combine + kernel_us)
+        block = max(_host(problem, self.referenced_host, host_us), listing + gather + combine + kernel_us)
         return self.gather[0] + self.gather[1] * windows + blocks * block
+
+
+def _host(problem: Problem, step_us: float, kernel_us: float) -> float:
+    return 0.0 if problem.capturing else step_us + kernel_us
 
 
 @functools.cache
@@ -75,6 +86,12 @@ def step_costs(arch: str) -> StepCosts:
 def table_of(arch: str) -> dict[str, Any] | None:
     """The measured table of an arch, or None."""
     return json.loads(_TABLES[arch].read_text()) if arch in _TABLES else None
+
+
+def kernel_host_us(problem: Problem, kernel: str) -> float:
+    """The host's microseconds of an eager call of an attention op by a kernel; 0 where it was not measured."""
+    table = table_of(problem.arch)
+    return 0.0 if table is None else table["host"]["kernels"].get(problem.op, {}).get(kernel, 0.0)
 
 
 def kernel_us(table: dict[str, Any], op: str, heads: int, tokens: int, width: int, rows: int) -> float:

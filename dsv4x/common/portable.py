@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import reference
+from . import costs, reference
 from .platform import platform
 from .registry import Kernel, Problem, register
 from .sparse_mla import VALUE_DIM
@@ -123,6 +123,7 @@ def _pair(
                 library=TRITON,
                 devices=("cuda", "cpu"),
                 fixed_splits=op == "sparse_mla_decode",
+                host_us=functools.partial(costs.kernel_host_us, kernel="triton"),
                 further_reasons=_triton_reasons,
             )
         )

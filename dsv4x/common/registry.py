@@ -89,7 +89,7 @@ class Kernel:
     Attributes:
         op, name: what it computes and what it is called by.
         run: called with the op's checked arguments.
-        predicted_us: predicted microseconds for a problem; ranks the supported kernels.
+        predicted_us: predicted microseconds of the GPU for a problem.
         library: the vendor library it needs, or None.
         devices: torch device types it accepts.
         archs: archs it runs on; empty for any.
@@ -100,6 +100,7 @@ class Kernel:
         fixed_splits: whether ``run`` takes ``split_k``, and a row's result then depends on nothing else in the batch.
         by_name_only: why it runs only when asked for by name, such as results less exact than the others'; empty where
             prediction may choose it.
+        host_us: predicted microseconds of the host for an eager call of the op; 0 where nothing was measured.
         further_reasons: limits the fields above cannot say.
         note: how it would run a problem, where that is a choice :func:`explain` should show; empty for none.
     """
@@ -117,6 +118,7 @@ class Kernel:
     lse_optional: bool = False
     fixed_splits: bool = False
     by_name_only: str = ""
+    host_us: Callable[[Problem], float] = lambda problem: 0.0
     further_reasons: Callable[[Problem], Iterable[str]] = lambda problem: ()
     note: Callable[[Problem], str] = lambda problem: ""
 
@@ -144,6 +146,11 @@ class Kernel:
         if self.library is not None and not reasons and self.library.reason:
             reasons.append(self.library.reason)
         return reasons
+
+    def call_us(self, problem: Problem) -> float:
+        """What ranks the supported kernels: the GPU's time, or of an eager call the host's where that is longer."""
+        us = self.predicted_us(problem)
+        return us if problem.capturing else max(us, self.host_us(problem))
 
     def launch(self, device: torch.device, *args: Any, **kwargs: Any) -> Any:
         """Call ``run`` with ``device`` current."""
@@ -280,7 +287,7 @@ def explain(problem: Problem) -> Explanation:
     for name in KERNEL_NAMES:
         reasons.setdefault(name, [absent(problem.op, name)])
     supported = [k for k in kernels(problem.op) if not reasons[k.name]]
-    predicted = {k.name: k.predicted_us(problem) for k in supported if not k.by_name_only}
+    predicted = {k.name: k.call_us(problem) for k in supported if not k.by_name_only}
     by_name = {k.name: k.by_name_only for k in supported if k.by_name_only}
     notes = {k.name: note for k in supported if (note := k.note(problem))}
     chosen = min(predicted, key=predicted.__getitem__, default=None)

@@ -18,7 +18,7 @@ from . import indices
 from .costs import step_costs
 from .errors import BackendUnavailable, KernelNotSupported
 from .layouts import PagedCache
-from .registry import Problem, select
+from .registry import Kernel, Problem, select
 
 if TYPE_CHECKING:
     from .attention import AttentionMetadata
@@ -164,7 +164,7 @@ def _explain(
             errors.append(error)
             continue
         kernels[path] = record.name
-        predicted[path] = _predicted_us(path, record.predicted_us(problem), problem, meta, topk_indices)
+        predicted[path] = _predicted_us(path, record, problem, meta, topk_indices)
     chosen = min(predicted, key=predicted.__getitem__, default=None)
     return StepExplanation(chosen, kernels, predicted, refused), errors
 
@@ -192,17 +192,18 @@ def _refusal(
 
 
 def _predicted_us(
-    path: str, kernel_us: float, problem: Problem, meta: AttentionMetadata, topk_indices: torch.Tensor | None
+    path: str, record: Kernel, problem: Problem, meta: AttentionMetadata, topk_indices: torch.Tensor | None
 ) -> float:
     costs, indexed = step_costs(problem.arch), topk_indices is not None
+    times = record.predicted_us(problem), record.host_us(problem)
     if path == "direct":
-        return costs.direct_us(kernel_us, problem, indexed)
+        return costs.direct_us(*times, problem, indexed)
     if path == "gathered":
-        return costs.gathered_us(kernel_us, problem, indexed)
+        return costs.gathered_us(*times, problem, indexed)
     assert topk_indices is not None
     compressed, windows = sum(meta.compressed_counts), sum(meta.gather_counts)
     references = problem.tokens * min(topk_indices.shape[1], meta.topk)
     # How many are distinct only the GPU knows. Independent choices are what is assumed: an indexer's agree more.
     distinct = compressed * -math.expm1(-references / compressed) if compressed else 0.0
     blocks = -(-meta.num_tokens // max(1, problem.tokens))
-    return costs.referenced_us(kernel_us, problem, blocks, references, distinct, windows)
+    return costs.referenced_us(*times, problem, blocks, references, distinct, windows)

@@ -66,7 +66,8 @@ def sparse_mla_decode(
         trusted_indices: the caller vouches that lengths lie in ``[0, width]`` and that every index within them is -1
             or in range, which spares kernels that would fault on others (FlashMLA) a pass over the indices.
         schedule: a dict that lives as long as these lengths do, in which a kernel keeps what depends on lengths and
-            shapes alone; :class:`~dsv4x.AttentionMetadata` owns one. None: nothing is kept.
+            shapes alone; :class:`~dsv4x.AttentionMetadata` owns one. None: nothing is kept. While a graph is captured
+            only one that belongs to that capture alone is used, which says so as ``{"captured": True}``.
         swa_k_scale, extra_k_scale: the tensor scale a cache was stored with, finite and > 0; other than 1 only where
             its layout stores no scales (trtllm-native, uniform fp8).
         return_lse: whether the lse is wanted. Not all of AITER's kernels make one.

@@ -248,10 +248,12 @@ def _scheduler(
     """FlashMLA's scheduler object, which it fills on first use and checks for shapes but not for lengths.
 
     It is shared only through a ``schedule`` whose lifetime is its lengths', under all the shapes it depends on. Under
-    graph capture each call fills its own, so that a replay recomputes it from the lengths it then finds.
+    graph capture each call fills its own, so that a replay recomputes it from the lengths it then finds; unless the
+    schedule is the graph's too, whose replays then recompute it once.
     """
     metadata = FLASH_MLA.load().get_mla_metadata
-    if schedule is None or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
+    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
+    if schedule is None or capturing != schedule.get("captured", False):
         return metadata()[0]
     key = (
         "flash_mla",
@@ -309,8 +311,13 @@ def padding_us(problem: Problem) -> float:
     return call + problem.tokens * (token + head * problem.heads)
 
 
+# In a captured graph a call schedules itself anew, but where the graph builds the metadata too: of an H200.
+_SCHEDULING_US = 16.0
+
+
 def _predicted_us(problem: Problem) -> float:
-    return _kernel_us(problem) + padding_us(problem)
+    scheduling = _SCHEDULING_US if problem.capturing and problem.op == "sparse_mla_decode" else 0.0
+    return _kernel_us(problem) + padding_us(problem) + scheduling
 
 
 def _kernel_us(problem: Problem) -> float:
@@ -340,6 +347,7 @@ def register_kernels() -> None:
                 archs=ARCHS,
                 layouts=names,
                 max_heads=HEADS[-1],
+                host_us=functools.partial(costs.kernel_host_us, kernel="flash_mla"),
                 further_reasons=reasons,
             )
         )

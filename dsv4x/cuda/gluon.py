@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
+from ..common import costs
 from ..common.layouts import PagedCache
 from ..common.registry import Kernel, Problem, register
 from ..common.sparse_mla import VALUE_DIM
@@ -121,6 +123,7 @@ def _predicted_us(problem: Problem) -> float:
 
 def register_kernels() -> None:
     """Add the kernels of Hopper."""
+    host_us = functools.partial(costs.kernel_host_us, kernel="gluon")
     register(
         Kernel(
             "sparse_mla_decode",
@@ -131,6 +134,7 @@ def register_kernels() -> None:
             archs=("sm_90",),
             layouts=("DSv4",),
             fixed_splits=True,
+            host_us=host_us,
             further_reasons=_decode_reasons,
         )
     )
@@ -142,6 +146,7 @@ def register_kernels() -> None:
             _predicted_us,
             library=GLUON,
             archs=("sm_90",),
+            host_us=host_us,
             further_reasons=_reasons,
         )
     )
