@@ -351,8 +351,12 @@ def amd_report(compiled: triton.compiler.CompiledKernel) -> dict[str, int]:
 def nvidia_report(compiled: triton.compiler.CompiledKernel, cubin: pathlib.Path) -> dict[str, int]:
     """Bytes of stack a thread, which is where spills go, and warpgroup MMA instructions; writes ``cubin``."""
     cubin.write_bytes(compiled.asm["cubin"])
+    return {"stack": stack_bytes(cubin), "wgmma": compiled.asm["ptx"].count("wgmma.mma_async")}
+
+
+def stack_bytes(cubin: pathlib.Path) -> int:
     tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     usage = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match is not None, usage
-    return {"stack": int(match.group(2)), "wgmma": compiled.asm["ptx"].count("wgmma.mma_async")}
+    return int(match.group(2))
