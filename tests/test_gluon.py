@@ -1,8 +1,10 @@
 """The Gluon kernels' records: what they refuse, and when they are chosen over FlashMLA. No GPU."""
 
+import dataclasses
+
 import pytest
 
-from dsv4x.common import portable, registry
+from dsv4x.common import costs, portable, registry
 from dsv4x.common.layouts import CacheSpec
 from dsv4x.common.registry import Problem, select
 from dsv4x.cuda import flash_mla, gluon
@@ -16,6 +18,9 @@ def records(monkeypatch):
     for library in (gluon.GLUON, flash_mla.FLASH_MLA):
         monkeypatch.setitem(vars(library), "_loaded", (None, None, None))
     monkeypatch.setattr(flash_mla, "_prefill_reasons", lambda problem: [])
+    monkeypatch.setattr(flash_mla, "_decode_reasons", lambda problem: [])
+    host = {op: {"flash_mla": 35.0, "gluon": 15.0} for op in ("sparse_mla_decode", "sparse_mla_prefill")}
+    monkeypatch.setitem(costs.table_of("sm_90")["host"], "kernels", host)
     select.cache_clear()
     gluon.register_kernels()
     flash_mla.register_kernels()
@@ -51,9 +56,31 @@ def test_it_is_usable_with_the_triton_installed_here():
     [(8, 640, "gluon"), (32, 640, "gluon"), (64, 640, "flash_mla"), (128, 1152, "flash_mla")],
 )
 def test_the_faster_one_on_an_h200_is_chosen(records, heads, width, faster, tokens):
-    asked = problem(tokens=tokens, heads=heads, width=width)
+    asked = problem(tokens=tokens, heads=heads, width=width, capturing=True)
     assert select(asked).name == faster
     assert select(asked).predicted_us(asked) < portable._triton_prefill_us(asked)
+
+
+def test_an_eager_call_that_waits_for_the_host_gets_what_the_host_is_done_with_sooner(records):
+    for tokens, eager, captured in ((1, "gluon", "flash_mla"), (4096, "flash_mla", "flash_mla")):
+        asked = problem(tokens=tokens)
+        assert select(asked).name == eager
+        assert select(dataclasses.replace(asked, capturing=True)).name == captured
+        assert registry.explain(asked).predicted_us["flash_mla"] >= 35
+    record, decoding = registry._kernels["sparse_mla_decode"]["flash_mla"], decode_problem(tokens=64)
+    assert record.call_us(decoding) == max(35, record.predicted_us(decoding))
+    # A captured call schedules itself.
+    assert record.call_us(dataclasses.replace(decoding, capturing=True)) > record.predicted_us(decoding)
+
+
+def test_a_step_waits_for_the_longer_of_host_and_gpu():
+    asked = problem(tokens=8, extra_width=512)
+    given = costs.StepCosts(direct_host=(20.0, 4.0), remap=(6.0, 0.0), gather=(8.0, 0.0), combine=(9.0, 0.0))
+    assert given.direct_us(10.0, 30.0, asked, True) == 50
+    assert given.direct_us(70.0, 30.0, asked, True) == 76
+    assert given.direct_us(10.0, 30.0, dataclasses.replace(asked, capturing=True), True) == 16
+    assert given.gathered_us(10.0, 5.0, asked, True) == given.gathered_host[0] + 5
+    assert given.gathered_us(100.0, 5.0, asked, False) == 108
 
 
 def test_without_flash_mla_it_is_chosen(records):

@@ -182,6 +182,45 @@ def test_a_captured_step_follows_its_lengths(kernel):
         check_decode(out, lse, *reference.sparse_mla_decode(q, *scopes))
 
 
+def test_a_graph_that_builds_its_metadata_schedules_its_layers_once():
+    torch.manual_seed(5)
+    choose = random.Random(5)
+    swa, extra = (PagedCache.zeros(60, layouts.DSV4, 64, "cuda") for _ in range(2))
+    for cache in (swa, extra):
+        k = (torch.randn(cache.capacity, 512, device="cuda") / 10).bfloat16()
+        dsv4x.quantize_and_insert_k_cache(k, cache, torch.arange(cache.capacity, device="cuda"))
+    tables = [torch.randint(0, cache.pages, (4, 12), device="cuda").int() for cache in (swa, extra)]
+    starts, lengths = torch.arange(5).int(), torch.tensor([700, 64, 3, 300]).int()
+    starts_there, lengths_there = starts.cuda(), lengths.cuda()
+    layers = [(random_q(4, 64), torch.randint(-1, 170, (4, 512), device="cuda").int()) for _ in range(3)]
+
+    def build(lengths):
+        return dsv4x.AttentionMetadata.build(
+            starts_there, lengths_there, *tables, compress_ratio=4, swa_page_size=64, swa_pages=swa.pages,
+            extra_page_size=64, extra_pages=extra.pages, query_start_loc_cpu=starts, seq_lens_cpu=lengths,
+        )  # fmt: skip
+
+    def run(meta, kernel):
+        return [
+            dsv4x.sparse_mla_attention(q, swa, extra, meta, topk, path="direct", kernel=kernel) for q, topk in layers
+        ]
+
+    run(build(lengths), "flash_mla")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        meta = build(lengths)
+        results = run(meta, "flash_mla")
+    # What it says of itself, and one scheduler.
+    assert len(meta._schedule[0]) == 2
+    for _ in range(3):
+        lengths = torch.tensor([choose.randint(1, 700) for _ in range(4)]).int()
+        lengths_there.copy_(lengths)
+        graph.replay()
+        for got, want in zip(results, run(build(lengths), "reference")):
+            check_decode(*got, *want)
+
+
 def test_a_shared_schedule_changes_nothing():
     torch.manual_seed(3)
     choose = random.Random(3)
