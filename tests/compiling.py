@@ -227,6 +227,7 @@ def logits_cases(arch: str) -> list[Case]:
     for starts, shifted, table, in_place in ((False, False, True, True), (True, True, False, False)):
         constants = {
             "BLOCK": 2048, "HAS_STARTS": starts, "SHIFTED": shifted, "HAS_TABLE": table, "IN_PLACE": in_place,
+            "ALIGNED": not in_place,
         }  # fmt: skip
         label = f"[{starts},{table}]"
         found.append(Case(mqa_logits.clean_logits_kernel, constants, {"num_warps": 8}, LOGITS_TYPES, label=label))
@@ -248,6 +249,7 @@ def logits_cases(arch: str) -> list[Case]:
         constants = {
             "METHOD": method, "HAS_IDS": ids, "HAS_STARTS": not ids, "HAS_LENS": not ids, "HAS_REQUESTS": method == 2,
             "HAS_VALUES": ids, "BLOCK": 1024, "CAPACITY": capacity, "SAMPLE": capacity // 2, "STAGES": 3,
+            "ALIGNED": ids,
         }  # fmt: skip
         label = f"[{method},{capacity}]"
         found.append(Case(topk.topk_kernel, constants, {"num_warps": warps}, values, label=label))
@@ -312,7 +314,7 @@ def launchable_kernels() -> set[str]:
 
 
 def compile_case(case: Case, arch: str) -> triton.compiler.CompiledKernel:
-    """Compile with pointers and strides 16-byte aligned, as the ops' checks leave them."""
+    """Compile with pointers and strides 16-byte aligned, as the ops' checks leave them, where Triton looks at that."""
     signature = {}
     attributes = {}
     for position, name in enumerate(case.kernel.arg_names):
@@ -321,7 +323,8 @@ def compile_case(case: Case, arch: str) -> triton.compiler.CompiledKernel:
             continue
         default = "*i32" if name.endswith("_ptr") else "i32"
         signature[name] = case.types.get(name) or POINTERS.get(name) or SCALARS.get(name, default)
-        if name.endswith(("_ptr", "_stride", "_stride_t", "_stride_h")):
+        aligned = name.endswith(("_ptr", "_stride", "_stride_t", "_stride_h"))
+        if aligned and not case.kernel.params[position].do_not_specialize:
             attributes[(position,)] = [["tt.divisibility", 16]]
     make = GluonASTSource if case.kernel.is_gluon() else ASTSource
     source = make(case.kernel, signature, dict(case.constants), attributes)

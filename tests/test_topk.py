@@ -27,7 +27,7 @@ def sizes(request, kernel_device, monkeypatch):
         monkeypatch.setattr(kernels, "_CAPACITIES", (room, 2 * room))
         monkeypatch.setattr(kernels, "_SAMPLE", room // 2)
         monkeypatch.setattr(kernels, "_BLOCK", 128 if room == 64 else 512)
-        monkeypatch.setattr(kernels, "_MIN_PART", 200)
+        monkeypatch.setattr(kernels, "least_part", lambda k: max(200, 4 * k))
 
 
 def defined_local(row, length, k, start=0):

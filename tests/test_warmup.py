@@ -22,6 +22,15 @@ def test_the_caches_keep_their_bytes_and_a_cpu_compiles_nothing(layout):
     assert all(torch.equal(a, cache.data) for a, cache in zip(before, caches))
 
 
+@pytest.mark.parametrize("layout", [layouts.INDEXER_FP8, layouts.INDEXER_FP4])
+def test_the_index_cache_keeps_its_bytes(layout):
+    swa, index = PagedCache.zeros(2, layouts.DSV4, 4), PagedCache.zeros(3, layout, 64)
+    index.data.random_(0, 256)
+    before = index.data.clone()
+    assert dsv4x.warmup(swa, heads=2, topk=4, compress_ratios=(), index_cache=index, index_heads=32, next_n=2) == 0
+    assert torch.equal(before, index.data)
+
+
 def test_bad_arguments_are_named():
     cache = PagedCache.zeros(2, layouts.DSV4, 4)
     with pytest.raises(TypeError, match="swa_cache: got NoneType"):
@@ -30,6 +39,14 @@ def test_bad_arguments_are_named():
         dsv4x.warmup(cache, heads=0)
     with pytest.raises(ValueError, match="softmax_scale: got None"):
         dsv4x.warmup(PagedCache.zeros(2, layouts.DSV32, 4), heads=2, topk=4)
+    with pytest.raises(ValueError, match=r"index_cache: layout is .*, need indexer fp8 or indexer fp4"):
+        dsv4x.warmup(cache, heads=2, index_cache=cache)
+    with pytest.raises(TypeError, match="index_cache: got Tensor"):
+        dsv4x.warmup(cache, heads=2, index_cache=cache.data)
+    with pytest.raises(ValueError, match="index_heads: got 48, need 32 or 64"):
+        dsv4x.warmup(cache, heads=2, index_heads=48)
+    with pytest.raises(ValueError, match="next_n: got 0, need >= 1"):
+        dsv4x.warmup(cache, heads=2, next_n=0)
 
 
 @pytest.mark.gpu
@@ -39,7 +56,7 @@ def test_no_batch_compiles_anything_afterwards(heads, kernel):
     swa, extra = (PagedCache.zeros(pages, layouts.DSV4, 64, "cuda") for pages in (300, 80))
     dsv4x.warmup(swa, extra, heads=heads, topk=64, kernel=kernel)
     compiled = warmup_module._compiled()
-    assert compiled > 0
+    assert compiled
     assert dsv4x.warmup(swa, extra, heads=heads, topk=64, kernel=kernel) == 0
     draw = random.Random(heads)
     for _ in range(24):
@@ -68,7 +85,86 @@ def test_no_batch_compiles_anything_afterwards(heads, kernel):
                 )
         k = torch.zeros(tokens, 512, dtype=torch.bfloat16, device="cuda")
         dsv4x.quantize_and_insert_k_cache(k, swa, torch.arange(tokens, device="cuda"))
-    assert warmup_module._compiled() == compiled
+    assert warmup_module._compiled() - compiled == set()
+
+
+def index_step(draw, cache, queries, topk, next_n, kernel):
+    """A random batch of each kind through all that a C4 layer's indexer calls, in small pieces or whole."""
+    device, pages = cache.device, cache.pages
+    budget = draw.choice((1 << 16, 1 << 20, 1 << 28))
+    method = draw.choice(list(dsv4x.TopkMethod))
+
+    def indices(*shape, high=pages):
+        return torch.randint(0, high, shape, dtype=torch.int32, device=device)
+
+    def slot_table(rows, columns):
+        return {"slot_table": indices(rows, columns), "slot_page_size": 64, "slot_pages": pages}
+
+    batch, width = draw.choice((0, 1, 2, 3, 16, 37, 300, 1100)), draw.choice((9, 64, 65, 1000, 1008, 4097, 33000))
+    # Long contexts of many requests would only take long.
+    batch = min(batch, 1 << 20 >> width.bit_length())
+    q, q_scale, weights = queries(batch, next_n)
+    table = indices(batch, max(1, -(-width // 64) + draw.choice((-1, 0, 3))))
+    lens = indices(batch, next_n, high=min(width, 64 * table.shape[1]) + 1).sort(1).values
+    schedule = dsv4x.get_paged_mqa_logits_metadata(lens) if draw.random() < 0.8 else None
+    dsv4x.paged_indexer_topk(
+        q, cache, weights.view(-1, weights.shape[-1]), lens, table, width, topk, method, q_scale=q_scale,
+        bases=indices(batch * next_n), **draw.choice(({}, slot_table(batch, 7))), logits_bytes=budget, kernel=kernel,
+        schedule=schedule,
+    )  # fmt: skip
+
+    rows, entries = draw.choice((0, 1, 2, 5, 64, 301)), draw.choice((0, 1, 50, 64, 65, 1000, 1008, 20000, 33001))
+    slots = torch.randint(-1, cache.capacity, (entries,), device=device).to(draw.choice((torch.int32, torch.int64)))
+    k, k_scale = dsv4x.gather_indexer_k(cache, slots)
+    q, q_scale, weights = queries(rows)
+    ks, ke = indices(2, rows, high=entries + 1).sort(0).values
+    dsv4x.indexer_topk(
+        q, k, k_scale, weights, ks, ke, topk, method, q_scale=q_scale, requests=indices(rows, high=3),
+        bases=draw.choice((None, indices(rows))), **slot_table(3, 11), max_seqlen_k=draw.choice((None, 70, 1000)),
+        logits_bytes=budget, kernel=kernel,
+    )  # fmt: skip
+    inserted = torch.zeros(rows, 128, dtype=torch.bfloat16, device=device)
+    dsv4x.quantize_and_insert_k_cache(inserted, cache, torch.arange(rows, device=device))
+
+
+def index_queries(encoding, heads, device):
+    """Makes queries of a shape, their scales, and weights."""
+
+    def make(*shape):
+        weights = torch.rand(*shape, heads, device=device)
+        if encoding == "e2m1":
+            codes, scales = (torch.zeros(*shape, heads, n, dtype=torch.uint8, device=device) for n in (64, 4))
+            return codes, scales, weights
+        return torch.rand(*shape, heads, 128, device=device).to(torch.float8_e4m3fn), None, weights
+
+    return make
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("topk", [64, 72, 101])
+@pytest.mark.parametrize(
+    ("layout", "encoding", "heads", "next_n"),
+    [
+        (layouts.INDEXER_FP8, "e4m3fn", 64, 1),
+        (layouts.INDEXER_FP8, "e4m3fn", 32, 3),
+        (layouts.INDEXER_FP4, "e4m3fn", 64, 2),
+        (layouts.INDEXER_FP4, "e2m1", 64, 1),
+    ],
+)
+def test_no_batch_of_the_indexer_compiles_anything_afterwards(layout, encoding, heads, next_n, topk):
+    # The servers' cache has more pages than the one that is warmed up over.
+    swa, small = PagedCache.zeros(2, layouts.DSV4, 64, "cuda"), PagedCache.zeros(2, layout, 64, "cuda")
+    options = {"heads": 8, "topk": topk, "compress_ratios": (), "index_heads": heads, "next_n": next_n}
+    dsv4x.warmup(swa, index_cache=small, **options)
+    compiled = warmup_module._compiled()
+    assert compiled
+    assert dsv4x.warmup(swa, index_cache=small, **options) == 0
+    draw, queries = random.Random(topk), index_queries(encoding, heads, "cuda")
+    cache = PagedCache.zeros(301, layout, 64, "cuda")
+    for _ in range(40):
+        index_step(draw, cache, queries, topk, next_n, draw.choice((None, "triton")))
+    torch.cuda.synchronize()
+    assert warmup_module._compiled() - compiled == set()
 
 
 def test_kernels_that_another_batch_may_get_are_warmed_up_too(monkeypatch):

@@ -92,12 +92,13 @@ def _check_out(out: torch.Tensor | None, rows: int, width: int, device: torch.de
             raise ValueError(f"out: stride(0) is {out.stride(0)}, need >= {width}")
 
 
-def _check_cache(cache: object, device: torch.device) -> PagedCache:
-    cache = checks.cache("cache", cache, device)
+def check_cache(name: str, cache: object, device: torch.device) -> PagedCache:
+    """A cache of the indexer's K, in either encoding, or an error that names the argument."""
+    cache = checks.cache(name, cache, device)
     base = cache.layout.with_flavour("e4m3fn") if cache.layout.value_encoding in layouts.FLAVOURS else cache.layout
     if base not in (layouts.INDEXER_FP8, layouts.INDEXER_FP4):
         names = f"{layouts.INDEXER_FP8.name} or {layouts.INDEXER_FP4.name}"
-        raise ValueError(f"cache: layout is {cache.layout.name}, need {names}")
+        raise ValueError(f"{name}: layout is {cache.layout.name}, need {names}")
     return cache
 
 
@@ -152,7 +153,7 @@ def paged_mqa_logits(
     batch, next_n, heads = q.shape[:3]
     device = q.device
     checks.integer("n", next_n, 1)
-    cache = _check_cache(cache, device)
+    cache = check_cache("cache", cache, device)
     checks.tensor("weights", weights, (batch * next_n, heads), torch.float32, device)
     checks.tensor("context_lens", context_lens, (batch, next_n), checks.INDEX_DTYPES, device)
     checks.tensor("block_table", block_table, (batch, None), torch.int32, device)
@@ -365,7 +366,7 @@ def gather_indexer_k(
     """
     checks.tensor("slots", slots, (None,), checks.INDEX_DTYPES)
     device, rows = slots.device, slots.shape[0]
-    cache = _check_cache(cache, device)
+    cache = check_cache("cache", cache, device)
     encoding = cache.layout.value_encoding
     packed = encoding == "e2m1"
     dtype = torch.uint8 if packed else torch.float8_e4m3fn if encoding == "e4m3fn" else torch.float8_e4m3fnuz
@@ -445,7 +446,7 @@ def paged_indexer_topk(
     _check_q(q, q_scale, (None, None))
     batch, next_n = q.shape[:2]
     device = q.device
-    cache = _check_cache(cache, device)
+    cache = check_cache("cache", cache, device)
     checks.tensor("weights", weights, (batch * next_n, q.shape[2]), torch.float32, device)
     checks.tensor("context_lens", context_lens, (batch, next_n), checks.INDEX_DTYPES, device)
     checks.tensor("block_table", block_table, (batch, None), torch.int32, device)

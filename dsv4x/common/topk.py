@@ -37,6 +37,11 @@ _METHODS = {
 }
 
 
+def least_part(k: int) -> int:
+    """Columns a program selects from at least, where several of them share a row that is long enough for two."""
+    return max(8192, 4 * k)
+
+
 def topk_method(op: str) -> TopkMethod:
     """The index space that an attention entry point takes its top-k indices in.
 

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from . import checks, registry
+from . import checks, indexer, registry
 from .attention import COMPRESS_RATIOS, AttentionMetadata, sparse_mla_attention
 from .cache import quantize_and_insert_k_cache
+from .errors import BackendUnavailable, KernelNotSupported
 from .layouts import PagedCache
+from .platform import platform
 from .routing import PATHS, explain_step, path_problems
 from .sparse_mla import VALUE_DIM, sparse_mla_decode, sparse_mla_prefill
+from .topk import TopkMethod, least_part
 
 # A kernel predicted to take up to this many times the fastest one's time may be the fastest for another batch.
 _CLOSE = 2.0
 
 # A batch on either side of every bound in a table of launch shapes, and of one split and several.
 _TOKENS = (1, 2, 8, 33, 130, 1024)
+
+# Requests on either side of what one program of a schedule takes at once, with few warps' worth and with many.
+_REQUESTS = (1, 257, 1025)
 
 
 def warmup(
@@ -31,9 +40,17 @@ def warmup(
     window_size: int = 128,
     compress_ratios: Sequence[int] = COMPRESS_RATIOS,
     softmax_scale: float | None = None,
+    index_cache: PagedCache | None = None,
+    index_heads: int = 64,
+    next_n: int = 1,
     kernel: str | None = None,
 ) -> int:
     """Compile every Triton kernel that attention over caches like these launches, whatever the batches will be.
+
+    With ``index_cache`` the indexer's too: what inserts into that cache and gathers from it, the schedule of its paged
+    logits, and :func:`~dsv4x.paged_indexer_topk` and :func:`~dsv4x.indexer_topk` in every index space, in one piece and
+    cut, with int32 lengths, by each kernel that prediction may choose. A vendor's kernels are called as well, so that
+    what their libraries compile for such calls is there.
 
     Nothing is tuned, here or later: launch shapes come from tables. The caches are read and nothing is stored in them.
     Kernels that Triton has on disk from an earlier process are loaded, and count too.
@@ -46,6 +63,10 @@ def warmup(
         topk, window_size: as in :meth:`AttentionMetadata.build`.
         compress_ratios: the layer kinds that will be served.
         softmax_scale: needed for entries of 576 values, as in :func:`~dsv4x.sparse_mla_decode`.
+        index_cache: the indexer's K cache of a C4 layer, or a small one like it, in layout ``INDEXER_FP8`` (either
+            flavour) or ``INDEXER_FP4``; an fp4 one is met by fp8 queries and by e2m1 ones. None leaves the indexer out.
+        index_heads: the indexer's query heads, 32 or 64.
+        next_n: query tokens a request of a decode step.
         kernel: the attention kernel that will be asked for by name; None compiles for those that prediction picks.
 
     Returns:
@@ -58,10 +79,16 @@ def warmup(
     device = swa_cache.device if isinstance(swa_cache, PagedCache) else torch.device("cpu")
     swa_cache = checks.cache("swa_cache", swa_cache, device)
     checks.integer("heads", heads, 1)
+    if extra_cache is not None:
+        checks.cache("extra_cache", extra_cache, device)
+    if index_cache is not None:
+        indexer.check_cache("index_cache", index_cache, device)
+    if checks.integer("index_heads", index_heads, 1) not in indexer.HEADS:
+        raise ValueError(f"index_heads: got {index_heads}, need {' or '.join(map(str, indexer.HEADS))}")
+    checks.integer("next_n", next_n, 1)
     before = _compiled()
-    for cache in (swa_cache, extra_cache):
+    for cache in (swa_cache, extra_cache, index_cache):
         if cache is not None:
-            checks.cache("extra_cache", cache, device)
             k = torch.zeros(2, cache.layout.head_dim, dtype=torch.bfloat16, device=device)
             quantize_and_insert_k_cache(k, cache, torch.full((2,), -1, dtype=torch.int64, device=device))
     for tokens in _TOKENS:
@@ -71,9 +98,12 @@ def warmup(
         for ratio in compress_ratios:
             if ratio == 1 or extra_cache is not None:
                 _run_step(swa_cache, extra_cache, tokens, heads, topk, window_size, ratio, kernel)
+    if index_cache is not None:
+        slots = index_cache if extra_cache is None else extra_cache
+        _run_index(index_cache, slots, index_heads, next_n, topk)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return _compiled() - before
+    return len(_compiled() - before)
 
 
 def _run_step(
@@ -148,11 +178,122 @@ def _run_ops(
         sparse_mla_prefill(q, workspace, none, spans, softmax_scale=softmax_scale, kernel=kernel)
 
 
-def _compiled() -> int:
-    """Compiled kernels that this process holds of dsv4x's."""
+def _run_index(cache: PagedCache, slot_cache: PagedCache, heads: int, next_n: int, topk: int) -> None:
+    """The indexer's calls over lengths of 0, block tables of -1 and K of zeros: nothing is read, all is launched.
+
+    How many rows a batch or a piece of it has is no part of what is compiled for, but where all entries are chosen:
+    torch gives one row of them another stride than two.
+    """
+    device, page_size = cache.device, cache.page_size
+    for requests in _REQUESTS:
+        lens = torch.zeros(requests, next_n, dtype=torch.int32, device=device)
+        indexer.get_paged_mqa_logits_metadata(lens, page_size)
+    # Wide enough to be cut by a budget of its own logits' bytes, into pages and beside their selections.
+    cut = max(64 * topk, 16384, 8 * page_size)
+    # All entries chosen; one program a row, with and without a width that is a multiple of 16; several a row, so many
+    # that what they choose together is such a multiple, and one more.
+    wide, parts = topk // 16 * 16 + 16, 16 // math.gcd(topk, 16)
+    widths = {wide, wide + 1, max(parts, 2) * least_part(topk), (parts + 1) * least_part(topk)}
+    slots = torch.full((max(cut, *widths),), -1, dtype=torch.int32, device=device)
+    indexer.gather_indexer_k(cache, slots[:2].long())
+    k, k_scale = indexer.gather_indexer_k(cache, slots)
+    shapes = [(topk, 1), (topk, 2), *((width, 1) for width in widths)]
+    for width, rows, most_bytes in [*((*shape, indexer.LOGITS_BYTES) for shape in shapes), (cut, 1, 4 * cut)]:
+        for method in TopkMethod:
+            _run_paged(cache, slot_cache, heads, next_n, topk, method, width, rows, most_bytes * next_n)
+            _run_flat(cache, slot_cache, heads, topk, method, k[:width], k_scale[:width], rows, most_bytes)
+
+
+def _run_paged(
+    cache: PagedCache,
+    slot_cache: PagedCache,
+    heads: int,
+    next_n: int,
+    topk: int,
+    method: TopkMethod,
+    width: int,
+    requests: int,
+    logits_bytes: int,
+) -> None:
+    device = cache.device
+    table = torch.full((requests, -(-width // cache.page_size)), -1, dtype=torch.int32, device=device)
+    lens = torch.zeros(requests, next_n, dtype=torch.int32, device=device)
+    weights = torch.zeros(requests * next_n, heads, device=device)
+    for q, q_scale in _index_queries(cache, requests, next_n, heads):
+
+        def run(kernel: str | None, topk_kernel: str | None, q: Any = q, q_scale: Any = q_scale) -> None:
+            indexer.paged_indexer_topk(
+                q, cache, weights, lens, table, width, topk, method, q_scale=q_scale, bases=lens.view(-1),
+                slot_table=table, slot_page_size=slot_cache.page_size, slot_pages=slot_cache.pages,
+                logits_bytes=logits_bytes, kernel=kernel, topk_kernel=topk_kernel,
+            )  # fmt: skip
+
+        _run_each(("paged_mqa_logits", "topk_transform"), run)
+
+
+def _run_flat(
+    cache: PagedCache,
+    slot_cache: PagedCache,
+    heads: int,
+    topk: int,
+    method: TopkMethod,
+    k: torch.Tensor,
+    k_scale: torch.Tensor,
+    rows: int,
+    logits_bytes: int,
+) -> None:
+    device = k.device
+    none = torch.zeros(rows, dtype=torch.int32, device=device)
+    table = torch.full((1, 1), -1, dtype=torch.int32, device=device)
+    weights = torch.zeros(rows, heads, device=device)
+    for q, q_scale in _index_queries(cache, rows, heads):
+
+        def run(kernel: str | None, topk_kernel: str | None, q: Any = q, q_scale: Any = q_scale) -> None:
+            indexer.indexer_topk(
+                q, k, k_scale, weights, none, none, topk, method, q_scale=q_scale, requests=none,
+                slot_table=table, slot_page_size=slot_cache.page_size, slot_pages=slot_cache.pages,
+                logits_bytes=logits_bytes, kernel=kernel, topk_kernel=topk_kernel,
+            )  # fmt: skip
+
+        _run_each(("mqa_logits", "topk_transform"), run)
+
+
+def _index_queries(cache: PagedCache, *shape: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Zeros in every encoding, ``shape [.., H]``, that queries of a cache's entries may have, with their scales."""
+    device, encoding = cache.device, cache.layout.value_encoding
+    fp8 = platform.limits(device).fp8 if encoding == "e2m1" else encoding
+    flavour = torch.float8_e4m3fnuz if fp8 == "e4m3fnuz" else torch.float8_e4m3fn
+    yield torch.zeros(*shape, indexer.INDEX_DIM, dtype=torch.uint8, device=device).view(flavour), None
+    if encoding == "e2m1":
+        codes, scales = (torch.zeros(*shape, size, dtype=torch.uint8, device=device) for size in (64, 4))
+        yield codes, scales
+
+
+def _run_each(ops: tuple[str, ...], run: Callable[..., None]) -> None:
+    """``run`` with the names of each choice of the ops' kernels that can; without names where only references can."""
+    names = [
+        [record.name for record in registry.kernels(op) if record.name != "reference" and not record.by_name_only]
+        for op in ops
+    ]
+    ran = False
+    for chosen in itertools.product(*names):
+        with contextlib.suppress(KernelNotSupported, BackendUnavailable):
+            run(*chosen)
+            ran = True
+    if not ran:
+        run(*[None] * len(ops))
+
+
+def _compiled() -> set[tuple[str, str]]:
+    """(kernel, what it was compiled for) of the compiled kernels that this process holds of dsv4x's."""
     triton = sys.modules.get("triton")
     if triton is None:
-        return 0
+        return set()
     modules = [module for name, module in list(sys.modules.items()) if name.startswith(f"{__package__}.kernels.")]
     functions = {id(f): f for m in modules for f in vars(m).values() if isinstance(f, triton.runtime.JITFunction)}
-    return sum(len(kept[0]) for function in functions.values() for kept in function.device_caches.values())
+    return {
+        (function.__name__, str(key))
+        for function in functions.values()
+        for kept in function.device_caches.values()
+        for key in kept[0]
+    }

@@ -195,6 +195,8 @@ def paged_mqa_logits(
     Rows its kernel does not take together are taken in parts, each over the whole block table; batches past its
     schedule's limit on SM100 and SM120 are split.
     """
+    from ..common.kernels.mqa_logits import empty_logits
+
     batch, next_n = q.shape[:2]
     limits = platform.limits(q.device)
     step = batch if limits.arch == "sm_90" else schedule_limit(limits.arch, limits.shared_memory)
@@ -206,7 +208,7 @@ def paged_mqa_logits(
     if schedule is not None:
         raise ValueError(f"schedule: given for {batch} requests, need None above {step}: the batch is split there")
     if out is None:
-        out = torch.empty(batch * next_n, max_context_len, dtype=torch.float32, device=q.device)
+        out = empty_logits(batch * next_n, max_context_len, q.device)
     for start in range(0, batch, step):
         requests, rows = slice(start, start + step), slice(start * next_n, (start + step) * next_n)
         logits = _paged_batch(
@@ -316,7 +318,7 @@ def _deliver(
     clean: bool,
 ) -> torch.Tensor:
     """The parts' rows in their order, clean where asked for, in ``out`` or in DeepGEMM's own buffer."""
-    from ..common.kernels.mqa_logits import clean_logits
+    from ..common.kernels.mqa_logits import clean_logits, empty_logits
 
     batch, next_n = context_lens.shape
     if len(parts) == 1 and out is None and not clean:
@@ -324,7 +326,7 @@ def _deliver(
     if out is None:
         out = parts[0]
         if len(parts) > 1:
-            out = torch.empty(batch * next_n, max_context_len, dtype=torch.float32, device=context_lens.device)
+            out = empty_logits(batch * next_n, max_context_len, context_lens.device)
     first = 0
     for part in parts:
         width = part.shape[0] // batch
@@ -373,7 +375,7 @@ def mqa_logits(
             return logits
         out = logits
     elif out is None:
-        out = torch.empty(q.shape[0], width, dtype=torch.float32, device=q.device)
+        out = kernels.empty_logits(q.shape[0], width, q.device)
     if max_seqlen_k is None:
         kernels.clean_logits(logits, ends[:, None], out, width, starts=starts, shifted=shifted)
     else:

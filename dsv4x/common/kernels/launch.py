@@ -17,12 +17,19 @@ import triton
 _BY_TRITON = triton.knobs.runtime.interpret or torch.version.hip is not None
 
 PER_BATCH = (
-    "rows", "extra_rows", "row_slots", "requests", "total", "steps", "blocks", "gathering",
-    "table_stride", "table_columns", "capacity", "first", "units", "upper", "s_kv_swa",
+    "rows", "extra_rows", "row_slots", "requests", "total", "steps", "blocks", "gathering", "topk",
+    "table_stride", "table_columns", "capacity", "swa_capacity", "extra_capacity", "pages",
+    "first", "units", "upper", "s_kv_swa",
+    "next_n", "atoms", "groups", "chunks", "parts", "part", "columns", "max_context_len", "table_width", "entries",
+    "most", "lens_stride", "lens_stride_n", "starts_stride", "ends_stride", "ends_stride_n", "selected_stride",
+    "lens_ptr", "starts_ptr", "ends_ptr", "table_ptr", "ks_ptr", "ke_ptr", "bases_ptr", "requests_ptr", "kept_ptr",
+    "selected_ptr",
 )  # fmt: skip
 """Parameters whose values differ from batch to batch: Triton would compile anew for 1 and for multiples of 16.
 
-Widths and the strides of index rows are not among them. A server's are multiples of 16, and knowing it vectorizes.
+Widths and the strides of index rows are not among them. A server's are multiples of 16, and knowing it vectorizes. The
+pointers are those to what is read one number a row, or written where values decide: a batch cut into pieces begins at
+any of its rows.
 """
 
 jit = functools.partial(triton.jit, do_not_specialize=PER_BATCH)
@@ -54,8 +61,9 @@ class Launcher:
         numbers: tuple[float, ...],
         constexprs: tuple[Hashable, ...],
         num_warps: int,
+        **options: int,
     ) -> None:
-        """Launch ``programs`` programs on the current device and stream."""
+        """Launch ``programs`` programs on the current device and stream; ``options`` are Triton's further ones."""
         if not _BY_TRITON:
             addresses = [tensor.data_ptr() for tensor in tensors]
             bits = 0
@@ -63,16 +71,18 @@ class Launcher:
                 bits |= address
             if bits % 16 == 0:
                 dtypes = tuple([tensor.dtype for tensor in tensors])
-                key = (torch.cuda.current_device(), dtypes, numbers, constexprs, num_warps)
+                key = (torch.cuda.current_device(), dtypes, numbers, constexprs, num_warps, *options.items())
                 compiled = self._compiled.get(key)
                 if compiled is not None:
                     compiled[(programs, 1, 1)](*addresses, *numbers, *constexprs)
                     return
                 if len(self._compiled) >= _MOST:
                     self._compiled.clear()
-                self._compiled[key] = self._launch(programs, tensors, numbers, constexprs, num_warps)
+                self._compiled[key] = self._launch(programs, tensors, numbers, constexprs, num_warps, options)
                 return
-        self._launch(programs, tensors, numbers, constexprs, num_warps)
+        self._launch(programs, tensors, numbers, constexprs, num_warps, options)
 
-    def _launch(self, programs: int, tensors: Any, numbers: Any, constexprs: Any, num_warps: int) -> Any:
-        return self.kernel[(programs,)](*tensors, *numbers, *constexprs, num_warps=num_warps)
+    def _launch(
+        self, programs: int, tensors: Any, numbers: Any, constexprs: Any, num_warps: int, options: dict[str, int]
+    ) -> Any:
+        return self.kernel[(programs,)](*tensors, *numbers, *constexprs, num_warps=num_warps, **options)

@@ -18,7 +18,7 @@ from .. import encodings
 from ..layouts import PagedCache
 from ..platform import platform
 from .encodings import e2m1_to_f32, e4m3fn_to_f32, e4m3fnuz_to_f32, ue8m0_to_f32
-from .launch import Launcher
+from .launch import Launcher, jit
 from .portability import INTERPRETED, dot, to_bf16
 
 DIM = tl.constexpr(128)
@@ -121,7 +121,7 @@ def _store_logits(out_ptr, values, mask):
     tl.store(out_ptr, tl.where(values == values, values, _MINUS_INF), mask=mask)
 
 
-@triton.jit
+@jit
 def paged_mqa_logits_kernel(
     q_ptr, cache_ptr, weights_ptr, lens_ptr, table_ptr, out_ptr,
     next_n, groups, chunks, chunk, max_context_len, table_width, page_size, pages, scale_base,
@@ -187,10 +187,10 @@ def paged_mqa_logits_kernel(
         tl.store(out + column[:, None], empty, mask=mine[None, :] & (column < limit)[:, None])
 
 
-@triton.jit
+@jit
 def mqa_logits_kernel(
     q_ptr, k_ptr, k_scale_ptr, weights_ptr, ks_ptr, ke_ptr, out_ptr,
-    rows, entries, width, chunks, chunk, weights_stride, k_stride, k_scale_stride, out_stride,
+    rows, entries, columns, chunks, chunk, weights_stride, k_stride, k_scale_stride, out_stride,
     HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, Q: tl.constexpr, K: tl.constexpr,
     NATIVE: tl.constexpr, RELATIVE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -206,7 +206,7 @@ def mqa_logits_kernel(
     ke = tl.minimum(tl.maximum(tl.load(ke_ptr + row, mask=mine, other=0), ks), entries).to(tl.int32)
     shift = ks
     if RELATIVE:
-        ke = tl.minimum(ke.to(tl.int64), ks.to(tl.int64) + width).to(tl.int32)
+        ke = tl.minimum(ke.to(tl.int64), ks.to(tl.int64) + columns).to(tl.int32)
     else:
         shift = tl.zeros_like(ks)
     some = mine & (ke > ks)
@@ -231,33 +231,36 @@ def mqa_logits_kernel(
             _store_logits(out + column[:, None] - shift[None, :], values, inside & mine[None, :])
     # What no entry of its row stands in, inside this chunk of columns.
     left = program % chunks * chunk
-    limit = tl.minimum(left + chunk, width)
+    limit = tl.minimum(left + chunk, columns)
     from_column = ks - shift
     to_column = ke - shift
     empty = tl.full((BLOCK, ROWS), _MINUS_INF, tl.float32)
     for at in tl.range(left, tl.minimum(limit, tl.max(tl.where(mine, from_column, 0))), BLOCK):
         column = (at + entry)[:, None]
         tl.store(out + column, empty, mask=(column < limit) & (column < from_column[None, :]) & mine[None, :])
-    right = tl.maximum(left, tl.min(tl.where(mine, to_column, width)) // BLOCK * BLOCK)
+    right = tl.maximum(left, tl.min(tl.where(mine, to_column, columns)) // BLOCK * BLOCK)
     for at in tl.range(right, limit, BLOCK):
         column = (at + entry)[:, None]
         past = (column >= to_column[None, :]) & (column >= left) & (column < limit)
         tl.store(out + column, empty, mask=past & mine[None, :])
 
 
-@triton.jit
+@jit
 def clean_logits_kernel(
     logits_ptr, starts_ptr, ends_ptr, table_ptr, out_ptr,
-    blocks, width, part, first, table_width, page_size, pages, logits_stride,
+    blocks, columns, part, first, table_width, page_size, pages, logits_stride,
     starts_stride, ends_stride, ends_stride_n, table_stride, out_stride, next_n,
     BLOCK: tl.constexpr, HAS_STARTS: tl.constexpr, SHIFTED: tl.constexpr, HAS_TABLE: tl.constexpr,
-    IN_PLACE: tl.constexpr,
+    IN_PLACE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """-inf where a row has no entry, where a page is not in the pool, and for NaN; copied where not in place.
 
     Row i of the logits is row ``first + i % part`` of request ``i // part``, which has ``next_n`` rows in the result.
     ``SHIFTED``: the source's column 0 is the row's start, the result's is entry 0.
+    ``ALIGNED``: columns are a multiple of 16, so that stores may be wide.
     """
+    if ALIGNED:
+        columns = columns // 16 * 16
     program = tl.program_id(0)
     source_row = (program // blocks).to(tl.int64)
     request = source_row // part
@@ -265,7 +268,7 @@ def clean_logits_kernel(
     row = request * next_n + at
     column = program % blocks * BLOCK + tl.arange(0, BLOCK)
     start = tl.zeros((), tl.int32)
-    end = tl.minimum(tl.load(ends_ptr + request * ends_stride + at * ends_stride_n), width).to(tl.int32)
+    end = tl.minimum(tl.load(ends_ptr + request * ends_stride + at * ends_stride_n), columns).to(tl.int32)
     if HAS_STARTS:
         start = tl.maximum(tl.load(starts_ptr + row * starts_stride), 0).to(tl.int32)
     inside = (column >= start) & (column < end)
@@ -278,14 +281,14 @@ def clean_logits_kernel(
         source -= start
     value = tl.load(source, mask=inside, other=_MINUS_INF)
     sound = inside & (value == value)
-    written = column < width
+    written = column < columns
     if IN_PLACE:
         # Sound logits stay as they are, so that this pass writes next to nothing.
         written = written & (sound == 0)
     tl.store(out_ptr + row * out_stride + column, tl.where(sound, value, _MINUS_INF), mask=written)
 
 
-@triton.jit
+@jit
 def limit_ranges_kernel(ks_ptr, ke_ptr, out_ptr, rows, entries, most, BLOCK: tl.constexpr):
     """Ranges within ``[0, entries]`` of at most ``most``: starts, then ends."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -297,7 +300,7 @@ def limit_ranges_kernel(ks_ptr, ke_ptr, out_ptr, rows, entries, most, BLOCK: tl.
     tl.store(out_ptr + tl.cast(rows, tl.int64) + row, ke.to(tl.int32), mask=mask)
 
 
-@triton.jit
+@jit
 def gather_indexer_k_kernel(
     cache_ptr, slots_ptr, k_ptr, scale_ptr, rows, capacity, page_size, page_stride, scale_base,
     ENTRY: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
@@ -321,7 +324,9 @@ def gather_indexer_k_kernel(
 
 
 _CLEAN_BLOCK = 2048
+_launch_paged, _launch_flat = Launcher(paged_mqa_logits_kernel), Launcher(mqa_logits_kernel)
 _launch_clean, _launch_limit = Launcher(clean_logits_kernel), Launcher(limit_ranges_kernel)
+_launch_gather = Launcher(gather_indexer_k_kernel)
 _GATHER_BLOCK = 32
 
 _ENCODINGS = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e4m3fnuz: "e4m3fnuz", torch.bfloat16: "bf16"}
@@ -354,6 +359,11 @@ def _chunk(rows: int, width: int, config: LogitsConfig, multiprocessors: int) ->
     return max(min(1 << max(wanted - 1, 0).bit_length(), _MAX_CHUNK), _MIN_CHUNK, config.block)
 
 
+def empty_logits(rows: int, width: int, device: torch.device) -> torch.Tensor:
+    """float32 ``[rows, width]`` of a row stride that kernels are compiled for once, whatever the width is."""
+    return torch.empty_strided((rows, width), (-(-width // 16) * 16, 1), dtype=torch.float32, device=device)
+
+
 def _decoded(q: torch.Tensor, q_scale: torch.Tensor | None) -> torch.Tensor:
     """q as the kernels take it: e2m1 with its scales is exact in bf16."""
     if q_scale is None:
@@ -382,7 +392,7 @@ def paged_mqa_logits(
     limits = platform.limits(q.device)
     batch, next_n, heads = q.shape[:3]
     if out is None:
-        out = torch.empty(batch * next_n, max_context_len, dtype=torch.float32, device=q.device)
+        out = empty_logits(batch * next_n, max_context_len, q.device)
     q, layout = _decoded(q, q_scale), cache.layout
     q_encoding = _ENCODINGS[q.dtype]
     is_native = native(q_encoding, layout.value_encoding, limits.fp8)
@@ -390,13 +400,19 @@ def paged_mqa_logits(
     groups = -(-next_n // config.rows)
     chunk = _chunk(batch * groups, max_context_len, config, limits.multiprocessors)
     chunks = -(-max_context_len // chunk)
-    paged_mqa_logits_kernel[(batch * groups * chunks,)](
-        _bytes(q), cache.data, weights, context_lens, block_table, out,
-        next_n, groups, chunks, chunk, max_context_len, block_table.shape[1], cache.page_size, cache.pages,
-        layout.scale_base(cache.page_size), cache.page_stride, block_table.stride(0), weights.stride(0),
-        context_lens.stride(0), context_lens.stride(1), out.stride(0),
-        HEADS=heads, ROWS=config.rows, BLOCK=config.block, Q=q_encoding, K=layout.value_encoding, NATIVE=is_native,
-        WHOLE_PAGES=cache.page_size % config.block == 0, STAGES=config.num_stages, **config.options,
+    _launch_paged(
+        batch * groups * chunks,
+        (_bytes(q), cache.data, weights, context_lens, block_table, out),
+        (
+            next_n, groups, chunks, chunk, max_context_len, block_table.shape[1], cache.page_size, cache.pages,
+            layout.scale_base(cache.page_size), cache.page_stride, block_table.stride(0), weights.stride(0),
+            context_lens.stride(0), context_lens.stride(1), out.stride(0),
+        ),
+        (
+            heads, config.rows, config.block, q_encoding, layout.value_encoding, is_native,
+            cache.page_size % config.block == 0, config.num_stages,
+        ),
+        **config.options,
     )  # fmt: skip
     return out
 
@@ -418,7 +434,7 @@ def mqa_logits(
     rows, heads = q.shape[:2]
     width = k.shape[0] if max_seqlen_k is None else max_seqlen_k
     if out is None:
-        out = torch.empty(rows, width, dtype=torch.float32, device=q.device)
+        out = empty_logits(rows, width, q.device)
     q = _decoded(q, q_scale)
     q_encoding, k_encoding = _ENCODINGS[q.dtype], "e2m1" if k.dtype == torch.uint8 else _ENCODINGS[k.dtype]
     is_native = native(q_encoding, k_encoding, limits.fp8)
@@ -426,12 +442,18 @@ def mqa_logits(
     groups, span = -(-rows // config.rows), max(k.shape[0], width)
     chunk = _chunk(groups, span, config, limits.multiprocessors)
     chunks = -(-span // chunk)
-    mqa_logits_kernel[(groups * chunks,)](
-        _bytes(q), k.view(torch.uint8), k_scale.view(torch.uint8), weights, ks, ke, out,
-        rows, k.shape[0], width, chunks, chunk, weights.stride(0), k.stride(0) * k.element_size(),
-        k_scale.stride(0) * k_scale.element_size(), out.stride(0),
-        HEADS=heads, ROWS=config.rows, BLOCK=config.block, Q=q_encoding, K=k_encoding, NATIVE=is_native,
-        RELATIVE=max_seqlen_k is not None, STAGES=config.num_stages, **config.options,
+    _launch_flat(
+        groups * chunks,
+        (_bytes(q), k.view(torch.uint8), k_scale.view(torch.uint8), weights, ks, ke, out),
+        (
+            rows, k.shape[0], width, chunks, chunk, weights.stride(0), k.stride(0) * k.element_size(),
+            k_scale.stride(0) * k_scale.element_size(), out.stride(0),
+        ),
+        (
+            heads, config.rows, config.block, q_encoding, k_encoding, is_native, max_seqlen_k is not None,
+            config.num_stages,
+        ),
+        **config.options,
     )  # fmt: skip
     return out
 
@@ -466,6 +488,7 @@ def clean_logits(
     """
     # Views would take longer to make than the kernel to run; the strides say the same.
     batch, rows_a_request = ends.shape
+    in_place = logits is out
     part = rows_a_request if next_n is None else next_n
     some, blocks = ends if table is None else table, -(-width // _CLEAN_BLOCK)
     _launch_clean(
@@ -476,7 +499,7 @@ def clean_logits(
             0 if starts is None else starts.stride(0), ends.stride(0), ends.stride(1), some.stride(0), out.stride(0),
             rows_a_request,
         ),
-        (_CLEAN_BLOCK, starts is not None, shifted, table is not None, logits is out),
+        (_CLEAN_BLOCK, starts is not None, shifted, table is not None, in_place, not in_place and width % 16 == 0),
         num_warps=8,
     )  # fmt: skip
 
@@ -492,8 +515,10 @@ def limit_ranges(ks: torch.Tensor, ke: torch.Tensor, entries: int, most: int) ->
 def gather_indexer_k(cache: PagedCache, slots: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor) -> None:
     """Launch over ``slots [N]``."""
     rows, layout = slots.shape[0], cache.layout
-    gather_indexer_k_kernel[(-(-rows // _GATHER_BLOCK),)](
-        cache.data, slots, k.view(torch.uint8), k_scale.view(torch.int32), rows, cache.capacity, cache.page_size,
-        cache.page_stride, layout.scale_base(cache.page_size),
-        ENTRY=layout.nope_bytes, BLOCK=_GATHER_BLOCK, WIDE=cache.capacity > 2**31 - 1,
-    )  # fmt: skip
+    _launch_gather(
+        -(-rows // _GATHER_BLOCK),
+        (cache.data, slots, k.view(torch.uint8), k_scale.view(torch.int32)),
+        (rows, cache.capacity, cache.page_size, cache.page_stride, layout.scale_base(cache.page_size)),
+        (layout.nope_bytes, _GATHER_BLOCK, cache.capacity > 2**31 - 1),
+        num_warps=4,
+    )

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from ..platform import platform
-from ..topk import TopkMethod
-from .launch import Launcher
+from ..topk import TopkMethod, least_part
+from .launch import Launcher, jit
 
 _INT_MAX = tl.constexpr(2**31 - 1)
 
@@ -127,31 +127,34 @@ def _emit(
     return taken + tl.sum(above), equal_before + tl.sum(equal)
 
 
-@triton.jit
+@jit
 def topk_kernel(
-    logits_ptr, ids_ptr, starts_ptr, lens_ptr, bases_ptr, requests_ptr, table_ptr, kept_ptr, out_ptr, values_ptr,
-    width, k, parts, part, target, next_n, requests, table_width, page_size, pages,
-    logits_stride, table_stride, out_stride,
+    logits_ptr, ids_ptr, starts_ptr, lens_ptr, bases_ptr, requests_ptr, table_ptr, kept_ptr, selected_ptr, values_ptr,
+    columns, k, parts, part, target, next_n, requests, table_width, page_size, pages,
+    logits_stride, table_stride, selected_stride,
     METHOD: tl.constexpr, HAS_IDS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_LENS: tl.constexpr,
     HAS_REQUESTS: tl.constexpr, HAS_VALUES: tl.constexpr, BLOCK: tl.constexpr, CAPACITY: tl.constexpr,
-    SAMPLE: tl.constexpr, STAGES: tl.constexpr,
+    SAMPLE: tl.constexpr, STAGES: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Program (row, part): the k largest of a row, or of ``part`` of its columns, written ``part`` after part.
 
-    ``target``: how many candidates to aim for, between k and ``CAPACITY``.
+    ``target``: how many candidates to aim for, between k and ``CAPACITY``. ``ALIGNED``: every part begins and ends on a
+    multiple of 16, so that its loads may be wide.
     """
     program = tl.program_id(0)
     row = (program // parts).to(tl.int64)
     first = tl.zeros((), tl.int32)
-    length = tl.zeros((), tl.int32) + width
+    length = tl.zeros((), tl.int32) + columns
     if HAS_STARTS:
-        first = tl.minimum(tl.maximum(tl.load(starts_ptr + row), 0), width).to(tl.int32)
+        first = tl.minimum(tl.maximum(tl.load(starts_ptr + row), 0), columns).to(tl.int32)
         length -= first
     if HAS_LENS:
         length = tl.minimum(tl.maximum(tl.load(lens_ptr + row), 0), length).to(tl.int32)
     # A part's columns count from the row's own first entry.
     skipped = program % parts * part
     length = tl.minimum(tl.maximum(length - skipped, 0), part)
+    if ALIGNED:
+        skipped, length = tl.multiple_of(skipped, 16), tl.multiple_of(length, 16)
     logits = logits_ptr + row * logits_stride + first + skipped
     ids = ids_ptr + row * logits_stride
     base = tl.zeros((), tl.int64)
@@ -166,8 +169,8 @@ def topk_kernel(
         known = (request >= 0) & (request < requests)
         table += tl.where(known, request, 0) * table_stride
         table_limit = tl.where(known, table_width, 0).to(tl.int32)
-    out = out_ptr + program.to(tl.int64) * out_stride
-    values_out = values_ptr + program.to(tl.int64) * out_stride
+    out = selected_ptr + program.to(tl.int64) * selected_stride
+    values_out = values_ptr + program.to(tl.int64) * selected_stride
 
     # Everything is above this where there is no more than k; -inf is above it too.
     threshold = tl.zeros((), tl.uint32)
@@ -240,8 +243,6 @@ def topk_kernel(
 
 _launch_topk = Launcher(topk_kernel)
 
-# Rows shorter than this are one program's; longer ones are shared where there are too few rows for the device.
-_MIN_PART = 8192
 _BLOCK, _STAGES = 1024, 3
 # Candidates held at once: for most k a block of them stays in registers. Past the last, rows are gone through whole.
 _CAPACITIES, _SAMPLE = (2048, 4096, 8192, 16384), 1024
@@ -276,6 +277,8 @@ def _launch(
     table = space.get("block_table", some)
     requests = space.get("requests")
     capacity, target = _capacity(k)
+    # Where lengths are loaded no load is wide, and what widths are need not be compiled for.
+    aligned = lengths is None and starts is None and width % 16 == 0 and part % 16 == 0
     # Triton takes the type of what a kernel never reads as well.
     kept = out
     if ids is None and part > capacity > k:
@@ -293,7 +296,7 @@ def _launch(
         ),
         (
             method.value, ids is not None, starts is not None, lengths is not None, requests is not None,
-            values is not None, _BLOCK, capacity, _sample(capacity), _STAGES,
+            values is not None, _BLOCK, capacity, _sample(capacity), _STAGES, aligned,
         ),
         num_warps=8 if capacity == _CAPACITIES[0] else 16,
     )  # fmt: skip
@@ -310,11 +313,11 @@ def topk_transform(
 ) -> None:
     """Launch over rows > 0; a few long ones are cut, and what each part selects is selected from once more."""
     rows, width = logits.shape
-    parts = min(2 * platform.limits(logits.device).multiprocessors // rows, width // max(_MIN_PART, 4 * k))
+    parts = min(2 * platform.limits(logits.device).multiprocessors // rows, width // least_part(k))
     if parts < 2:
         _launch(logits, None, row_starts, lengths, k, 1, width, method, space, out, None)
         return
-    part = -(-width // parts)
+    part = -(-width // (16 * parts)) * 16
     ids = torch.empty(rows * parts, k, dtype=torch.int32, device=logits.device)
     values = torch.empty(rows * parts, k, dtype=torch.float32, device=logits.device)
     _launch(logits, None, row_starts, lengths, k, parts, part, TopkMethod.LOCAL, {}, ids, values)
