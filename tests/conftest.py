@@ -51,6 +51,26 @@ def poisoned_scratch(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: _poison(new_empty(*a, **k)))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def launched_as_on_a_gpu():
+    """The interpreter takes None for a pointer and anything for a number; a GPU's launch does not."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from dsv4x.common.kernels.launch import Launcher
+
+    interpreted = Launcher.__call__
+
+    def call(self, programs, tensors, numbers, constexprs, num_warps, **options):
+        assert all(type(tensor) is torch.Tensor for tensor in tensors), [type(tensor) for tensor in tensors]
+        assert all(type(number) in (int, float) for number in (programs, *numbers)), numbers
+        return interpreted(self, programs, tensors, numbers, constexprs, num_warps, **options)
+
+    Launcher.__call__ = call
+    yield
+    Launcher.__call__ = interpreted
+
+
 @pytest.fixture(autouse=True)
 def unchecked(monkeypatch):
     """Value checks are off unless a test turns them on."""

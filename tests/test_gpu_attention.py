@@ -261,7 +261,7 @@ def test_fifty_repeats_are_bitwise_equal(kernel):
 
 
 def test_the_chosen_kernel_is_flash_mla_here():
-    problem = dsv4x.Problem("sparse_mla_decode", "cuda", platform.arch, tokens=64, heads=64, width=128)
+    problem = dsv4x.Problem("sparse_mla_decode", "cuda", platform.arch, tokens=4096, heads=64, width=128)
     assert dsv4x.explain(problem).chosen == "flash_mla", str(dsv4x.explain(problem))
 
 

@@ -289,14 +289,14 @@ def test_context_lens_follow_the_definition(next_n, ratio):
         assert got.tolist() == want
 
 
-def served(rng, device, next_n=2, layout=layouts.INDEXER_FP8, batch=6):
+def served(rng, device, next_n=2, layout=layouts.INDEXER_FP8, batch=6, columns=25):
     cache = filled(64, layout, 16, rng, device)
-    table = torch.randint(0, 64, (batch, 25), generator=rng).int().to(device)
-    lens = torch.randint(0, 380, (batch, next_n), generator=rng)
+    table = torch.randint(0, 64, (batch, columns), generator=rng).int().to(device)
+    lens = torch.randint(0, 16 * columns - 20, (batch, next_n), generator=rng)
     lens[1], lens[2, 0] = 0, 2**31 - 1
     q, q_scale = random_q((batch, next_n, 32), layout, rng, device)
     weights = torch.randn(batch * next_n, 32, generator=rng).to(device)
-    return (q, cache, weights, lens.to(device), table, 390), q_scale
+    return (q, cache, weights, lens.to(device), table, 16 * columns - 10), q_scale
 
 
 def spaces(method, rows, device):
@@ -323,6 +323,22 @@ def test_bounded_selection_is_that_of_whole_logits(method, layout, kernel_device
     for budget in (1 << 28, 20_000, 8_000):
         got = dsv4x.paged_indexer_topk(*arguments, 30, method, logits_bytes=budget, **kernels, **more)
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("method", list(TopkMethod))
+def test_selections_of_stretches_are_merged(method, kernel_device, rng, monkeypatch):
+    kernel, device = kernel_device
+    arguments, _ = served(rng, device, batch=3, columns=100)
+    more = spaces(method, 6, device)
+    want = dsv4x.paged_indexer_topk(*arguments, 30, method, kernel="reference", topk_kernel="reference", **more)
+    merges, merge = [], indexer.topk_merge
+    monkeypatch.setattr(indexer, "topk_merge", lambda *given: merges.append(given) or merge(*given))
+    # Less than a request's logits, more than those of a stretch of 256 entries and its selections.
+    got = dsv4x.paged_indexer_topk(
+        *arguments, 30, method, logits_bytes=5_000, kernel=kernel, topk_kernel=kernel, **more
+    )
+    assert torch.equal(got, want)
+    assert len(merges) == 3 * -(-1590 // 256)
 
 
 def test_bounded_flat_selection_is_that_of_whole_logits(kernel_device, rng):

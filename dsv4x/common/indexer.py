@@ -16,7 +16,7 @@ import torch
 from . import checks, layouts
 from .layouts import PagedCache
 from .platform import platform
-from .registry import Problem, select
+from .registry import Problem, find, select
 from .topk import TopkMethod, check_space, put_in_space, topk_transform
 
 INDEX_DIM = 128
@@ -702,6 +702,7 @@ def _merged_topk(
             space if last else {},
             out if last else other[1][:, :k],
             None if last else other[0][:, :k],
+            topk_kernel,
         )
         values, ids = other
 
@@ -714,7 +715,12 @@ def topk_merge(
     space: dict[str, Any],
     out: torch.Tensor,
     out_values: torch.Tensor | None,
+    kernel: str | None,
 ) -> None:
-    """The k best of candidates ``values, ids [rows, w]``, ids ascending but for -1, which is none."""
-    record = select(Problem.on("topk_merge", values.device, tokens=values.shape[0], width=values.shape[1]))
+    """The k best of candidates ``values, ids [rows, w]``, ids ascending but for -1, which is none.
+
+    ``kernel`` is the selection's; a vendor's has no merge, and there prediction picks.
+    """
+    problem = Problem.on("topk_merge", values.device, tokens=values.shape[0], width=values.shape[1])
+    record = select(problem, kernel if kernel is not None and find("topk_merge", kernel) else None)
     record.launch(values.device, values, ids, k, method, space, out, out_values)

@@ -275,7 +275,7 @@ def _launch(
     rows, width = logits.shape
     some: torch.Tensor = logits
     table = space.get("block_table", some)
-    requests = space.get("requests")
+    bases, requests = space.get("bases"), space.get("requests")
     capacity, target = _capacity(k)
     # Where lengths are loaded no load is wide, and what widths are need not be compiled for.
     aligned = lengths is None and starts is None and width % 16 == 0 and part % 16 == 0
@@ -287,8 +287,8 @@ def _launch(
         rows * parts,
         (
             logits, some if ids is None else ids, some if starts is None else starts,
-            some if lengths is None else lengths, space.get("bases", some), some if requests is None else requests,
-            table, kept, out, some if values is None else values,
+            some if lengths is None else lengths, some if bases is None else bases,
+            some if requests is None else requests, table, kept, out, some if values is None else values,
         ),
         (
             width, k, parts, part, target, space.get("next_n", 1), table.shape[0], table.shape[1],
