@@ -32,8 +32,8 @@ from . import (
 )
 from .common.attention import sparse_mla_attention
 from .common.layer import Layer, Sequence
-from .common.registry import Explanation
-from .common.routing import choose_path, path_problems, paths_of
+from .common.registry import Problem
+from .common.routing import choose_path, path_problems, paths_of, step_kernel
 
 MAX_ERROR = 4e-3
 """Of the dense layer over the stored entries, relative: twice what rounding weights and output to bf16 costs."""
@@ -134,12 +134,14 @@ class PagedServer:
         )
         batch = torch.cat(q)
         chosen_path = path or choose_path(batch, self.swa, self.extra, meta, indices, kernel)
+        problem = path_problems(batch, self.swa, self.extra, meta, indices)[chosen_path]
+        ran = step_kernel(chosen_path, problem, meta, indices, kernel)[0].name
         began = _now(self.device)
         out, lse = sparse_mla_attention(
-            batch, self.swa, self.extra, meta, indices, layer.attn_sink, path=chosen_path, kernel=kernel
+            batch, self.swa, self.extra, meta, indices, layer.attn_sink, path=chosen_path, kernel=ran
         )
         assert lse is not None
-        report = StepReport(chosen_path, _now(self.device) - began, batch, self, meta, indices)
+        report = StepReport(chosen_path, ran, problem, _now(self.device) - began, batch, self, meta, indices)
         sizes = [*queries, padding]
         return list(out.split(sizes))[: len(queries)], list(lse.split(sizes))[: len(queries)], report
 
@@ -198,19 +200,16 @@ class PagedServer:
 
 @dataclass(frozen=True)
 class StepReport:
-    """How a step ran: path, seconds in the attention call, and what explaining its kernel needs."""
+    """How a step ran: path, attention kernel and its problem, seconds in the call, and what it was made of."""
 
     path: str
+    kernel: str
+    problem: Problem
     seconds: float
     q: torch.Tensor
     server: PagedServer
     meta: AttentionMetadata
     topk: torch.Tensor | None
-
-    def explanation(self) -> Explanation:
-        """Why its attention kernel ran and the others did not."""
-        problems = path_problems(self.q, self.server.swa, self.server.extra, self.meta, self.topk)
-        return explain(problems[self.path])
 
 
 def _now(device: torch.device) -> float:
@@ -313,14 +312,13 @@ def main(arguments: argparse.Namespace) -> int:
         sequences = [layer.sequence(part) for part in parts]
         for path in paths_of(ratio):
             outcome = serve_and_check(layer, sequences, path=path, kernel=arguments.kernel)
-            explanation = outcome.report.explanation()
+            explanation, ran = explain(outcome.report.problem), outcome.report.kernel
             failed |= not outcome.passed
             print(
-                f"{kind:<14}{path:<12}{arguments.kernel or explanation.chosen:<11}{outcome.report.q.shape[0]:>7}"
+                f"{kind:<14}{path:<12}{ran:<11}{outcome.report.q.shape[0]:>7}"
                 f"{outcome.error:>11.2e}{outcome.lse_error:>10.2e}{outcome.fp8_error:>10.2e}"
                 f"{outcome.seconds * 1e3:>9.2f}{'' if outcome.passed else '  ABOVE TOLERANCE'}"
             )
-            ran = arguments.kernel or explanation.chosen
             for other, reasons in explanation.reasons.items():
                 predicted = explanation.predicted_us.get(other)
                 if other != ran:

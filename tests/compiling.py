@@ -162,14 +162,14 @@ def cases(arch: str) -> list[Case]:
         found.append(Case(compaction.copy_pages_kernel, constants, types={"out_ptr": "*u8"}, label=f"[{word}]"))
     for heads in (8, 64):
         flags = {"HAS_SWA_LENS": True, "HAS_EXTRA": True, "HAS_EXTRA_LENS": True}
-        for swa, extra, split in decode_scopes(heads):
+        for swa, extra, split, local in decode_scopes(heads):
             shape = config.decode_config(arch, heads, (swa, extra))
             block = {"BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k, "VALUE_DIM": 512, "HAS_SINK": True}
             constants = {
-                **block, **flags, "SPLIT": split, "TAIL": swa.head_dim - 512, "WIDE": False,
+                **block, **flags, "SPLIT": split, "TAIL": swa.head_dim - 512, "WIDE": False, "LOCAL": local,
                 "SWA": entry_format(swa, arch), "EXTRA": entry_format(extra, arch),
             }  # fmt: skip
-            label = f"[H={heads},{swa.name}+{extra.name},split={split}]"
+            label = f"[H={heads},{swa.name}+{extra.name},split={split},local={local}]"
             found.append(Case(decode.decode_kernel, constants, shape.options, ATTENTION_OUT, label=label))
     for head_dim in (512, 576):
         for most, shape in prefill_config.prefill_configs(arch, head_dim):
@@ -180,7 +180,7 @@ def cases(arch: str) -> list[Case]:
             label = f"[H<={most},D={head_dim}]"
             found.append(Case(prefill.prefill_kernel, constants, shape.options, ATTENTION_OUT, label=label))
     if arch == "sm_90":
-        found += [hopper_decode_case(*flags) for flags in ((False, False), (True, False), (True, True))]
+        found += [hopper_decode_case(*flags) for flags in ((0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1))]
         options = {"num_warps": prefill_hopper.NUM_WARPS}
         for index in ("*i32", "*i64"):
             for given in (False, True):
@@ -256,14 +256,15 @@ def logits_cases(arch: str) -> list[Case]:
     return found
 
 
-def hopper_decode_case(given: bool, split: bool) -> Case:
+def hopper_decode_case(given: int, split: int, local: int) -> Case:
     """With all optional arguments or none, int32 and int64 rows side by side."""
     constants = {
-        "HAS_SWA_LENS": given, "HAS_EXTRA_LENS": given, "HAS_SINK": given, "SPLIT": split, "BIG_PAGES": not given,
+        "HAS_SWA_LENS": bool(given), "HAS_EXTRA_LENS": bool(given), "HAS_SINK": bool(given), "SPLIT": bool(split),
+        "BIG_PAGES": not given, "LOCAL": bool(local),
         "RIGHT": decode_hopper.RIGHT_REGISTERS, "LOADER": decode_hopper.LOADER_REGISTERS,
     }  # fmt: skip
-    types = {**ATTENTION_OUT, "extra_indices_ptr": "*i64", "extra_lens_ptr": "*i64"}
-    label = f"[given={given},split={split}]"
+    types = {**ATTENTION_OUT, "extra_lens_ptr": "*i64", "extra_indices_ptr": "*i32" if local else "*i64"}
+    label = f"[given={given},split={split},local={local}]"
     return Case(decode_hopper.decode_hopper_kernel, constants, {"num_warps": 4}, types, label=label)
 
 
@@ -282,22 +283,23 @@ def gather_case(extra: layouts.CacheLayout, swa: layouts.CacheLayout, arch: str,
     return Case(kernel, constants, options, ATTENTION_OUT, label=f"[{extra.name}+{swa.name}]")
 
 
-def decode_scopes(heads: int) -> list[tuple[layouts.CacheLayout, layouts.CacheLayout, bool]]:
-    """(window layout, extra layout, split) of the decode compilations: every layout in one scope at least."""
+def decode_scopes(heads: int) -> list[tuple[layouts.CacheLayout, layouts.CacheLayout, bool, bool]]:
+    """(window layout, extra layout, split, local) of the decode compilations: every layout in one scope at least."""
     fnuz = layouts.DSV4.with_flavour("e4m3fnuz")
     found = [
-        (layouts.DSV4, layouts.DSV4, False),
-        (layouts.DSV4, layouts.DSV4, True),
-        (fnuz, layouts.DSV4, True),
-        (layouts.DSV41_FP8, layouts.DSV41_FP4, True),
-        (layouts.DSV32, layouts.TRTLLM_NATIVE, True),
+        (layouts.DSV4, layouts.DSV4, False, True),
+        (layouts.DSV4, layouts.DSV4, True, False),
+        (fnuz, layouts.DSV4, True, True),
+        (layouts.DSV41_FP8, layouts.DSV41_FP4, True, True),
+        (layouts.DSV32, layouts.TRTLLM_NATIVE, True, False),
     ]
     if heads > 8:
         found += [
-            (fnuz, fnuz, True),
-            (layouts.DSV41_FP8_SOA, layouts.UNIFORM_FP8, True),
-            (layouts.BF16_512, layouts.BF16_512, True),
-            (layouts.BF16_576, layouts.BF16_576, True),
+            (layouts.DSV4, layouts.DSV4, False, False),
+            (fnuz, fnuz, True, True),
+            (layouts.DSV41_FP8_SOA, layouts.UNIFORM_FP8, True, False),
+            (layouts.BF16_512, layouts.BF16_512, True, True),
+            (layouts.BF16_576, layouts.BF16_576, True, False),
         ]
     return found
 

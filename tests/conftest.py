@@ -63,7 +63,7 @@ def launched_as_on_a_gpu():
 
     def call(self, programs, tensors, numbers, constexprs, num_warps, **options):
         assert all(type(tensor) is torch.Tensor for tensor in tensors), [type(tensor) for tensor in tensors]
-        assert all(type(number) in (int, float) for number in (programs, *numbers)), numbers
+        assert all(type(number) in (int, float) for number in numbers), numbers
         return interpreted(self, programs, tensors, numbers, constexprs, num_warps, **options)
 
     Launcher.__call__ = call

@@ -26,9 +26,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import torch
-from sanitize import CAPACITY, DEVICE, cache_of, hostile
+from sanitize import CAPACITY, DEVICE, PAGES, cache_of, hostile
 from triton.compiler import make_backend
 
+import dsv4x
 from dsv4x import layouts
 from dsv4x.common.kernels import decode_hopper, prefill_hopper
 
@@ -210,13 +211,18 @@ def prefill_launches() -> list[Launch]:
 def decode_launches() -> list[Launch]:
     """Items enough that every program takes several, whole and split, with and without the extra cache."""
     swa, live = cache_of(layouts.DSV4)
-    extra = cache_of(layouts.DSV4)[0]
+    extra, filled = (cache_of(layouts.DSV4)[0] for _ in range(2))
+    every = torch.arange(CAPACITY, device=DEVICE)
+    dsv4x.quantize_and_insert_k_cache(torch.randn(CAPACITY, 512, device=DEVICE).bfloat16() / 4, filled, every)
+    table = torch.randint(-1, PAGES + 1, (3, PAGES), device=DEVICE).int()
     found: list[Launch] = []
     for tokens, heads in ((500, 1), (400, 64), (200, 65), (150, 128)):
         q = torch.randn(tokens, heads, 512, device=DEVICE).bfloat16()
-        for extra_width, given, sunk, splits in (
-            (320, False, False, 1), (320, True, True, 1), (None, True, True, 1), (30, False, False, 1),
-            (320, False, True, 3), (320, True, False, 3), (None, False, True, 2),
+        request, visible = (torch.randint(-1, most, (tokens,), device=DEVICE).int() for most in (4, CAPACITY + 9))
+        for extra_width, given, sunk, splits, mapped in (
+            (320, False, False, 1, False), (320, True, True, 1, False), (None, True, True, 1, False),
+            (30, False, False, 1, True), (320, False, True, 3, True), (320, True, False, 3, False),
+            (None, False, True, 2, False),
         ):  # fmt: skip
             swa_indices = hostile(tokens, 128, live)
             swa_lens = some_lens(tokens, 128) if given else None
@@ -224,12 +230,14 @@ def decode_launches() -> list[Launch]:
             if extra_width is not None:
                 lens = some_lens(tokens, extra_width) if given else None
                 indices = hostile(tokens, extra_width, live)
-                more = extra, indices.long() if given else indices, lens
+                more = filled if mapped else extra, indices.long() if given else indices, lens
             sink = torch.randn(heads, device=DEVICE) if sunk else None
 
-            def launch(q=q, given=(swa, swa_indices, swa_lens, *more, sink), splits=splits) -> Result:
+            local = (request, visible, table, PAGES) if mapped else None
+
+            def launch(q=q, given=(swa, swa_indices, swa_lens, *more, sink), splits=splits, local=local) -> Result:
                 out = torch.empty_like(q)
-                return out, decode_hopper.sparse_mla_decode(q, *given, 0.05, out, split_k=splits)
+                return out, decode_hopper.sparse_mla_decode(q, *given, 0.05, out, split_k=splits, local=local)
 
             found.append(launch)
     return found

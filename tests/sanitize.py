@@ -122,8 +122,10 @@ def sweep_steps() -> int:
         cache = extra if ratio > 1 else None
         want = dsv4x.sparse_mla_attention(q, swa, cache, meta, chosen, path="direct", kernel="reference")
         for path in paths_of(ratio):
-            compare(path, dsv4x.sparse_mla_attention(q, swa, cache, meta, chosen, path=path, kernel="triton"), want)
-            runs += 1
+            for name in attention_names("sparse_mla_decode"):
+                got = dsv4x.sparse_mla_attention(q, swa, cache, meta, chosen, path=path, kernel=name)
+                compare(f"{path} {name}", got, want)
+                runs += 1
     return runs
 
 

@@ -3,10 +3,13 @@
 import dataclasses
 
 import pytest
+import torch
 
+import dsv4x
 from dsv4x.common import costs, portable, registry
 from dsv4x.common.layouts import CacheSpec
 from dsv4x.common.registry import Problem, select
+from dsv4x.common.routing import step_kernel
 from dsv4x.cuda import flash_mla, gluon
 
 
@@ -81,6 +84,19 @@ def test_a_step_waits_for_the_longer_of_host_and_gpu():
     assert given.direct_us(10.0, 30.0, dataclasses.replace(asked, capturing=True), True) == 16
     assert given.gathered_us(10.0, 5.0, asked, True) == given.gathered_host[0] + 5
     assert given.gathered_us(100.0, 5.0, asked, False) == 108
+
+
+def test_a_kernel_that_spares_the_step_a_launch_may_be_slower_itself(records):
+    decoding = decode_problem(tokens=64, capturing=False)
+    flash, own = (registry._kernels["sparse_mla_decode"][name] for name in ("flash_mla", "gluon"))
+    assert flash.call_us(decoding) < own.call_us(decoding)
+    assert step_kernel("direct", decoding, None, None)[0] is flash
+    topk = torch.zeros(64, 512, dtype=torch.int32)
+    record, us = step_kernel("direct", decoding, None, topk)
+    assert record is own
+    assert us < step_kernel("direct", decoding, None, topk, "flash_mla")[1]
+    with pytest.raises(dsv4x.KernelNotSupported, match="no kernel can run this problem"):
+        step_kernel("direct", decode_problem(layout="indexer fp8"), None, topk)
 
 
 def test_without_flash_mla_it_is_chosen(records):

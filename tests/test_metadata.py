@@ -382,20 +382,9 @@ def test_the_path_is_chosen_by_prediction_and_bounded_by_the_workspace(make_step
     rows = min(63, sum(meta.compressed_counts)) + sum(meta.gather_counts)
     assert (referenced.op, referenced.rows, referenced.tokens) == ("sparse_mla_prefill", rows, 9)
 
-    class Fixed:
-        name = "reference"
-
-        def __init__(self, us):
-            self.us = us
-
-        def predicted_us(self, problem):
-            return self.us
-
-        def host_us(self, problem):
-            return 0.0
-
     times = {"sparse_mla_decode": 0.0, "sparse_mla_prefill": 0.0}
-    monkeypatch.setattr(routing, "select", lambda problem, kernel: Fixed(times[problem.op]))
+    record = registry.find("sparse_mla_prefill", "reference")
+    monkeypatch.setattr(routing, "step_kernel", lambda path, problem, *_: (record, times[problem.op]))
     assert choose_path(*arguments) == "direct"
     times["sparse_mla_decode"] = 1e9
     assert choose_path(*arguments) == "gathered"

@@ -14,7 +14,7 @@ from .compaction import gather_referenced_rows
 from .layouts import PagedCache
 from .prefill_chunk import SparsePrefillChunkCache
 from .registry import Kernel, Problem, call_on, select
-from .routing import PATHS, choose_path, path_problems
+from .routing import PATHS, choose_path, path_problems, step_kernel
 from .sparse_mla import attend, check_cache, check_heads, check_rest, scale_of
 
 HEAD_DIM = 512
@@ -404,13 +404,14 @@ def _plan(
         path = choose_path(q, swa_cache, extra_cache, meta, topk_indices, kernel, chunk, return_lse)
     problems = path_problems(q, swa_cache, extra_cache, meta, topk_indices, chunk, return_lse)
     problem = problems[path]
+    attend, _ = step_kernel(path, problem, meta, topk_indices, kernel)
     index_op = "combine_topk_swa_indices" if path == "gathered" else "local_to_slots"
     index = Problem.on(index_op, q.device, tokens=problem.tokens, width=problem.width)
     gathering = [
         Problem.on(op, q.device, tokens=problem.rows, caches=problems["direct"].caches)
         for op in ("gather_workspace", "gather_and_combine")
     ]
-    return _Plan(path, select(problem, kernel), select(index), *map(select, gathering))
+    return _Plan(path, attend, select(index), *map(select, gathering))
 
 
 def _direct(
@@ -425,7 +426,11 @@ def _direct(
             # Only C128 is cut, whose slot rows are then made a block at a time.
             assert extra_lens is not None
             q, swa_indices, swa_lens, extra_lens = q[block], swa_indices[block], swa_lens[block], extra_lens[block]
-        if topk_indices is not None:
+        options: dict[str, Any] = {}
+        if topk_indices is not None and plan.attend.remaps:
+            extra_indices = topk_indices
+            options["local"] = (meta.request, meta.visible, meta.extra_block_table, meta.extra_pages)
+        elif topk_indices is not None:
             width = topk_indices.shape[1]
             extra_indices = torch.empty(topk_indices.shape, dtype=torch.int32, device=q.device)
             plan.remap.run(
@@ -441,7 +446,7 @@ def _direct(
             plan.attend, q, layer.swa_cache, swa_indices, swa_lens, layer.extra_cache, extra_indices, extra_lens,
             layer.attn_sink, layer.scale, results.buffer(block),
             trusted_indices=True, schedule=meta._schedule.setdefault(block.start, {"captured": meta._captured}),
-            swa_k_scale=layer.swa_k_scale, extra_k_scale=layer.extra_k_scale, return_lse=layer.return_lse,
+            swa_k_scale=layer.swa_k_scale, extra_k_scale=layer.extra_k_scale, return_lse=layer.return_lse, **options,
         ))  # fmt: skip
     return results.all()
 

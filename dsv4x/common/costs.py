@@ -37,10 +37,10 @@ class StepCosts:
     gathered_host: tuple[float, float] = (60.0, 45.0)
     referenced_host: float = 200.0
 
-    def direct_us(self, kernel_us: float, host_us: float, problem: Problem, indexed: bool) -> float:
-        """A step that reads pages in place: top-k remapped, then the kernel."""
-        remap = self.remap[0] + self.remap[1] * problem.tokens * problem.extra_width if indexed else 0.0
-        return max(_host(problem, self.direct_host[0 if indexed else 1], host_us), remap + kernel_us)
+    def direct_us(self, kernel_us: float, host_us: float, problem: Problem, remapped: bool) -> float:
+        """A step that reads pages in place: top-k remapped before, unless there is none or the kernel does, then it."""
+        remap = self.remap[0] + self.remap[1] * problem.tokens * problem.extra_width if remapped else 0.0
+        return max(_host(problem, self.direct_host[0 if remapped else 1], host_us), remap + kernel_us)
 
     def gathered_us(self, kernel_us: float, host_us: float, problem: Problem, indexed: bool) -> float:
         """A step that gathers ``problem.rows`` rows, combines index rows (shared by the layers without an indexer)."""

@@ -123,6 +123,7 @@ def _pair(
                 library=TRITON,
                 devices=("cuda", "cpu"),
                 fixed_splits=op == "sparse_mla_decode",
+                remaps=op == "sparse_mla_decode",
                 host_us=functools.partial(costs.kernel_host_us, kernel="triton"),
                 further_reasons=_triton_reasons,
             )

@@ -98,6 +98,7 @@ class Kernel:
         capture_safe: may run inside CUDA / HIP graph capture.
         lse_optional: whether ``run`` takes ``return_lse`` and may leave the lse out; the others always make one.
         fixed_splits: whether ``run`` takes ``split_k``, and a row's result then depends on nothing else in the batch.
+        remaps: whether ``run`` takes ``local``, with which extra indices are local entries, and it makes slots of them.
         by_name_only: why it runs only when asked for by name, such as results less exact than the others'; empty where
             prediction may choose it.
         host_us: predicted microseconds of the host for an eager call of the op; 0 where nothing was measured.
@@ -117,6 +118,7 @@ class Kernel:
     capture_safe: bool = True
     lse_optional: bool = False
     fixed_splits: bool = False
+    remaps: bool = False
     by_name_only: str = ""
     host_us: Callable[[Problem], float] = lambda problem: 0.0
     further_reasons: Callable[[Problem], Iterable[str]] = lambda problem: ()

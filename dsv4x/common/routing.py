@@ -18,7 +18,7 @@ from . import indices
 from .costs import step_costs
 from .errors import BackendUnavailable, KernelNotSupported
 from .layouts import PagedCache
-from .registry import Kernel, Problem, select
+from .registry import Kernel, Problem, explain, kernels, select
 
 if TYPE_CHECKING:
     from .attention import AttentionMetadata
@@ -147,7 +147,7 @@ def _explain(
 ) -> tuple[StepExplanation, list[Exception]]:
     chunk = chunk or meta.chunk
     problems = path_problems(q, swa_cache, extra_cache, meta, topk_indices, chunk, return_lse)
-    kernels: dict[str, str] = {}
+    names: dict[str, str] = {}
     predicted: dict[str, float] = {}
     others = [path for path in PATHS if path not in paths_of(meta.compress_ratio)]
     refused = dict.fromkeys(others, f"compress_ratio is {meta.compress_ratio}, need 4")
@@ -158,15 +158,29 @@ def _explain(
             refused[path] = reason
             continue
         try:
-            record = select(problem, kernel)
+            record, predicted[path] = step_kernel(path, problem, meta, topk_indices, kernel)
         except (KernelNotSupported, BackendUnavailable) as error:
             refused[path] = str(error)
             errors.append(error)
             continue
-        kernels[path] = record.name
-        predicted[path] = _predicted_us(path, record, problem, meta, topk_indices)
+        names[path] = record.name
     chosen = min(predicted, key=predicted.__getitem__, default=None)
-    return StepExplanation(chosen, kernels, predicted, refused), errors
+    return StepExplanation(chosen, names, predicted, refused), errors
+
+
+def step_kernel(
+    path: str, problem: Problem, meta: AttentionMetadata, topk_indices: torch.Tensor | None, kernel: str | None = None
+) -> tuple[Kernel, float]:
+    """The attention kernel of a path, and the step's predicted microseconds: the one named, or the step's fastest.
+
+    A step may be faster with a kernel whose own time is longer, if that spares the step a launch. Raises as
+    :func:`~dsv4x.common.registry.select`.
+    """
+    candidates = explain(problem).predicted_us if kernel is None else {}
+    records = [record for record in kernels(problem.op) if record.name in candidates] or [select(problem, kernel)]
+    times = [_predicted_us(path, record, problem, meta, topk_indices) for record in records]
+    best = times.index(min(times))
+    return records[best], times[best]
 
 
 def _refusal(
@@ -197,7 +211,7 @@ def _predicted_us(
     costs, indexed = step_costs(problem.arch), topk_indices is not None
     times = record.predicted_us(problem), record.host_us(problem)
     if path == "direct":
-        return costs.direct_us(*times, problem, indexed)
+        return costs.direct_us(*times, problem, indexed and not record.remaps)
     if path == "gathered":
         return costs.gathered_us(*times, problem, indexed)
     assert topk_indices is not None

@@ -69,15 +69,19 @@ def decode(
     swa_k_scale: float = 1.0,
     extra_k_scale: float = 1.0,
     split_k: int | None = None,
+    local: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arguments as in :func:`dsv4x.sparse_mla_decode`. It checks indices in the kernel, and schedules nothing."""
+    """Arguments as in :func:`dsv4x.sparse_mla_decode`. It checks indices in the kernel, and schedules nothing.
+
+    With ``local``, which is the ``Local`` of the Triton kernel, extra indices are local entries.
+    """
     from ..common.kernels.decode_hopper import sparse_mla_decode
 
     if out is None:
         out = torch.empty(*q.shape[:2], VALUE_DIM, dtype=q.dtype, device=q.device)
     return out, sparse_mla_decode(
         q, swa_cache, swa_indices, swa_lens, extra_cache, extra_indices, extra_lens, attn_sink, softmax_scale, out,
-        split_k=split_k,
+        split_k=split_k, local=local,
     )  # fmt: skip
 
 
@@ -134,6 +138,7 @@ def register_kernels() -> None:
             archs=("sm_90",),
             layouts=("DSv4",),
             fixed_splits=True,
+            remaps=True,
             host_us=host_us,
             further_reasons=_decode_reasons,
         )

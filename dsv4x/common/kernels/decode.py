@@ -12,6 +12,7 @@ from ..layouts import PagedCache
 from ..platform import platform
 from .config import decode_config, num_splits
 from .entries import entry_format, load_entries
+from .indices import slots_of
 from .launch import Launcher
 from .portability import to_bf16
 from .softmax import LN2, LOG2E, apply_sink, attend_block, finish, load_q
@@ -19,12 +20,24 @@ from .softmax import LN2, LOG2E, apply_sink, attend_block, finish, load_q
 REDUCED_AT_ONCE = 16
 """Splits whose partial outputs are loaded together."""
 
+Local = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
+"""What makes slots of local entries: int32 ``[T]`` request and number of visible entries of each token, int32
+``[R, m]`` block table, pages in the pool."""
+
 
 @triton.jit
-def _load_slots(indices_ptr, offset, span, capacity, WIDE: tl.constexpr):
-    """Slots at ``offset`` of a row; -1 past its span and for every index that is no entry."""
+def _load_slots(
+    indices_ptr, offset, span, capacity, table_ptr, columns, page_size, pages, WIDE: tl.constexpr, LOCAL: tl.constexpr
+):  # fmt: skip
+    """Slots at ``offset`` of a row; -1 past its span and for every index that is no entry.
+
+    ``LOCAL``: the row holds local entries, of which the request has ``capacity``, and its block table makes them slots.
+    """
     slots = tl.load(indices_ptr + offset, mask=offset < span, other=-1)
-    slots = tl.where((slots >= 0) & (slots < capacity), slots, -1)
+    if LOCAL:
+        slots = slots_of(slots, slots < capacity, table_ptr, columns, page_size, pages)
+    else:
+        slots = tl.where((slots >= 0) & (slots < capacity), slots, -1)
     if WIDE:
         return slots.to(tl.int64)
     else:
@@ -35,13 +48,20 @@ def _load_slots(indices_ptr, offset, span, capacity, WIDE: tl.constexpr):
 @triton.jit
 def _attend_scope(
     q, q_tail, m, l, acc, scale, cache_ptr, indices_ptr, span, first, last, capacity, page_size, page_stride, k_scale,
-    BLOCK_K: tl.constexpr, VALUE_DIM: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr, FORMAT: tl.constexpr,
+    table_ptr, columns, pages,
+    BLOCK_K: tl.constexpr, VALUE_DIM: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr, LOCAL: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Fold blocks ``first`` to ``last`` of one scope into the running softmax."""
     column = tl.arange(0, BLOCK_K)
-    slots = _load_slots(indices_ptr, first * BLOCK_K + column, span, capacity, WIDE)
+    slots = _load_slots(
+        indices_ptr, first * BLOCK_K + column, span, capacity, table_ptr, columns, page_size, pages, WIDE, LOCAL
+    )
     for block in range(first, last):
-        upcoming = _load_slots(indices_ptr, (block + 1) * BLOCK_K + column, span, capacity, WIDE)
+        upcoming = _load_slots(
+            indices_ptr, (block + 1) * BLOCK_K + column, span, capacity, table_ptr, columns, page_size, pages,
+            WIDE, LOCAL,
+        )  # fmt: skip
         stand_in = tl.max(slots, axis=0)
         if stand_in >= 0:
             valid = slots >= 0
@@ -56,17 +76,17 @@ def _attend_scope(
     return m, l, acc
 
 
-@triton.jit(do_not_specialize=["heads", "splits"])
+@triton.jit(do_not_specialize=["heads", "splits", "requests", "table_columns", "table_stride", "table_pages"])
 def decode_kernel(
     q_ptr, swa_ptr, swa_indices_ptr, swa_lens_ptr, extra_ptr, extra_indices_ptr, extra_lens_ptr, sink_ptr,
-    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
-    heads, splits, scale, swa_k_scale, extra_k_scale,
+    request_ptr, visible_ptr, table_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
+    requests, table_columns, table_stride, table_pages, heads, splits, scale, swa_k_scale, extra_k_scale,
     q_stride_t, q_stride_h, out_stride_t, out_stride_h,
     swa_width, swa_indices_stride, swa_capacity, swa_page_size, swa_page_stride,
     extra_width, extra_indices_stride, extra_capacity, extra_page_size, extra_page_stride,
     HAS_SWA_LENS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_EXTRA_LENS: tl.constexpr, HAS_SINK: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, VALUE_DIM: tl.constexpr, TAIL: tl.constexpr,
-    WIDE: tl.constexpr, SWA: tl.constexpr, EXTRA: tl.constexpr,
+    WIDE: tl.constexpr, LOCAL: tl.constexpr, SWA: tl.constexpr, EXTRA: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
@@ -95,14 +115,21 @@ def decode_kernel(
     m, l, acc = _attend_scope(
         q, q_tail, m, l, acc, scale * LOG2E, swa_ptr, swa_indices_ptr + token * swa_indices_stride, swa_span,
         first, tl.minimum(last, swa_blocks), swa_capacity, swa_page_size, swa_page_stride, swa_k_scale,
-        BLOCK_K, VALUE_DIM, TAIL, WIDE, SWA,
+        table_ptr, table_columns, table_pages, BLOCK_K, VALUE_DIM, TAIL, WIDE, False, SWA,
     )  # fmt: skip
     if HAS_EXTRA:
+        table = table_ptr
+        extra_limit = extra_capacity
+        if LOCAL:
+            request = tl.load(request_ptr + token)
+            known = (request >= 0) & (request < requests)
+            table += tl.where(known, request, 0).to(tl.int64) * table_stride
+            extra_limit = tl.where(known, tl.load(visible_ptr + token), 0)
         m, l, acc = _attend_scope(
             q, q_tail, m, l, acc, scale * LOG2E, extra_ptr, extra_indices_ptr + token * extra_indices_stride,
             extra_span, tl.maximum(first - swa_blocks, 0), last - swa_blocks,
-            extra_capacity, extra_page_size, extra_page_stride, extra_k_scale,
-            BLOCK_K, VALUE_DIM, TAIL, WIDE, EXTRA,
+            extra_limit, extra_page_size, extra_page_stride, extra_k_scale,
+            table, table_columns, table_pages, BLOCK_K, VALUE_DIM, TAIL, WIDE, LOCAL, EXTRA,
         )  # fmt: skip
 
     out, lse = finish(m, l, acc)
@@ -154,7 +181,7 @@ def reduce_kernel(
     tl.store(lse_ptr + token * heads + head, lse)
 
 
-_launch_reduce = Launcher(reduce_kernel)
+_launch, _launch_reduce = Launcher(decode_kernel), Launcher(reduce_kernel)
 
 
 def reduce_partials(
@@ -190,8 +217,12 @@ def sparse_mla_decode(
     swa_k_scale: float = 1.0,
     extra_k_scale: float = 1.0,
     split_k: int | None = None,
+    local: Local | None = None,
 ) -> torch.Tensor:
-    """Launch over ``q [T, H, D]``; writes ``out [T, H, V]`` and returns lse float32 ``[T, H]``."""
+    """Launch over ``q [T, H, D]``; writes ``out [T, H, V]`` and returns lse float32 ``[T, H]``.
+
+    With ``local``, ``extra_indices`` are local entries.
+    """
     tokens, heads, head_dim = q.shape
     value_dim = out.shape[2]
     limits = platform.limits(q.device)
@@ -210,20 +241,26 @@ def sparse_mla_decode(
         partial_lse = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
     else:
         partial = partial_lse = lse
-    decode_kernel[(tokens, head_blocks, splits)](
-        q, swa_cache.data, swa_indices, swa_lens if swa_lens is not None else lse,
-        e_cache.data, e_indices, extra_lens if extra_lens is not None else lse,
-        attn_sink if attn_sink is not None else lse,
-        out, lse, partial, partial_lse,
-        heads, splits, softmax_scale, swa_k_scale, extra_k_scale,
-        q.stride(0), q.stride(1), out.stride(0), out.stride(1),
-        swa_indices.shape[1], swa_indices.stride(0), swa_cache.capacity, swa_cache.page_size, swa_cache.page_stride,
-        e_indices.shape[1], e_indices.stride(0), e_cache.capacity, e_cache.page_size, e_cache.page_stride,
-        HAS_SWA_LENS=swa_lens is not None, HAS_EXTRA=extra is not None, HAS_EXTRA_LENS=extra_lens is not None,
-        HAS_SINK=attn_sink is not None, SPLIT=splits > 1, BLOCK_H=config.block_h, BLOCK_K=config.block_k,
-        VALUE_DIM=value_dim, TAIL=head_dim - value_dim,
-        WIDE=max(swa_cache.capacity, e_cache.capacity) > 2**31 - 1,
-        SWA=entry_format(swa_cache.layout, limits.arch), EXTRA=entry_format(e_cache.layout, limits.arch),
+    request, visible, table, pages = local if local is not None else (lse, lse, e_indices, 0)
+    _launch(
+        (tokens, head_blocks, splits),
+        (
+            q, swa_cache.data, swa_indices, swa_lens if swa_lens is not None else lse,
+            e_cache.data, e_indices, extra_lens if extra_lens is not None else lse,
+            attn_sink if attn_sink is not None else lse, request, visible, table, out, lse, partial, partial_lse,
+        ),
+        (
+            *table.shape, table.stride(0), pages, heads, splits, softmax_scale, swa_k_scale, extra_k_scale,
+            q.stride(0), q.stride(1), out.stride(0), out.stride(1), swa_indices.shape[1], swa_indices.stride(0),
+            swa_cache.capacity, swa_cache.page_size, swa_cache.page_stride,
+            e_indices.shape[1], e_indices.stride(0), e_cache.capacity, e_cache.page_size, e_cache.page_stride,
+        ),
+        (
+            swa_lens is not None, extra is not None, extra_lens is not None, attn_sink is not None, splits > 1,
+            config.block_h, config.block_k, value_dim, head_dim - value_dim,
+            max(swa_cache.capacity, e_cache.capacity) > 2**31 - 1, local is not None,
+            entry_format(swa_cache.layout, limits.arch), entry_format(e_cache.layout, limits.arch),
+        ),
         **config.options,
     )  # fmt: skip
     if splits > 1:

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..layouts import PagedCache
 from ..platform import platform
 from .config import num_splits
-from .decode import reduce_partials
+from .decode import Local, reduce_partials
 from .launch import Launcher
 
 BLOCK_H = gl.constexpr(64)
@@ -88,11 +88,21 @@ def _item(item, head_blocks, splits, swa, extra, HAS_SWA_LENS: gl.constexpr, HAS
 
 
 @gluon.jit
-def _load_slots(indices_ptr, block, row, span, capacity):
-    """int32 slots of a block of a row; -1 for what is no entry."""
+def _load_slots(indices_ptr, block, row, span, capacity, page_size, table, LOCAL: gl.constexpr):
+    """int32 slots of a block of a row; -1 for what is no entry.
+
+    ``LOCAL``: the row holds local entries, of which the request has ``capacity``, and its block table makes them slots.
+    """
     offset = block * BLOCK_K + row
-    slots = gl.load(indices_ptr + offset, mask=offset < span, other=-1)
-    return gl.where((slots >= 0) & (slots < capacity), slots, -1).to(gl.int32)
+    index = gl.load(indices_ptr + offset, mask=offset < span, other=-1)
+    index = gl.where((index >= 0) & (index < capacity), index, -1).to(gl.int32)
+    if LOCAL:
+        column = index // page_size
+        held = (index >= 0) & (column < table[1])
+        page = gl.load(table[0] + column, mask=held, other=-1)
+        # Slots are 32-bit: the record takes no larger pool.
+        index = gl.where(held & (page >= 0) & (page < table[2]), page * page_size + (index - column * page_size), -1)
+    return index
 
 
 @gluon.jit
@@ -114,7 +124,10 @@ def _decode_tile(codes, scales, TILE: gl.constexpr):
 
 
 @gluon.jit
-def _load_scope(scope, token, span, first, last, count, k_smem, bias_smem, k_full, k_empty, BIG_PAGES: gl.constexpr):
+def _load_scope(
+    scope, table, token, span, first, last, count, k_smem, bias_smem, k_full, k_empty,
+    BIG_PAGES: gl.constexpr, LOCAL: gl.constexpr,
+):  # fmt: skip
     """Gather and decode blocks ``first`` to ``last`` of a scope; returns how many blocks the loader has left so far."""
     CODES: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
     cache_ptr, indices_ptr, _, _, indices_stride, capacity, page_size, page_stride = scope
@@ -123,7 +136,7 @@ def _load_scope(scope, token, span, first, last, count, k_smem, bias_smem, k_ful
     indices_ptr += token * indices_stride
     row = gl.arange(0, BLOCK_K, gl.SliceLayout(1, CODES))
     column = gl.arange(0, 64, gl.SliceLayout(0, CODES))[None, :]
-    slots = _load_slots(indices_ptr, first, row, span, capacity)
+    slots = _load_slots(indices_ptr, first, row, span, capacity, page_size, table, LOCAL)
     for block in range(first, last):
         valid = slots >= 0
         safe = gl.where(valid, slots, 0)
@@ -147,7 +160,7 @@ def _load_scope(scope, token, span, first, last, count, k_smem, bias_smem, k_ful
         codes6 = gl.load(codes + 384, mask=mask, other=0)
         rope = gl.load((data + 448).to(gl.pointer_type(gl.bfloat16))[:, None] + column, mask=mask, other=0.0)
         scales = gl.load((base + (scale_base + entry * 8)).to(gl.pointer_type(gl.int64)), mask=valid, other=0)
-        slots = _load_slots(indices_ptr, block + 1, row, span, capacity)
+        slots = _load_slots(indices_ptr, block + 1, row, span, capacity, page_size, table, LOCAL)
         stage = count % STAGES
         if count >= STAGES:
             mbarrier.wait(k_empty.index(stage), (count // STAGES - 1) & 1)
@@ -168,9 +181,23 @@ def _load_scope(scope, token, span, first, last, count, k_smem, bias_smem, k_ful
 
 
 @gluon.jit
+def _of_request(extra, local, token, LOCAL: gl.constexpr):
+    """The extra scope of a token, and its request's ``(block-table row, columns, pages)``."""
+    table = (local[2], local[4], local[6])
+    if LOCAL:
+        request = gl.load(local[0] + token)
+        known = (request >= 0) & (request < local[3])
+        visible = gl.where(known, gl.load(local[1] + token), 0)
+        row = local[2] + gl.where(known, request, 0).to(gl.int64) * local[5]
+        extra = (extra[0], extra[1], extra[2], extra[3], extra[4], visible, extra[6], extra[7])
+        table = (row, local[4], local[6])
+    return extra, table
+
+
+@gluon.jit
 def _loader(
-    items, head_blocks, splits, swa, extra, k_smem, bias_smem, k_full, k_empty,
-    HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr, BIG_PAGES: gl.constexpr,
+    items, head_blocks, splits, swa, extra, local, k_smem, bias_smem, k_full, k_empty,
+    HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr, BIG_PAGES: gl.constexpr, LOCAL: gl.constexpr,
 ):  # fmt: skip
     count = gl.to_tensor(0)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
@@ -178,12 +205,13 @@ def _loader(
             item, head_blocks, splits, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS
         )
         count = _load_scope(
-            swa, token, swa_span, first, gl.minimum(last, swa_blocks), count,
-            k_smem, bias_smem, k_full, k_empty, BIG_PAGES,
+            swa, local, token, swa_span, first, gl.minimum(last, swa_blocks), count,
+            k_smem, bias_smem, k_full, k_empty, BIG_PAGES, False,
         )  # fmt: skip
+        scope, table = _of_request(extra, local, token, LOCAL)
         count = _load_scope(
-            extra, token, extra_span, gl.maximum(first - swa_blocks, 0), last - swa_blocks, count,
-            k_smem, bias_smem, k_full, k_empty, BIG_PAGES,
+            scope, table, token, extra_span, gl.maximum(first - swa_blocks, 0), last - swa_blocks, count,
+            k_smem, bias_smem, k_full, k_empty, BIG_PAGES, LOCAL,
         )  # fmt: skip
 
 
@@ -360,18 +388,20 @@ _UNSPECIALIZED = (
     "items", "heads", "head_blocks", "splits",
     "swa_width", "swa_indices_stride", "swa_capacity", "swa_page_size", "swa_page_stride",
     "extra_width", "extra_indices_stride", "extra_capacity", "extra_page_size", "extra_page_stride",
+    "requests", "table_columns", "table_stride", "table_pages",
 )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_UNSPECIALIZED)
 def decode_hopper_kernel(
     q_ptr, swa_ptr, swa_indices_ptr, swa_lens_ptr, extra_ptr, extra_indices_ptr, extra_lens_ptr, sink_ptr,
-    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
+    request_ptr, visible_ptr, table_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     items, heads, head_blocks, splits, scale, q_stride_t, q_stride_h, out_stride_t, out_stride_h,
     swa_width, swa_indices_stride, swa_capacity, swa_page_size, swa_page_stride,
     extra_width, extra_indices_stride, extra_capacity, extra_page_size, extra_page_stride,
+    requests, table_columns, table_stride, table_pages,
     HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr, HAS_SINK: gl.constexpr, SPLIT: gl.constexpr,
-    BIG_PAGES: gl.constexpr, RIGHT: gl.constexpr, LOADER: gl.constexpr,
+    BIG_PAGES: gl.constexpr, LOCAL: gl.constexpr, RIGHT: gl.constexpr, LOADER: gl.constexpr,
 ):  # fmt: skip
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -400,6 +430,7 @@ def decode_hopper_kernel(
         extra_ptr, extra_indices_ptr, extra_lens_ptr, extra_width,
         extra_indices_stride, extra_capacity, extra_page_size, extra_page_stride,
     )  # fmt: skip
+    local = (request_ptr, visible_ptr, table_ptr, requests, table_columns, table_stride, table_pages)
     q = (q_ptr, q_stride_t, q_stride_h)
     out = (out_ptr, out_stride_t, out_stride_h, partial_ptr)
     gl.warp_specialize(
@@ -415,8 +446,8 @@ def decode_hopper_kernel(
                 HAS_SWA_LENS, HAS_EXTRA_LENS, SPLIT,
             )),
             (_loader, (
-                items, head_blocks, splits, swa, extra, k_smem, bias_smem, k_full, k_empty,
-                HAS_SWA_LENS, HAS_EXTRA_LENS, BIG_PAGES,
+                items, head_blocks, splits, swa, extra, local, k_smem, bias_smem, k_full, k_empty,
+                HAS_SWA_LENS, HAS_EXTRA_LENS, BIG_PAGES, LOCAL,
             )),
         ],
         [4, 4],
@@ -440,10 +471,12 @@ def sparse_mla_decode(
     out: torch.Tensor,
     *,
     split_k: int | None = None,
+    local: Local | None = None,
 ) -> torch.Tensor:
     """Launch over ``q [T, H, 512]`` and DSv4 pages; writes ``out [T, H, 512]`` and returns lse float32 ``[T, H]``.
 
     Of ``split_k``, None lets the shapes decide; a number makes a row's result independent of the rest of the batch.
+    With ``local``, ``extra_indices`` are local entries.
     """
     tokens, heads, _ = q.shape
     multiprocessors = platform.limits(q.device).multiprocessors
@@ -462,22 +495,24 @@ def sparse_mla_decode(
         partial = torch.empty(tokens, heads, splits, 512, dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
     items = tokens * head_blocks * splits
+    request, visible, table, pages = local if local is not None else (lse, lse, extra_indices, 0)
     _launch(
         min(items, multiprocessors),
         (
             q, swa_cache.data, swa_indices, lse if swa_lens is None else swa_lens,
             extra_cache.data, extra_indices, lse if extra_lens is None else extra_lens,
-            lse if attn_sink is None else attn_sink, out, lse, partial, partial_lse,
+            lse if attn_sink is None else attn_sink, request, visible, table, out, lse, partial, partial_lse,
         ),
         (
             items, heads, head_blocks, splits, softmax_scale, q.stride(0), q.stride(1), out.stride(0), out.stride(1),
             swa_indices.shape[1], swa_indices.stride(0), swa_cache.capacity, swa_cache.page_size,
             swa_cache.page_stride, extra_width, extra_indices.stride(0), extra_cache.capacity, extra_cache.page_size,
-            extra_cache.page_stride,
+            extra_cache.page_stride, *table.shape, table.stride(0), pages,
         ),
         (
             swa_lens is not None, extra_lens is not None, attn_sink is not None, splits > 1,
-            max(swa_cache.page_size, extra_cache.page_size) * 584 >= 2**31, RIGHT_REGISTERS, LOADER_REGISTERS,
+            max(swa_cache.page_size, extra_cache.page_size) * 584 >= 2**31, local is not None,
+            RIGHT_REGISTERS, LOADER_REGISTERS,
         ),
         4,
     )  # fmt: skip

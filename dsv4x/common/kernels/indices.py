@@ -32,7 +32,7 @@ def _position_of(query_start_loc_ptr, seq_lens_ptr, requests, token):
 
 
 @triton.jit
-def _slots_of(local, valid, table_ptr, columns, page_size, pages):
+def slots_of(local, valid, table_ptr, columns, page_size, pages):
     """Slots (int64) of entries ``local`` through one request's block-table row; -1 where there is none."""
     column = local // page_size
     valid = valid & (local >= 0) & (column < columns)
@@ -63,7 +63,7 @@ def window_slots_kernel(
     span = tl.minimum(position + 1, window_size)
     offset = tl.arange(0, BLOCK)
     local = position - span + 1 + offset
-    slots = _slots_of(local, offset < span, table, table_columns, page_size, pages)
+    slots = slots_of(local, offset < span, table, table_columns, page_size, pages)
     tl.store(out_ptr + token.to(tl.int64) * out_stride + offset, slots.to(tl.int32), mask=offset < window_size)
     tl.store(lens_ptr + token, span)
 
@@ -93,7 +93,7 @@ def local_to_slots_kernel(
     for start in range(0, width, BLOCK):
         offset = start + tl.arange(0, BLOCK)
         local = tl.load(local_ptr + token * local_stride + offset, mask=offset < width, other=-1)
-        slots = _slots_of(local, local < limit, table, table_columns, page_size, pages)
+        slots = slots_of(local, local < limit, table, table_columns, page_size, pages)
         tl.store(out_ptr + token * out_stride + offset, slots.to(tl.int32), mask=offset < width)
 
 

@@ -56,7 +56,7 @@ class Launcher:
 
     def __call__(
         self,
-        programs: int,
+        programs: int | tuple[int, int, int],
         tensors: tuple[torch.Tensor, ...],
         numbers: tuple[float, ...],
         constexprs: tuple[Hashable, ...],
@@ -74,7 +74,8 @@ class Launcher:
                 key = (torch.cuda.current_device(), dtypes, numbers, constexprs, num_warps, *options.items())
                 compiled = self._compiled.get(key)
                 if compiled is not None:
-                    compiled[(programs, 1, 1)](*addresses, *numbers, *constexprs)
+                    grid = (programs, 1, 1) if isinstance(programs, int) else programs
+                    compiled[grid](*addresses, *numbers, *constexprs)
                     return
                 if len(self._compiled) >= _MOST:
                     self._compiled.clear()
@@ -83,6 +84,7 @@ class Launcher:
         self._launch(programs, tensors, numbers, constexprs, num_warps, options)
 
     def _launch(
-        self, programs: int, tensors: Any, numbers: Any, constexprs: Any, num_warps: int, options: dict[str, int]
+        self, programs: Any, tensors: Any, numbers: Any, constexprs: Any, num_warps: int, options: dict[str, int]
     ) -> Any:
-        return self.kernel[(programs,)](*tensors, *numbers, *constexprs, num_warps=num_warps, **options)
+        grid = (programs,) if isinstance(programs, int) else programs
+        return self.kernel[grid](*tensors, *numbers, *constexprs, num_warps=num_warps, **options)
