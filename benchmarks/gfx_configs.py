@@ -3,7 +3,8 @@
 No AMD GPU is needed or used: nothing here is a timing. A candidate must fit the arch's LDS, must not spill and must use
 MFMA, with Triton 3.6 as with 3.9; among those the one with the least estimated issue time an entry and head is taken,
 one for all layouts of a kind. The estimate counts the hottest loop, 16 cycles an MFMA and 4 another instruction,
-side by side where two waves fit a SIMD and one after the other where one does.
+side by side where two waves fit a SIMD and one after the other where one does. Of V4's layouts it is the variant that
+makes slots of top-k itself.
 
 Usage: python benchmarks/gfx_configs.py [--choose] --out docs/gfx.md
 """
@@ -65,7 +66,7 @@ def measure(arch: str, pair: tuple[CacheLayout, CacheLayout], heads: int, shape:
     constants = {
         "HAS_SWA_LENS": True, "HAS_EXTRA": True, "HAS_EXTRA_LENS": True, "HAS_SINK": True, "SPLIT": True,
         "BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k, "VALUE_DIM": 512, "TAIL": swa.head_dim - 512,
-        "WIDE": False, "SWA": entry_format(swa, arch), "EXTRA": entry_format(extra, arch),
+        "WIDE": False, "LOCAL": swa.head_dim == 512, "SWA": entry_format(swa, arch), "EXTRA": entry_format(extra, arch),
     }  # fmt: skip
     case = compiling.Case(decode.decode_kernel, constants, shape.options, compiling.ATTENTION_OUT)
     try:
@@ -100,6 +101,19 @@ def row(arch: str, pair: tuple[CacheLayout, CacheLayout], heads: int, shape: con
     return "| " + " | ".join(map(str, fields)) + " |"
 
 
+def other_products() -> list[tuple[str, str]]:
+    """(arch, case) of the kernels with matrix products besides decode."""
+    found = ((arch, case.name) for arch in ARCHS for case in compiling.cases(arch))
+    return [(arch, name) for arch, name in found if name.startswith(("prefill", "paged_mqa_logits", "mqa_logits"))]
+
+
+def other_row(arch: str, name: str) -> str:
+    case = next(case for case in compiling.cases(arch) if case.name == name)
+    report = compiling.amd_report(compiling.compile_case(case, arch))
+    fields = (arch, name, case.options["num_warps"], *(report[k] for k in ("vgpr", "agpr", "lds", "spills", "mfma")))
+    return "| " + " | ".join(map(str, fields)) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--choose", action="store_true", help="compile every candidate and print the best")
@@ -124,6 +138,8 @@ def main() -> None:
         table = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         chosen = [(arch, pair, heads, config.decode_config(arch, heads, pair)) for arch, pair, heads in jobs]
         table += pool.map(row, *zip(*chosen))
+        others = ["| arch | kernel | warps | VGPR | AGPR | LDS | spills | MFMA |", "|" + "---|" * 8]
+        others += pool.map(other_row, *zip(*other_products()))
     if arguments.out:
         notes = (__doc__ or "").split("\n\n")[1]
         arguments.out.write_text(
@@ -132,10 +148,13 @@ def main() -> None:
             f"{notes}\n\n"
             "VGPR counts AGPRs in; LDS is in bytes; cycles are the estimate, an entry and head.\n\n"
             + "\n".join(table)
+            + "\n\nThe other kernels with matrix products, as tests/compiling.py compiles them: prefill by heads and head "
+            "dim, logits by q's\nencoding, K's, rows a program (None where K is flat) and whether pages are read whole.\n\n"
+            + "\n".join(others)
             + "\n"
         )
     else:
-        print("\n".join(table))
+        print("\n".join([*table, *others]))
 
 
 if __name__ == "__main__":
