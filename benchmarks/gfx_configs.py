@@ -148,10 +148,9 @@ def main() -> None:
             f"{notes}\n\n"
             "VGPR counts AGPRs in; LDS is in bytes; cycles are the estimate, an entry and head.\n\n"
             + "\n".join(table)
-            + "\n\nThe other kernels with matrix products, as tests/compiling.py compiles them: prefill by heads and head "
-            "dim, logits by q's\nencoding, K's, rows a program (None where K is flat) and whether pages are read whole.\n\n"
-            + "\n".join(others)
-            + "\n"
+            + "\n\nThe other kernels with matrix products, as tests/compiling.py compiles them: prefill by heads and\n"
+            "head dim, logits by q's encoding, K's, rows a program (None where K is flat) and whether pages are read\n"
+            "whole.\n\n" + "\n".join(others) + "\n"
         )
     else:
         print("\n".join([*table, *others]))
