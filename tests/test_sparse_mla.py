@@ -7,7 +7,8 @@ import torch
 from tolerances import check_close, check_decode, check_prefill
 
 import dsv4x
-from dsv4x import reference
+from dsv4x import platform, reference
+from dsv4x.common import registry
 from dsv4x.common.layouts import DSV4, PagedCache
 
 INF = float("inf")
@@ -396,6 +397,49 @@ def test_with_splits_fixed_a_row_does_not_depend_on_its_batch(split_k, decode_ca
         alone = {name: value[row : row + 1] if name in per_token else value for name, value in case.items()}
         got = dsv4x.sparse_mla_decode(**alone, kernel="triton", split_k=split_k)
         assert all(torch.equal(a, b[row : row + 1]) for a, b in zip(got, together))
+
+
+@pytest.mark.parametrize("split_k", [None, 3])
+@pytest.mark.parametrize(
+    ("kernel", "device"),
+    [
+        pytest.param("triton", "cpu", marks=pytest.mark.interpreter),
+        pytest.param("triton", "cuda", marks=pytest.mark.gpu),
+        pytest.param("gluon", "cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_local_entries_are_made_slots_of_in_the_kernel(kernel, device, split_k, decode_case, on_device, rng):
+    """Over block tables with garbage pages, for tokens of no request, of entries not visible or past the table."""
+    record = registry.find("sparse_mla_decode", kernel)
+    if record is None or record.not_supported_reasons(dsv4x.Problem("sparse_mla_decode", device, platform.arch)):
+        pytest.skip(f"no {kernel} kernel here")
+    assert record.remaps
+    tokens, width = 9, 70
+    case = decode_case(tokens=tokens, heads=3, width=20, extra_width=width, extra_page_size=4)
+    cache, live = case["extra_cache"], case["extra_indices"].unique()
+    table = torch.randint(-2, cache.pages + 3, (4, 25), dtype=torch.int32, generator=rng)
+    table[2, 3], table[1, 0] = 2**31 - 1, -(2**31)
+    request = torch.randint(-1, 6, (tokens,), dtype=torch.int32, generator=rng)
+    visible = torch.randint(-3, 110, (tokens,), dtype=torch.int32, generator=rng)
+    every = torch.arange(120, dtype=torch.int32).expand(tokens, 120)
+    slots = torch.empty(tokens, 120, dtype=torch.int32)
+    pages = cache.pages - 1
+    reference.local_to_slots(every, request, visible, table, 4, pages, slots)
+    local = torch.randint(0, 120, (tokens, width), generator=rng)
+    # The others are NaN, which no index may reach.
+    dead = ~torch.isin(slots.gather(1, local), torch.cat([live, torch.tensor([-1])]))
+    local = torch.where(dead, -1, local).int()
+    local[::2, 5:9] = torch.tensor([-2, -(2**31), 2**31 - 1, 120], dtype=torch.int32)
+    wanted = case | {"extra_indices": torch.empty_like(local)}
+    reference.local_to_slots(local, request, visible, table, 4, pages, wanted["extra_indices"])
+    assert (wanted["extra_indices"] >= 0).sum() > 50
+    wanted = reference.sparse_mla_decode(**wanted, dtype=torch.float64)
+    case = on_device(case | {"extra_indices": local, "local": (request, visible, table, pages)}, device)
+    case["local"] = tuple(on_device(x, device) for x in case["local"])
+    case |= {"softmax_scale": 512**-0.5, "out": None} | ({} if split_k is None else {"split_k": split_k})
+    names = ("q", "swa_cache", "swa_indices", "swa_lens", "extra_cache", "extra_indices", "extra_lens", "attn_sink")
+    inputs = [case.pop(name) for name in (*names, "softmax_scale", "out")]
+    check_decode(*record.run(*inputs, **case), *on_device(dict(enumerate(wanted)), device).values())
 
 
 def test_kernels_that_split_as_they_like_refuse_fixed_splits(decode_case):
