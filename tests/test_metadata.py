@@ -213,10 +213,15 @@ def test_a_step_without_queries_is_empty_but_for_its_padding(requests, ratio, ma
         assert (meta.swa_indices == -1).all()
         q = torch.randn(padding, 2, 512).bfloat16()
         topk = torch.zeros(padding, 4, dtype=torch.int32) if ratio == 4 else None
-        for path in (None, *paths_of(ratio)):
-            out, lse = dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, topk, path=path)
+        # Index rows of padding count against the cap like any other.
+        row = 4 * 128 + 4
+        cases = [(path, 256 << 20) for path in (None, *paths_of(ratio))]
+        for path, cap in [*cases, ("gathered", row), (None, row - 1)]:
+            chunk = dsv4x.SparsePrefillChunkCache(cap).rebuild(meta)
+            out, lse = dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, topk, path=path, chunk=chunk)
             assert not out.any()
             assert (lse == float("inf")).all()
+        assert chunk.fits == (padding == 0)
 
 
 def attention_case(step, rng, heads=3, columns=7):
@@ -549,6 +554,20 @@ def test_a_chunk_is_for_the_metadata_it_was_built_for(make_step, rng):
     chunk.close()
     with pytest.raises(ValueError, match="chunk: built for nothing"):
         run()
+
+
+@pytest.mark.parametrize(("ratio", "path"), [(r, p) for r in (1, 4, 128) for p in (*paths_of(r), None)])
+def test_a_step_under_inference_mode_is_the_same_step(path, ratio, make_step, rng):
+    """As servers run: the tensors made there have no version counter."""
+    step = make_step(BATCHES["mixed"], ratio, padding=2)
+    q, topk, sink = attention_case(step, rng)
+    want = dsv4x.sparse_mla_attention(q, step.swa, step.extra, step.build(), topk, sink, path=path)
+    with torch.inference_mode():
+        meta = step.build()
+        assert meta.seq_lens.is_inference()
+        for _ in range(2):
+            got = dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, topk, sink, path=path)
+            assert all(map(torch.equal, got, want))
 
 
 def test_a_rebuilt_chunk_forgets_the_one_before(make_step, rng):
