@@ -299,6 +299,28 @@ def test_a_second_layer_shares_the_steps_plan(make_step, rng):
             (check_decode if path == "direct" else check_prefill)(*got, *layer.expected(q, topk, sink))
 
 
+def test_what_was_decided_serves_calls_that_look_the_same_alone(make_step, rng):
+    step = make_step(BATCHES["mixed"], 4)
+    meta = step.build()
+    q, topk, sink = attention_case(step, rng)
+    good = {"q": q, "swa_cache": step.swa, "extra_cache": step.extra, "topk_indices": topk, "attn_sink": sink}
+
+    def pages(cache):
+        return PagedCache.zeros(cache.pages + 1, cache.layout, cache.page_size)
+
+    changes = [
+        {}, {"q": q[:, :2], "attn_sink": sink[:2]}, {"q": q.transpose(0, 1).contiguous().transpose(0, 1)},
+        {"swa_cache": pages(step.swa)}, {"extra_cache": pages(step.extra)},
+        {"topk_indices": topk[:, :5].clone()}, {"topk_indices": topk[:, :5]}, {"attn_sink": None},
+        {"out": torch.empty_like(q)}, {"softmax_scale": 0.1}, {"return_lse": False}, {"kernel": "reference"},
+        *({"path": path} for path in PATHS),
+    ]  # fmt: skip
+    for count, change in enumerate(changes, 1):
+        for _ in range(2):
+            dsv4x.sparse_mla_attention(**good | change, meta=meta)
+            assert len(meta.chunk.plans) == count, change
+
+
 def other_layers(cache, rng):
     """A cache of the same pages in which every entry is live."""
     other = PagedCache.zeros(cache.pages, cache.layout, cache.page_size)
