@@ -253,7 +253,7 @@ def test_c4_reads_at_most_k_entries_whatever_the_rows_width(
 ):
     kernel, device = kernel_device
     requests = [(2, 40), (1, 90)] if topk < 100 else [(1, 800)]
-    run_and_check(make_step(requests, topk=topk), path, kernel, device, on_device, rng, columns)
+    run_and_check(make_step(requests, topk=topk), path, kernel, device, on_device, rng, columns=columns)
 
 
 @pytest.mark.gpu
@@ -269,11 +269,12 @@ def test_attention_is_the_definition_with_the_models_window(kernel, ratio, path,
     run_and_check(step, path, kernel, "cuda", on_device, rng, columns=64)
 
 
-def run_and_check(step, path, kernel, device, on_device, rng, columns=7):
+def run_and_check(step, path, kernel, device, on_device, rng, caches=None, columns=7):
+    caches = caches or step
     meta = step.build(device)
     q, topk, sink = attention_case(step, rng, columns=columns)
     want = step.expected(q, topk, sink)
-    swa, extra = on_device(step.swa, device), None if step.extra is None else on_device(step.extra, device)
+    swa, extra = on_device(caches.swa, device), None if caches.extra is None else on_device(caches.extra, device)
     topk = None if topk is None else topk.to(device)
     out = torch.full((step.tokens, 5, 512), float("nan"), dtype=torch.bfloat16, device=device)[:, 1:4]
     got, lse = dsv4x.sparse_mla_attention(
@@ -622,14 +623,21 @@ def test_a_path_whose_kernel_refuses_leaves_the_other(op, path, make_step, rng, 
             choose_path(*arguments, kernel="reference")
 
 
-def test_the_caches_may_have_more_pages_than_the_metadata(make_step, rng):
-    step = make_step(BATCHES["mixed"], 4)
-    meta = step.build(swa_pages=step.swa.pages - 1)
-    got_pages = [s // 4 for s in meta.swa_indices[meta.swa_indices >= 0].tolist()]
-    assert max(got_pages) < step.swa.pages - 1
-    q, topk, sink = attention_case(step, rng)
-    for path in ("direct", "gathered"):
-        dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, topk, sink, path=path)
+@pytest.mark.parametrize(("ratio", "path"), [(r, p) for r in (1, 4, 128) for p in paths_of(r)])
+def test_pages_past_the_metadatas_are_no_entries(ratio, path, kernel_device, make_step, on_device, rng):
+    """The caches may have more: their bytes past the pool are another's."""
+    kernel, device = kernel_device
+    step = make_step([(3, 300), (1, 40)], ratio, extra_page_size=1)
+    # Of each cache's last page, one position that is read.
+    step.swa_table[1][39 // 4] = step.swa.pages - 1
+    if step.extra is not None:
+        step.extra_table[0][0] = step.extra.pages - 1
+    smaller = {name: one_page_less(getattr(step, name)) for name in ("swa", "extra")}
+    run_and_check(dataclasses.replace(step, **smaller), path, kernel, device, on_device, rng, step)
+
+
+def one_page_less(cache):
+    return cache and PagedCache(cache.data[:-1], cache.layout, cache.page_size)
 
 
 def test_the_layouts_of_the_default_step_are_the_models():
