@@ -472,9 +472,11 @@ TABLE = {
             ("swa_page_size", 0, ValueError, ["0", ">= 1"]),
             ("swa_page_size", "64", TypeError, ["str", "int"]),
             ("swa_pages", -1, ValueError, ["-1", ">= 0"]),
+            ("swa_pages", 2**31, ValueError, [str(2**31), "<= 2**31 entries"]),
             ("extra_page_size", None, TypeError, ["NoneType", "int"]),
             ("extra_page_size", 0, ValueError, ["0", ">= 1"]),
             ("extra_pages", None, TypeError, ["NoneType", "int"]),
+            ("extra_pages", 2**31, ValueError, [str(2**31), "<= 2**31 entries"]),
             ("topk", -1, ValueError, ["-1", ">= 0"]),
             ("window_size", 0, ValueError, ["0", ">= 1"]),
             ("num_tokens", 2, ValueError, ["2", ">= 3"]),
@@ -536,10 +538,14 @@ def test_all_paths_refuse_the_same_arguments(name, value, error, says, path):
     """What one path happens not to look at must not pass there and fail on another machine."""
     if name == "path":
         return
-    with pytest.raises(error) as raised:
-        dsv4x.sparse_mla_attention(**{**attention_arguments(), name: value}, path=path)
-    for word in (name, *says):
-        assert word in str(raised.value), str(raised.value)
+    arguments = attention_arguments()
+    for _ in range(2):
+        with pytest.raises(error) as raised:
+            dsv4x.sparse_mla_attention(**{**arguments, name: value}, path=path)
+        for word in (name, *says):
+            assert word in str(raised.value), str(raised.value)
+        # A layer before with good ones, whose checks are remembered, changes nothing.
+        dsv4x.sparse_mla_attention(**arguments, path=path)
 
 
 @pytest.mark.parametrize(
@@ -570,6 +576,11 @@ def test_a_layer_takes_only_what_its_kind_has(ratio, changes, says):
         dsv4x.sparse_mla_attention(**{**attention_arguments(), "meta": meta(ratio), **changes})
     for word in says:
         assert word in str(raised.value)
+
+
+def test_an_owned_workspace_has_its_rows_apart():
+    with pytest.raises(ValueError, match=r"workspace: stride\(0\) is 0, need >= 512"):
+        dsv4x.SparsePrefillChunkCache(workspace=zeros(1, 512).expand(9, 512))
 
 
 @pytest.mark.parametrize("op", [dsv4x.gather_referenced_cache_blocks, dsv4x.gather_referenced_rows])

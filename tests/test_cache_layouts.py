@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import dsv4x
 from dsv4x import PagedCache, layouts
-from dsv4x.common import drawing, encodings
+from dsv4x.common import drawing, encodings, registry
+from dsv4x.common.routing import PATHS
 
 LAYOUTS = [member.value for member in layouts.MLAKVCacheLayout]
 LAYOUTS += [layout.with_flavour("e4m3fnuz") for layout in LAYOUTS if layout.value_encoding == "e4m3fn"]
@@ -201,6 +202,47 @@ def test_k_scale_must_be_a_scale(k_scale):
     cache = pool(layouts.TRTLLM_NATIVE, 2)
     with pytest.raises(ValueError, match=r"k_scale: got .*, need a finite number > 0"):
         dsv4x.dequantize_k_cache_paged(cache, torch.zeros(1, dtype=torch.int32), k_scale=k_scale)
+
+
+def test_kernels_are_given_scales_as_floats(monkeypatch):
+    """An int equals its float, so a launch remembered for one would serve the other, for which it was not compiled."""
+    seen = []
+
+    def numbers(value):
+        if isinstance(value, (tuple, list)):
+            return [x for item in value for x in numbers(item)]
+        return [value] if isinstance(value, (int, float)) and value == 3 else []
+
+    def spy(op, run):
+        def call(*args, **kwargs):
+            seen.append((op, numbers([args, list(kwargs.values())])))
+            return run(*args, **kwargs)
+
+        return call
+
+    for op in registry.ops():
+        record = registry.find(op, "reference")
+        monkeypatch.setitem(vars(record), "run", spy(op, record.run))
+    swa, extra, native = (pool(layout, 16) for layout in (*[layouts.UNIFORM_FP8] * 2, layouts.TRTLLM_NATIVE))
+    slots = torch.zeros(2, 1, dtype=torch.int32)
+    dsv4x.quantize_and_insert_k_cache(rows(layouts.UNIFORM_FP8, 2), swa, slots[:, 0].long(), k_scale=3)
+    dsv4x.dequantize_k_cache_paged(swa, slots[:, 0], k_scale=3)
+    dsv4x.requantize_fp8_to_block_scale(native, k_scale=3)
+    dsv4x.gather_referenced_rows(swa, slots, k_scale=3)
+    q = torch.zeros(2, 2, 512, dtype=torch.bfloat16)
+    dsv4x.sparse_mla_decode(q, swa, slots, None, extra, slots, swa_k_scale=3, extra_k_scale=3)
+    meta = dsv4x.AttentionMetadata.build(
+        torch.tensor([0, 2], dtype=torch.int32), torch.tensor([9], dtype=torch.int32), slots[:1], slots[:1],
+        compress_ratio=4, swa_page_size=16, swa_pages=2, extra_page_size=16, extra_pages=2,
+    )  # fmt: skip
+    for path in PATHS:
+        dsv4x.sparse_mla_attention(q, swa, extra, meta, slots, path=path, swa_k_scale=3, extra_k_scale=3)
+    scaled = [(op, found) for op, found in seen if found]
+    assert {op for op, _ in scaled} >= {
+        "quantize_and_insert_k_cache", "dequantize_k_cache_paged", "requantize_fp8_to_block_scale",
+        "sparse_mla_decode", "gather_and_combine", "gather_workspace",
+    }  # fmt: skip
+    assert all(type(number) is float for _, found in scaled for number in found), scaled
 
 
 @pytest.mark.parametrize("layout", [layouts.DSV4, layouts.BF16_512], ids=["DSv4", "bf16"])

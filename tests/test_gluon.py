@@ -95,6 +95,10 @@ def test_a_kernel_that_spares_the_step_a_launch_may_be_slower_itself(records):
     record, us = step_kernel("direct", decoding, None, topk)
     assert record is own
     assert us < step_kernel("direct", decoding, None, topk, "flash_mla")[1]
+    for kernel, remapped in ((own, False), (flash, True)):
+        given = kernel.predicted_us(decoding), kernel.host_us(decoding), decoding
+        expected = costs.step_costs("sm_90").direct_us(*given, remapped)
+        assert step_kernel("direct", decoding, None, topk, kernel.name)[1] == expected
     with pytest.raises(dsv4x.KernelNotSupported, match="no kernel can run this problem"):
         step_kernel("direct", decode_problem(layout="indexer fp8"), None, topk)
 

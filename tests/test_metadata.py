@@ -213,10 +213,15 @@ def test_a_step_without_queries_is_empty_but_for_its_padding(requests, ratio, ma
         assert (meta.swa_indices == -1).all()
         q = torch.randn(padding, 2, 512).bfloat16()
         topk = torch.zeros(padding, 4, dtype=torch.int32) if ratio == 4 else None
-        for path in (None, *paths_of(ratio)):
-            out, lse = dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, topk, path=path)
+        # Index rows of padding count against the cap like any other.
+        row = 4 * 128 + 4
+        cases = [(path, 256 << 20) for path in (None, *paths_of(ratio))]
+        for path, cap in [*cases, ("gathered", row), (None, row - 1)]:
+            chunk = dsv4x.SparsePrefillChunkCache(cap).rebuild(meta)
+            out, lse = dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, topk, path=path, chunk=chunk)
             assert not out.any()
             assert (lse == float("inf")).all()
+        assert chunk.fits == (padding == 0)
 
 
 def attention_case(step, rng, heads=3, columns=7):
@@ -248,7 +253,7 @@ def test_c4_reads_at_most_k_entries_whatever_the_rows_width(
 ):
     kernel, device = kernel_device
     requests = [(2, 40), (1, 90)] if topk < 100 else [(1, 800)]
-    run_and_check(make_step(requests, topk=topk), path, kernel, device, on_device, rng, columns)
+    run_and_check(make_step(requests, topk=topk), path, kernel, device, on_device, rng, columns=columns)
 
 
 @pytest.mark.gpu
@@ -264,11 +269,12 @@ def test_attention_is_the_definition_with_the_models_window(kernel, ratio, path,
     run_and_check(step, path, kernel, "cuda", on_device, rng, columns=64)
 
 
-def run_and_check(step, path, kernel, device, on_device, rng, columns=7):
+def run_and_check(step, path, kernel, device, on_device, rng, caches=None, columns=7):
+    caches = caches or step
     meta = step.build(device)
     q, topk, sink = attention_case(step, rng, columns=columns)
     want = step.expected(q, topk, sink)
-    swa, extra = on_device(step.swa, device), None if step.extra is None else on_device(step.extra, device)
+    swa, extra = on_device(caches.swa, device), None if caches.extra is None else on_device(caches.extra, device)
     topk = None if topk is None else topk.to(device)
     out = torch.full((step.tokens, 5, 512), float("nan"), dtype=torch.bfloat16, device=device)[:, 1:4]
     got, lse = dsv4x.sparse_mla_attention(
@@ -292,6 +298,28 @@ def test_a_second_layer_shares_the_steps_plan(make_step, rng):
             q, topk, sink = attention_case(layer, rng)
             got = dsv4x.sparse_mla_attention(q, layer.swa, layer.extra, meta, topk, sink, path=path)
             (check_decode if path == "direct" else check_prefill)(*got, *layer.expected(q, topk, sink))
+
+
+def test_what_was_decided_serves_calls_that_look_the_same_alone(make_step, rng):
+    step = make_step(BATCHES["mixed"], 4)
+    meta = step.build()
+    q, topk, sink = attention_case(step, rng)
+    good = {"q": q, "swa_cache": step.swa, "extra_cache": step.extra, "topk_indices": topk, "attn_sink": sink}
+
+    def pages(cache):
+        return PagedCache.zeros(cache.pages + 1, cache.layout, cache.page_size)
+
+    changes = [
+        {}, {"q": q[:, :2], "attn_sink": sink[:2]}, {"q": q.transpose(0, 1).contiguous().transpose(0, 1)},
+        {"swa_cache": pages(step.swa)}, {"extra_cache": pages(step.extra)},
+        {"topk_indices": topk[:, :5].clone()}, {"topk_indices": topk[:, :5]}, {"attn_sink": None},
+        {"out": torch.empty_like(q)}, {"softmax_scale": 0.1}, {"return_lse": False}, {"kernel": "reference"},
+        *({"path": path} for path in PATHS),
+    ]  # fmt: skip
+    for count, change in enumerate(changes, 1):
+        for _ in range(2):
+            dsv4x.sparse_mla_attention(**good | change, meta=meta)
+            assert len(meta.chunk.plans) == count, change
 
 
 def other_layers(cache, rng):
@@ -551,6 +579,20 @@ def test_a_chunk_is_for_the_metadata_it_was_built_for(make_step, rng):
         run()
 
 
+@pytest.mark.parametrize(("ratio", "path"), [(r, p) for r in (1, 4, 128) for p in (*paths_of(r), None)])
+def test_a_step_under_inference_mode_is_the_same_step(path, ratio, make_step, rng):
+    """As servers run: the tensors made there have no version counter."""
+    step = make_step(BATCHES["mixed"], ratio, padding=2)
+    q, topk, sink = attention_case(step, rng)
+    want = dsv4x.sparse_mla_attention(q, step.swa, step.extra, step.build(), topk, sink, path=path)
+    with torch.inference_mode():
+        meta = step.build()
+        assert meta.seq_lens.is_inference()
+        for _ in range(2):
+            got = dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, topk, sink, path=path)
+            assert all(map(torch.equal, got, want))
+
+
 def test_a_rebuilt_chunk_forgets_the_one_before(make_step, rng):
     chunk = dsv4x.SparsePrefillChunkCache()
     for ratio in (128, 1, 4, 128):
@@ -581,14 +623,21 @@ def test_a_path_whose_kernel_refuses_leaves_the_other(op, path, make_step, rng, 
             choose_path(*arguments, kernel="reference")
 
 
-def test_the_caches_may_have_more_pages_than_the_metadata(make_step, rng):
-    step = make_step(BATCHES["mixed"], 4)
-    meta = step.build(swa_pages=step.swa.pages - 1)
-    got_pages = [s // 4 for s in meta.swa_indices[meta.swa_indices >= 0].tolist()]
-    assert max(got_pages) < step.swa.pages - 1
-    q, topk, sink = attention_case(step, rng)
-    for path in ("direct", "gathered"):
-        dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, topk, sink, path=path)
+@pytest.mark.parametrize(("ratio", "path"), [(r, p) for r in (1, 4, 128) for p in paths_of(r)])
+def test_pages_past_the_metadatas_are_no_entries(ratio, path, kernel_device, make_step, on_device, rng):
+    """The caches may have more: their bytes past the pool are another's."""
+    kernel, device = kernel_device
+    step = make_step([(3, 300), (1, 40)], ratio, extra_page_size=1)
+    # Of each cache's last page, one position that is read.
+    step.swa_table[1][39 // 4] = step.swa.pages - 1
+    if step.extra is not None:
+        step.extra_table[0][0] = step.extra.pages - 1
+    smaller = {name: one_page_less(getattr(step, name)) for name in ("swa", "extra")}
+    run_and_check(dataclasses.replace(step, **smaller), path, kernel, device, on_device, rng, step)
+
+
+def one_page_less(cache):
+    return cache and PagedCache(cache.data[:-1], cache.layout, cache.page_size)
 
 
 def test_the_layouts_of_the_default_step_are_the_models():

@@ -126,14 +126,12 @@ class AttentionMetadata:
         checks.tensor("swa_block_table", swa_block_table, (requests, None), torch.int32, device)
         if compress_ratio not in COMPRESS_RATIOS:
             raise ValueError(f"compress_ratio: got {compress_ratio}, need one of {COMPRESS_RATIOS}")
-        checks.integer("swa_page_size", swa_page_size, 1)
-        checks.integer("swa_pages", swa_pages, 0)
+        indices.check_pool(swa_page_size, swa_pages, "swa_")
         checks.integer("topk", topk, 0)
         checks.integer("window_size", window_size, 1)
         if compress_ratio > 1:
             checks.tensor("extra_block_table", extra_block_table, (requests, None), torch.int32, device)
-            checks.integer("extra_page_size", extra_page_size, 1)
-            checks.integer("extra_pages", extra_pages, 0)
+            indices.check_pool(extra_page_size, extra_pages, "extra_")
         elif extra_block_table is not None:
             raise ValueError("extra_block_table: given, need None for compress_ratio 1")
         starts = _host("query_start_loc", query_start_loc, query_start_loc_cpu)
@@ -315,7 +313,9 @@ def sparse_mla_attention(
     if not meta.num_tokens:
         return _Results(q, out, 0, return_lse).all()
     scale = scale_of(softmax_scale, HEAD_DIM)
-    layer = _Layer(q, swa_cache, extra_cache, topk_indices, attn_sink, scale, swa_k_scale, extra_k_scale, return_lse)
+    # Kernels are compiled and remembered for floats, which ints equal.
+    k_scales = float(swa_k_scale), 1.0 if extra_cache is None else float(extra_k_scale)
+    layer = _Layer(q, swa_cache, extra_cache, topk_indices, attn_sink, scale, *k_scales, return_lse)
     return call_on(q.device, _RUN[plan.path], plan, layer, meta, chunk, out)
 
 

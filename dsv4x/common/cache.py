@@ -43,7 +43,7 @@ def quantize_and_insert_k_cache(
     if checks.check_values_enabled():
         checks.index_values("slots", slots, None, cache.capacity, "slot")
         checks.finite_rows("k", k)
-    checks.k_scale("k_scale", k_scale, cache)
+    k_scale = checks.k_scale("k_scale", k_scale, cache)
     record = select(_problem("quantize_and_insert_k_cache", cache, slots), kernel)
     if slots.shape[0]:
         record.launch(k.device, k, cache, slots, k_scale)
@@ -83,7 +83,7 @@ def dequantize_k_cache_paged(
         checks.tensor("out", out, (slots.shape[0], cache.layout.head_dim), torch.bfloat16, device)
     if checks.check_values_enabled():
         checks.index_values("slots", slots, None, cache.capacity, "slot")
-    checks.k_scale("k_scale", k_scale, cache)
+    k_scale = checks.k_scale("k_scale", k_scale, cache)
     record = select(_problem("dequantize_k_cache_paged", cache, slots), kernel)
     if out is None:
         out = torch.zeros(slots.shape[0], cache.layout.head_dim, dtype=torch.bfloat16, device=device)
@@ -130,7 +130,7 @@ def requantize_fp8_to_block_scale(
     native = layouts.TRTLLM_NATIVE.with_flavour(flavour) if flavour in layouts.FLAVOURS else layouts.TRTLLM_NATIVE
     if cache.layout != native:
         raise ValueError(f"cache: layout is {cache.layout.name}, need {layouts.TRTLLM_NATIVE.name}")
-    checks.k_scale("k_scale", k_scale, cache)
+    k_scale = checks.k_scale("k_scale", k_scale, cache)
     needed = layouts.DSV32.with_flavour(native.value_encoding)
     if out is None:
         out = PagedCache.zeros(cache.pages, needed, cache.page_size, device)

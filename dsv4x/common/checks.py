@@ -66,6 +66,13 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
+def rows_apart(name: str, value: torch.Tensor) -> torch.Tensor:
+    """A buffer that is written row by row must not have two rows in one place."""
+    if value.shape[0] > 1 and value.stride(0) < value.shape[1]:
+        raise ValueError(f"{name}: stride(0) is {value.stride(0)}, need >= {value.shape[1]}")
+    return value
+
+
 def cache(name: str, value: object, device: torch.device) -> PagedCache:
     if not isinstance(value, PagedCache):
         raise TypeError(f"{name}: got {type(value).__name__}, need a dsv4x.PagedCache")

@@ -178,7 +178,7 @@ def gather_referenced_rows(
     room = None
     if out is not None:
         checks.tensor("out", out, (None, cache.layout.head_dim), torch.bfloat16, device)
-        room = _rows_apart("out", out).shape[0]
+        room = checks.rows_apart("out", out).shape[0]
     slots, indices, count = _list_referenced(cache, indices, lens, 1, capacity, room, remapped, kernel)
     if out is None:
         out = torch.empty(slots.shape[0], cache.layout.head_dim, dtype=torch.bfloat16, device=device)
@@ -217,7 +217,7 @@ def _list_referenced(
     else:
         checks.tensor("remapped", remapped, tuple(indices.shape), torch.int32, device)
         # Every pass over the indices reads all of them again.
-        if _rows_apart("remapped", remapped).numel() and remapped.data_ptr() == indices.data_ptr():
+        if checks.rows_apart("remapped", remapped).numel() and remapped.data_ptr() == indices.data_ptr():
             raise ValueError("remapped: the memory of indices, need other memory")
     if checks.check_values_enabled():
         checks.index_values("indices", indices, lens, cache.capacity, "slot")
@@ -238,10 +238,3 @@ def _list_referenced(
     if exact:
         listed = listed[: checks.integer("capacity", int(count), 0, most)].clone()
     return listed, remapped, count
-
-
-def _rows_apart(name: str, value: torch.Tensor) -> torch.Tensor:
-    """A buffer that is written row by row must not have two rows in one place."""
-    if value.shape[0] > 1 and value.stride(0) < value.shape[1]:
-        raise ValueError(f"{name}: stride(0) is {value.stride(0)}, need >= {value.shape[1]}")
-    return value

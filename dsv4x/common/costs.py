@@ -24,9 +24,9 @@ class StepCosts:
     Attributes:
         gather, remap, combine: ``(a launch, one row or index element more)``.
         listing: ``(the launches, one reference more)`` of finding and remapping what top-k points at.
-        direct_host, gathered_host: what a step takes of the host beside its kernel's call, with and without top-k; the
-            host is what a small eager step waits for, and a captured graph does not.
-        referenced_host: the same with one.
+        direct_host, gathered_host: what a step takes of the host beside its kernel's call, with and without a pass over
+            top-k; the host is what a small eager step waits for, and a captured graph does not.
+        referenced_host: the same of a block of the referenced path.
     """
 
     gather: tuple[float, float] = (8.0, 8e-4)

@@ -183,12 +183,12 @@ def combine_swa_extra_indices(
     return out_indices, out_lens
 
 
-def check_pool(page_size: int, pages: int) -> None:
-    """Check the size of a pool whose slots are int32."""
-    checks.integer("page_size", page_size, 1)
-    checks.integer("pages", pages, 0)
+def check_pool(page_size: object, pages: object, prefix: str = "") -> None:
+    """Check the size of a pool whose slots are int32; ``prefix`` stands before its arguments' names."""
+    page_size = checks.integer(f"{prefix}page_size", page_size, 1)
+    pages = checks.integer(f"{prefix}pages", pages, 0)
     if page_size * pages > _INT32_MAX + 1:
-        raise ValueError(f"pages: {pages} of {page_size} entries, need <= 2**31 entries: slots are int32")
+        raise ValueError(f"{prefix}pages: {pages} of {page_size} entries, need <= 2**31 entries: slots are int32")
 
 
 def window_slots(

@@ -83,7 +83,8 @@ class SparsePrefillChunkCache:
     ``plans`` is where :func:`~dsv4x.sparse_mla_attention` keeps what it decided for layers of a shape.
 
     It is good until :meth:`rebuild` or :meth:`close`. Using it with metadata it was not built for, or after a length
-    or a block table changed in place, is an error; nothing is recognised by its address.
+    or a block table changed in place, is an error, but for tensors made under ``torch.inference_mode``, whose changes
+    torch does not count; nothing is recognised by its address.
 
     Args:
         max_bytes: the cap on workspace and index rows together.
@@ -94,7 +95,7 @@ class SparsePrefillChunkCache:
     def __init__(self, max_bytes: int = DEFAULT_WORKSPACE_BYTES, workspace: torch.Tensor | None = None):
         checks.integer("max_bytes", max_bytes, 0)
         if workspace is not None:
-            checks.tensor("workspace", workspace, (None, 512), torch.bfloat16)
+            checks.rows_apart("workspace", checks.tensor("workspace", workspace, (None, 512), torch.bfloat16))
         self.max_bytes, self._workspace = max_bytes, workspace
         self._meta: AttentionMetadata | None = None
         self._versions: tuple[int, ...] = ()
@@ -258,7 +259,8 @@ class SparsePrefillChunkCache:
 
 def _versions(meta: AttentionMetadata) -> tuple[int, ...]:
     tensors = (meta.query_start_loc, meta.seq_lens, meta.swa_block_table, meta.extra_block_table)
-    return tuple(-1 if tensor is None else tensor._version for tensor in tensors)
+    # torch counts no changes of what was made under inference_mode.
+    return tuple(-1 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors)
 
 
 def _tokens(meta: AttentionMetadata, first: int, end: int) -> slice:
@@ -302,8 +304,9 @@ def _split(meta: AttentionMetadata, max_bytes: int, max_rows: int | None) -> lis
     if fits(0, requests, meta.num_tokens):
         return [(0, requests, max(1, meta.num_tokens))]
     first = 0
-    while first < requests:
-        end = first + 1
+    # Padding alone, without a request, is a group too.
+    while first < requests or not spans:
+        end = min(first + 1, requests)
         while end < requests and fits(first, end + 1, _count(_tokens(meta, first, end + 1))):
             end += 1
         tokens = max(1, _count(_tokens(meta, first, end)))

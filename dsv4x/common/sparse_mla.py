@@ -94,9 +94,10 @@ def sparse_mla_decode(
         scopes.append(("extra", extra_cache, extra_indices, extra_lens))
     elif extra_lens is not None:
         raise ValueError("extra_lens: given, need extra_cache and extra_indices with it")
+    k_scales = {"swa": swa_k_scale, "extra": extra_k_scale}
     for scope, cache, indices, lens in scopes:
         cache = check_cache(f"{scope}_cache", cache, q.device, q.shape[2])
-        checks.k_scale(f"{scope}_k_scale", swa_k_scale if scope == "swa" else extra_k_scale, cache)
+        k_scales[scope] = checks.k_scale(f"{scope}_k_scale", k_scales[scope], cache)
         checks.tensor(f"{scope}_indices", indices, (tokens, None), checks.INDEX_DTYPES, q.device)
         if lens is not None:
             checks.tensor(f"{scope}_lens", lens, (tokens,), checks.INDEX_DTYPES, q.device)
@@ -137,8 +138,8 @@ def sparse_mla_decode(
         out,
         trusted_indices=trusted_indices,
         schedule=schedule,
-        swa_k_scale=swa_k_scale,
-        extra_k_scale=extra_k_scale,
+        swa_k_scale=k_scales["swa"],
+        extra_k_scale=k_scales["extra"] if len(scopes) > 1 else 1.0,
         return_lse=return_lse,
         split_k=split_k,
     )
