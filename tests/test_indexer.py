@@ -367,7 +367,7 @@ def test_a_short_context_needs_no_logits(method, kernel_device, rng, monkeypatch
     arguments, _ = served(rng, device)
     more = spaces(method, 12, device)
     want = dsv4x.paged_indexer_topk(*arguments, 389, method, kernel=kernel, topk_kernel=kernel, **more)
-    monkeypatch.setattr(indexer, "paged_mqa_logits", None)
+    monkeypatch.setattr(indexer, "_paged_logits", None)
     got = dsv4x.paged_indexer_topk(*arguments, 400, method, **more)
     assert got.shape == (12, 400)
     short = arguments[3].reshape(-1) <= 389
@@ -423,6 +423,35 @@ def test_bad_values_are_named_when_asked_for(rng, monkeypatch):
     arguments["block_table"][3, 0] = 64
     with pytest.raises(ValueError, match="block_table: page 64 in row 3, column 0, need -1 or 0 to 63"):
         dsv4x.paged_mqa_logits(**arguments)
+
+
+@pytest.mark.parametrize("method", list(TopkMethod))
+def test_stretches_of_good_values_pass_when_asked_for(method, rng, monkeypatch):
+    arguments, _ = served(rng, "cpu", batch=3, columns=100)
+    arguments[3].clamp_(max=1590)
+    more = spaces(method, 6, "cpu")
+    want = [dsv4x.paged_indexer_topk(*arguments, k, method, **more) for k in (30, 1600)]
+    monkeypatch.setenv("DSV4X_CHECK", "1")
+    got = [dsv4x.paged_indexer_topk(*arguments, k, method, logits_bytes=5_000, **more) for k in (30, 1600)]
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("k", [30, 400])
+def test_bad_values_of_a_bounded_selection_are_named_when_asked_for(k, rng, monkeypatch):
+    arguments, _ = served(rng, "cpu")
+    monkeypatch.setenv("DSV4X_CHECK", "1")
+    with pytest.raises(ValueError, match="context_lens: 2147483647 in row 2, need 0 to 390"):
+        dsv4x.paged_indexer_topk(*arguments, k, logits_bytes=5_000)
+
+
+def test_stretches_of_flat_k_pass_when_values_are_checked(rng, monkeypatch):
+    q, _ = random_q((3, 32), layouts.INDEXER_FP8, rng, "cpu")
+    k, k_scale = torch.randn(900, 128, generator=rng).to(torch.float8_e4m3fn), torch.rand(900, generator=rng)
+    ks, ke = torch.tensor([0, 500, 7]), torch.tensor([900, 700, 7])
+    arguments = (q, k, k_scale, torch.randn(3, 32, generator=rng), ks, ke, 20)
+    want = dsv4x.indexer_topk(*arguments)
+    monkeypatch.setenv("DSV4X_CHECK", "1")
+    assert torch.equal(dsv4x.indexer_topk(*arguments, logits_bytes=8_000), want)
 
 
 def test_bad_flat_input_is_named(rng):
