@@ -81,6 +81,23 @@ def test_whatever_an_import_raises_is_the_cause(raises, kind, install):
     assert str(raised.value.__cause__) in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "raises", ["OSError('libx.so')", "ImportError('symbol')", "ModuleNotFoundError('y', name='y')"]
+)
+def test_a_submodule_of_a_broken_package_says_what_broke(raises, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / NAME).mkdir()
+    (tmp_path / NAME / "__init__.py").write_text(f"raise {raises}\n")
+    broken = VendorLibrary(f"{NAME}.inside", ("dsv4x-right",), hint="pip install dsv4x-right")
+    assert broken.reason.startswith(f"import {NAME}.inside failed: {raises.partition('(')[0]}: ")
+    assert broken.path is None
+    with pytest.raises(BackendUnavailable) as raised:
+        broken.load()
+    assert raised.value.__cause__ is not None
+    missing = VendorLibrary(f"{NAME}_absent.inside", ("dsv4x-right",), hint="pip install dsv4x-right")
+    assert missing.reason == f"{NAME}_absent.inside is not installed (pip install dsv4x-right)"
+
+
 def test_an_assertion_without_a_message_still_says_where(install):
     install("HOME = None\nassert HOME is not None\n")
     reason = library().reason
