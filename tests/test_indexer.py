@@ -240,6 +240,31 @@ def test_gathered_k_is_the_pages_bytes(layout, kernel_device, rng):
             assert not k_scale[row].any()
 
 
+def test_a_lone_entrys_buffers_may_have_any_stride(kernel_device, rng):
+    kernel, device = kernel_device
+    for layout in LAYOUTS:
+        cache = filled(1, layout, 16, rng, device)
+        slots = torch.tensor([3], device=device)
+        wanted = dsv4x.gather_indexer_k(cache, slots, kernel="reference")
+        given = [torch.zeros(1, 7 * row[0].numel(), dtype=row.dtype, device=device) for row in wanted]
+        k, k_scale = (x[:, :1].squeeze(1) if row.dim() == 1 else x[:, : row.shape[1]] for x, row in zip(given, wanted))
+        dsv4x.gather_indexer_k(cache, slots, k, k_scale, kernel=kernel)
+        assert torch.equal(k.view(torch.uint8), wanted[0].view(torch.uint8))
+        assert torch.equal(k_scale, wanted[1])
+        q, q_scale = random_q((2, 32), layout, rng, device)
+        weights = torch.randn(2, 32, generator=rng).to(device)
+        ks, ke = torch.zeros(2, dtype=torch.int32, device=device), torch.ones(2, dtype=torch.int32, device=device)
+        want = defined_flat(q, q_scale, *wanted, weights, ks, ke, None)
+        check(dsv4x.mqa_logits(q, k, k_scale, weights, ks, ke, kernel=kernel, q_scale=q_scale), want)
+
+
+def test_a_buffer_of_scales_that_is_not_aligned_is_named():
+    cache, slots = PagedCache.zeros(1, layouts.INDEXER_FP4, 16), torch.arange(3)
+    k_scale = torch.zeros(13, dtype=torch.uint8)[1:].view(3, 4)
+    with pytest.raises(ValueError, match=r"k_scale: begins at 0x\w+, need a multiple of 4"):
+        dsv4x.gather_indexer_k(cache, slots, None, k_scale)
+
+
 def defined_schedule(lens, split, num_sms):
     """DeepGEMM's rule as its header reads, SM by SM, with a binary search's result by counting."""
     segments = [-(-max(row[-1], 0) // split) for row in lens]

@@ -374,7 +374,8 @@ def gather_indexer_k(
         cache: a :class:`~dsv4x.PagedCache` of layout ``INDEXER_FP8`` (either flavour) or ``INDEXER_FP4``.
         slots: int32 or int64 ``[N]``, index space *slot*; one that is negative or past the cache gives zeros.
         k: the cache's FP8 dtype ``[>= N, 128]``, or uint8 ``[>= N, 64]`` of an fp4 cache, contiguous, or None.
-        k_scale: float32 ``[>= N]``, or uint8 ``[>= N, 4]`` of an fp4 cache, contiguous, or None.
+        k_scale: float32 ``[>= N]``, or uint8 ``[>= N, 4]`` of an fp4 cache, contiguous, beginning on
+            4 bytes, or None.
         kernel: ``"triton"`` or ``"reference"``; None picks.
 
     Returns:
@@ -402,6 +403,8 @@ def gather_indexer_k(
         checks.tensor(name, value, (None, *tail), kind, device)
         if value.shape[0] < rows or not value.is_contiguous():
             raise ValueError(f"{name}: {value.shape[0]} rows with stride {value.stride(0)}, need >= {rows} contiguous")
+        if name == "k_scale" and value.data_ptr() % 4:
+            raise ValueError(f"k_scale: begins at {value.data_ptr():#x}, need a multiple of 4")
         made.append(value[:rows])
     if checks.check_values_enabled():
         checks.index_values("slots", slots, None, cache.capacity, "slot")
