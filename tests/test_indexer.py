@@ -240,6 +240,15 @@ def test_gathered_k_is_the_pages_bytes(layout, kernel_device, rng):
             assert not k_scale[row].any()
 
 
+@pytest.mark.interpreter
+def test_logits_of_any_width_have_the_row_stride_kernels_are_compiled_for(rng):
+    problem = good(rng)
+    for width in (1, 15, 16, 17, 390):
+        logits = dsv4x.paged_mqa_logits(**{**problem, "max_context_len": width}, kernel="triton")
+        assert logits.shape == (12, width)
+        assert logits.stride() == (-(-width // 16) * 16, 1)
+
+
 def test_a_lone_entrys_buffers_may_have_any_stride(kernel_device, rng):
     kernel, device = kernel_device
     for layout in LAYOUTS:
