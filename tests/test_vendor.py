@@ -437,6 +437,12 @@ def test_a_captured_call_keeps_no_scheduler(one_double, monkeypatch):
     assert captured is not eager
     assert scheduler() is not captured
     assert list(schedule.values()) == [eager]
+    # A graph that builds its lengths recomputes the scheduler with them, and no eager call may have that one.
+    schedule = {"captured": True}
+    shared = scheduler()
+    assert scheduler() is shared
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert scheduler() is not shared
 
 
 @pytest.mark.interpreter
