@@ -161,6 +161,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the table as JSON here")
     parser.add_argument("--host-only", action="store_true", help="measure only what the host takes")
     arguments = parser.parse_args()
+    if arguments.host_only and not arguments.out:
+        parser.error("--host-only: got no --out, need the file whose other entries stay")
     torch.manual_seed(0)
     if arguments.host_only:
         result = json.loads(arguments.out.read_text()) | {"host": host()}

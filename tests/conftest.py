@@ -47,6 +47,8 @@ def poisoned_scratch(monkeypatch):
     """Whatever a kernel forgets to write shows as NaN or as a huge index, instead of as a lucky zero."""
     empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: _poison(empty(*a, **k)))
+    empty_strided = torch.empty_strided
+    monkeypatch.setattr(torch, "empty_strided", lambda *a, **k: _poison(empty_strided(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: _poison(empty_like(*a, **k)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: _poison(new_empty(*a, **k)))
 

@@ -240,6 +240,40 @@ def test_gathered_k_is_the_pages_bytes(layout, kernel_device, rng):
             assert not k_scale[row].any()
 
 
+@pytest.mark.interpreter
+def test_logits_of_any_width_have_the_row_stride_kernels_are_compiled_for(rng):
+    problem = good(rng)
+    for width in (1, 15, 16, 17, 390):
+        logits = dsv4x.paged_mqa_logits(**{**problem, "max_context_len": width}, kernel="triton")
+        assert logits.shape == (12, width)
+        assert logits.stride() == (-(-width // 16) * 16, 1)
+
+
+def test_a_lone_entrys_buffers_may_have_any_stride(kernel_device, rng):
+    kernel, device = kernel_device
+    for layout in LAYOUTS:
+        cache = filled(1, layout, 16, rng, device)
+        slots = torch.tensor([3], device=device)
+        wanted = dsv4x.gather_indexer_k(cache, slots, kernel="reference")
+        given = [torch.zeros(1, 7 * row[0].numel(), dtype=row.dtype, device=device) for row in wanted]
+        k, k_scale = (x[:, :1].squeeze(1) if row.dim() == 1 else x[:, : row.shape[1]] for x, row in zip(given, wanted))
+        dsv4x.gather_indexer_k(cache, slots, k, k_scale, kernel=kernel)
+        assert torch.equal(k.view(torch.uint8), wanted[0].view(torch.uint8))
+        assert torch.equal(k_scale, wanted[1])
+        q, q_scale = random_q((2, 32), layout, rng, device)
+        weights = torch.randn(2, 32, generator=rng).to(device)
+        ks, ke = torch.zeros(2, dtype=torch.int32, device=device), torch.ones(2, dtype=torch.int32, device=device)
+        want = defined_flat(q, q_scale, *wanted, weights, ks, ke, None)
+        check(dsv4x.mqa_logits(q, k, k_scale, weights, ks, ke, kernel=kernel, q_scale=q_scale), want)
+
+
+def test_a_buffer_of_scales_that_is_not_aligned_is_named():
+    cache, slots = PagedCache.zeros(1, layouts.INDEXER_FP4, 16), torch.arange(3)
+    k_scale = torch.zeros(13, dtype=torch.uint8)[1:].view(3, 4)
+    with pytest.raises(ValueError, match=r"k_scale: begins at 0x\w+, need a multiple of 4"):
+        dsv4x.gather_indexer_k(cache, slots, None, k_scale)
+
+
 def defined_schedule(lens, split, num_sms):
     """DeepGEMM's rule as its header reads, SM by SM, with a binary search's result by counting."""
     segments = [-(-max(row[-1], 0) // split) for row in lens]
@@ -367,7 +401,7 @@ def test_a_short_context_needs_no_logits(method, kernel_device, rng, monkeypatch
     arguments, _ = served(rng, device)
     more = spaces(method, 12, device)
     want = dsv4x.paged_indexer_topk(*arguments, 389, method, kernel=kernel, topk_kernel=kernel, **more)
-    monkeypatch.setattr(indexer, "paged_mqa_logits", None)
+    monkeypatch.setattr(indexer, "_paged_logits", None)
     got = dsv4x.paged_indexer_topk(*arguments, 400, method, **more)
     assert got.shape == (12, 400)
     short = arguments[3].reshape(-1) <= 389
@@ -423,6 +457,35 @@ def test_bad_values_are_named_when_asked_for(rng, monkeypatch):
     arguments["block_table"][3, 0] = 64
     with pytest.raises(ValueError, match="block_table: page 64 in row 3, column 0, need -1 or 0 to 63"):
         dsv4x.paged_mqa_logits(**arguments)
+
+
+@pytest.mark.parametrize("method", list(TopkMethod))
+def test_stretches_of_good_values_pass_when_asked_for(method, rng, monkeypatch):
+    arguments, _ = served(rng, "cpu", batch=3, columns=100)
+    arguments[3].clamp_(max=1590)
+    more = spaces(method, 6, "cpu")
+    want = [dsv4x.paged_indexer_topk(*arguments, k, method, **more) for k in (30, 1600)]
+    monkeypatch.setenv("DSV4X_CHECK", "1")
+    got = [dsv4x.paged_indexer_topk(*arguments, k, method, logits_bytes=5_000, **more) for k in (30, 1600)]
+    assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("k", [30, 400])
+def test_bad_values_of_a_bounded_selection_are_named_when_asked_for(k, rng, monkeypatch):
+    arguments, _ = served(rng, "cpu")
+    monkeypatch.setenv("DSV4X_CHECK", "1")
+    with pytest.raises(ValueError, match="context_lens: 2147483647 in row 2, need 0 to 390"):
+        dsv4x.paged_indexer_topk(*arguments, k, logits_bytes=5_000)
+
+
+def test_stretches_of_flat_k_pass_when_values_are_checked(rng, monkeypatch):
+    q, _ = random_q((3, 32), layouts.INDEXER_FP8, rng, "cpu")
+    k, k_scale = torch.randn(900, 128, generator=rng).to(torch.float8_e4m3fn), torch.rand(900, generator=rng)
+    ks, ke = torch.tensor([0, 500, 7]), torch.tensor([900, 700, 7])
+    arguments = (q, k, k_scale, torch.randn(3, 32, generator=rng), ks, ke, 20)
+    want = dsv4x.indexer_topk(*arguments)
+    monkeypatch.setenv("DSV4X_CHECK", "1")
+    assert torch.equal(dsv4x.indexer_topk(*arguments, logits_bytes=8_000), want)
 
 
 def test_bad_flat_input_is_named(rng):

@@ -1,6 +1,7 @@
 """Selection against its definition in plain Python: ties, NaN, -inf, hostile lengths, every index space."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +139,25 @@ def test_paged_goes_through_the_rows_own_table(named, sizes, kernel_device, rng)
             slots.append(page * 16 + i % 16 if 0 <= page < 9 else -1)
         want.append(slots)
     assert got == want
+
+
+@pytest.mark.parametrize(("width", "aligned"), [(512, True), (504, False), (4096, True), (4090, False)])
+def test_only_parts_of_whole_sixteens_are_loaded_wide(width, aligned, monkeypatch):
+    """The interpreter takes any promise; a GPU would drop columns."""
+    launches = []
+    monkeypatch.setattr(kernels, "least_part", lambda k: 200)
+    monkeypatch.setattr(kernels, "platform", SimpleNamespace(limits=lambda device: SimpleNamespace(multiprocessors=4)))
+    monkeypatch.setattr(kernels, "_launch_topk", lambda *given, num_warps: launches.append(given))
+    logits, lens = torch.zeros(1, width), torch.zeros(1, dtype=torch.int32)
+    for lengths, starts, promised in ((None, None, aligned), (lens, None, False), (None, lens, False)):
+        launches.clear()
+        kernels.topk_transform(logits, lengths, 8, TopkMethod.LOCAL, starts, {}, torch.empty(1, 8, dtype=torch.int32))
+        programs, _, numbers, constexprs = launches[0]
+        assert constexprs[-1] is promised
+        assert numbers[0] == width
+        assert numbers[2] == programs == min(8, width // 200)
+        assert numbers[3] * programs >= width
+        assert numbers[3] % 16 == 0
 
 
 def test_each_entry_point_has_its_space():

@@ -81,6 +81,23 @@ def test_whatever_an_import_raises_is_the_cause(raises, kind, install):
     assert str(raised.value.__cause__) in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "raises", ["OSError('libx.so')", "ImportError('symbol')", "ModuleNotFoundError('y', name='y')"]
+)
+def test_a_submodule_of_a_broken_package_says_what_broke(raises, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / NAME).mkdir()
+    (tmp_path / NAME / "__init__.py").write_text(f"raise {raises}\n")
+    broken = VendorLibrary(f"{NAME}.inside", ("dsv4x-right",), hint="pip install dsv4x-right")
+    assert broken.reason.startswith(f"import {NAME}.inside failed: {raises.partition('(')[0]}: ")
+    assert broken.path is None
+    with pytest.raises(BackendUnavailable) as raised:
+        broken.load()
+    assert raised.value.__cause__ is not None
+    missing = VendorLibrary(f"{NAME}_absent.inside", ("dsv4x-right",), hint="pip install dsv4x-right")
+    assert missing.reason == f"{NAME}_absent.inside is not installed (pip install dsv4x-right)"
+
+
 def test_an_assertion_without_a_message_still_says_where(install):
     install("HOME = None\nassert HOME is not None\n")
     reason = library().reason
@@ -420,6 +437,12 @@ def test_a_captured_call_keeps_no_scheduler(one_double, monkeypatch):
     assert captured is not eager
     assert scheduler() is not captured
     assert list(schedule.values()) == [eager]
+    # A graph that builds its lengths recomputes the scheduler with them, and no eager call may have that one.
+    schedule = {"captured": True}
+    shared = scheduler()
+    assert scheduler() is shared
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert scheduler() is not shared
 
 
 @pytest.mark.interpreter

@@ -17,7 +17,7 @@ from . import checks, layouts
 from .layouts import PagedCache
 from .platform import platform
 from .registry import Problem, find, select
-from .topk import TopkMethod, check_space, put_in_space, topk_transform
+from .topk import TopkMethod, check_space, launch_topk, put_in_space
 
 INDEX_DIM = 128
 """Values of an index q and K."""
@@ -163,6 +163,27 @@ def paged_mqa_logits(
         checks.tensor("schedule", schedule, (None, 2), torch.int32, device)
     if checks.check_values_enabled():
         _check_paged_values(cache, context_lens, block_table, max_context_len)
+    return _paged_logits(
+        q, q_scale, cache, weights, context_lens, block_table, max_context_len, schedule, out, kernel, clean_logits
+    )
+
+
+def _paged_logits(
+    q: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    cache: PagedCache,
+    weights: torch.Tensor,
+    context_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    max_context_len: int,
+    schedule: torch.Tensor | None,
+    out: torch.Tensor | None,
+    kernel: str | None,
+    clean_logits: bool,
+) -> torch.Tensor:
+    """:func:`paged_mqa_logits` of checked arguments; of a stretch of context, lengths that end outside it."""
+    batch, next_n, heads = q.shape[:3]
+    device = q.device
     problem = Problem.on(
         "paged_mqa_logits",
         device,
@@ -353,7 +374,8 @@ def gather_indexer_k(
         cache: a :class:`~dsv4x.PagedCache` of layout ``INDEXER_FP8`` (either flavour) or ``INDEXER_FP4``.
         slots: int32 or int64 ``[N]``, index space *slot*; one that is negative or past the cache gives zeros.
         k: the cache's FP8 dtype ``[>= N, 128]``, or uint8 ``[>= N, 64]`` of an fp4 cache, contiguous, or None.
-        k_scale: float32 ``[>= N]``, or uint8 ``[>= N, 4]`` of an fp4 cache, contiguous, or None.
+        k_scale: float32 ``[>= N]``, or uint8 ``[>= N, 4]`` of an fp4 cache, contiguous, beginning on
+            4 bytes, or None.
         kernel: ``"triton"`` or ``"reference"``; None picks.
 
     Returns:
@@ -381,6 +403,8 @@ def gather_indexer_k(
         checks.tensor(name, value, (None, *tail), kind, device)
         if value.shape[0] < rows or not value.is_contiguous():
             raise ValueError(f"{name}: {value.shape[0]} rows with stride {value.stride(0)}, need >= {rows} contiguous")
+        if name == "k_scale" and value.data_ptr() % 4:
+            raise ValueError(f"k_scale: begins at {value.data_ptr():#x}, need a multiple of 4")
         made.append(value[:rows])
     if checks.check_values_enabled():
         checks.index_values("slots", slots, None, cache.capacity, "slot")
@@ -440,7 +464,8 @@ def paged_indexer_topk(
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride, device, layout or value; ``logits_bytes`` too
-            small for one request's rows over one page's entries.
+            small for one request's rows over one page's entries; under ``DSV4X_CHECK=1`` values as in
+            :func:`paged_mqa_logits`.
         KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
     """
     _check_q(q, q_scale, (None, None))
@@ -465,6 +490,10 @@ def paged_indexer_topk(
         "requests": None,
     }
     check_space(method, batch * next_n, device, **space)
+    if schedule is not None:
+        checks.tensor("schedule", schedule, (None, 2), torch.int32, device)
+    if checks.check_values_enabled():
+        _check_paged_values(cache, context_lens, block_table, max_context_len)
     most = min(max_context_len, block_table.shape[1] * cache.page_size)
     lens = context_lens.clamp(0, most).reshape(-1)
 
@@ -473,17 +502,18 @@ def paged_indexer_topk(
         whole = requests == slice(0, batch) and width == max_context_len
         # Pages behind a stretch are no part of it, and a stretch begins with a page.
         pages = slice(first // cache.page_size, -(-(first + width) // cache.page_size))
-        return paged_mqa_logits(
+        return _paged_logits(
             q[requests],
+            None if q_scale is None else q_scale[requests],
             cache,
             weights[rows],
             context_lens[requests] if first == 0 else context_lens[requests] - first,
             block_table[requests, pages],
             width,
             schedule if whole else None,
-            kernel=kernel,
-            q_scale=None if q_scale is None else q_scale[requests],
-            clean_logits=False,
+            None,
+            kernel,
+            False,
         )
 
     return _bounded_topk(
@@ -636,16 +666,14 @@ def _bounded_topk(
         span = slice(part.start * next_n, part.stop * next_n)
         here = _rows_of(space, method, span)
         if columns >= width:
-            topk_transform(
-                logits(part, 0, width), lens[span], k, method, **here, stable=stable, out=out[span], kernel=topk_kernel
-            )
+            launch_topk(logits(part, 0, width), lens[span], k, method, None, here, stable, out[span], topk_kernel)
             continue
         _merged_topk(logits, part, lens[span], width, columns, k, method, here, stable, out[span], topk_kernel)
     return out
 
 
 def _rows_of(space: dict[str, Any], method: TopkMethod, rows: slice) -> dict[str, Any]:
-    """The part of ``space`` that belongs to ``rows``, as arguments of :func:`topk_transform`."""
+    """The part of ``space`` that belongs to ``rows``, as kernels take it."""
     if method is TopkMethod.LOCAL:
         return {}
     if method is TopkMethod.RAGGED:
@@ -688,7 +716,7 @@ def _merged_topk(
         span = min(columns, width - first)
         scores = logits(part, first, span)
         fresh = ids[:, k:]
-        topk_transform(scores, lens - first, k, out=fresh, stable=stable, kernel=topk_kernel)
+        launch_topk(scores, lens - first, k, TopkMethod.LOCAL, None, {}, stable, fresh, topk_kernel)
         values[:, k:] = scores.gather(1, fresh.clamp_min(0).long())
         del scores
         fresh += torch.where(fresh >= 0, first, 0)

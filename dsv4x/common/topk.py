@@ -121,12 +121,27 @@ def topk_transform(
         if bad.any():
             row = int(bad.nonzero()[0])
             raise ValueError(f"lengths: {int(lengths[row])} in row {row}, need 0 to what is left of {width} columns")
-    problem = Problem.on(
-        "topk_transform", device, tokens=rows, width=width, extra_width=k, options=(method.name, *_promises(stable))
-    )
+    return launch_topk(logits, lengths, k, method, row_starts, space, stable, out, kernel)
+
+
+def launch_topk(
+    logits: torch.Tensor,
+    lengths: torch.Tensor | None,
+    k: int,
+    method: TopkMethod,
+    row_starts: torch.Tensor | None,
+    space: dict[str, Any],
+    stable: bool,
+    out: torch.Tensor,
+    kernel: str | None,
+) -> torch.Tensor:
+    """:func:`topk_transform` of checked arguments; lengths may end outside the columns."""
+    rows, width = logits.shape
+    options = (method.name, *_promises(stable))
+    problem = Problem.on("topk_transform", logits.device, tokens=rows, width=width, extra_width=k, options=options)
     record = select(problem, kernel)
     if rows:
-        record.launch(device, logits, lengths, k, method, row_starts, space, out)
+        record.launch(logits.device, logits, lengths, k, method, row_starts, space, out)
     return out
 
 

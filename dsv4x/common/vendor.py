@@ -46,6 +46,9 @@ class VendorLibrary:
 
     @functools.cached_property
     def _loaded(self) -> tuple[ModuleType | None, str | None, BaseException | None]:
+        _, broken = self._search
+        if broken is not None:
+            return None, self._failed(broken), broken
         if not self._found:
             return None, f"{self.module} is not installed ({self.hint})", None
         distribution, _ = self.distribution
@@ -54,18 +57,30 @@ class VendorLibrary:
         try:
             module = importlib.import_module(self.module)
         except Exception as error:  # a vendor wheel may fail in any way; the reason is kept, not hidden
-            return None, f"import {self.module} failed: {type(error).__name__}: {str(error) or _origin(error)}", error
+            return None, self._failed(error), error
         lacking = [name for name in self.attributes if not hasattr(module, name)]
         if lacking:
             return None, f"{self.module} at {self.path} has no {', '.join(lacking)}; {self.hint}", None
         return module, None, None
 
+    def _failed(self, error: BaseException) -> str:
+        return f"import {self.module} failed: {type(error).__name__}: {str(error) or _origin(error)}"
+
     @functools.cached_property
-    def _spec(self) -> Any:
+    def _search(self) -> tuple[Any, BaseException | None]:
+        """Where it is, or why that cannot be told: looking for a submodule imports the packages above it."""
         try:
-            return importlib.util.find_spec(self.module)
-        except (ImportError, ValueError):
-            return None
+            return importlib.util.find_spec(self.module), None
+        except ModuleNotFoundError as error:
+            return None, None if self.module.startswith(f"{error.name}.") else error
+        except ValueError:  # a module without a spec, put in place by hand
+            return None, None
+        except Exception as error:
+            return None, error
+
+    @property
+    def _spec(self) -> Any:
+        return self._search[0]
 
     @property
     def _found(self) -> bool:

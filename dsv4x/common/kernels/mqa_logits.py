@@ -439,12 +439,14 @@ def mqa_logits(
     q_encoding, k_encoding = _ENCODINGS[q.dtype], "e2m1" if k.dtype == torch.uint8 else _ENCODINGS[k.dtype]
     is_native = native(q_encoding, k_encoding, limits.fp8)
     config = logits_config(limits.arch, is_native, next_n=None)
+    # Behind a dimension of its own, because a lone scale may have any stride, with which no view is made.
+    scale_bytes = k_scale[..., None].view(torch.uint8)
     groups, span = -(-rows // config.rows), max(k.shape[0], width)
     chunk = _chunk(groups, span, config, limits.multiprocessors)
     chunks = -(-span // chunk)
     _launch_flat(
         groups * chunks,
-        (_bytes(q), k.view(torch.uint8), k_scale.view(torch.uint8), weights, ks, ke, out),
+        (_bytes(q), k.view(torch.uint8), scale_bytes, weights, ks, ke, out),
         (
             rows, k.shape[0], width, chunks, chunk, weights.stride(0), k.stride(0) * k.element_size(),
             k_scale.stride(0) * k_scale.element_size(), out.stride(0),
@@ -517,7 +519,7 @@ def gather_indexer_k(cache: PagedCache, slots: torch.Tensor, k: torch.Tensor, k_
     rows, layout = slots.shape[0], cache.layout
     _launch_gather(
         -(-rows // _GATHER_BLOCK),
-        (cache.data, slots, k.view(torch.uint8), k_scale.view(torch.int32)),
+        (cache.data, slots, k.view(torch.uint8), k_scale.flatten().view(torch.int32)),
         (rows, cache.capacity, cache.page_size, cache.page_stride, layout.scale_base(cache.page_size)),
         (layout.nope_bytes, _GATHER_BLOCK, cache.capacity > 2**31 - 1),
         num_warps=4,
