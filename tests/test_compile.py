@@ -68,6 +68,15 @@ def test_the_archs_own_fp8_is_converted_by_its_own_instruction(arch, flavour):
         assert (report["fp8"] > 0) == (flavour in (own, "e4m3fnuz"))
 
 
+@pytest.mark.parametrize("arch", compiling.TARGETS)
+def test_values_are_encoded_by_nvidias_conversion_or_by_ours(arch):
+    writers = {}
+    for at, case in CASES:
+        if at == arch and case.name in ("quantize_insert_kernel[DSv4]", "quantize_insert_kernel[DSv4 fnuz]"):
+            writers[case.name] = "fp_to_fp" in compiling.compile_case(case, arch).asm["ttir"]
+    assert list(writers.values()) == [arch.startswith("sm_"), False]
+
+
 def test_a_kernel_that_does_not_compile_fails(monkeypatch):
     @triton.jit
     def wrong_kernel(out_ptr, BLOCK: compiling.triton.language.constexpr):
