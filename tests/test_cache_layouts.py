@@ -223,6 +223,32 @@ def test_k_scale_must_be_a_scale(k_scale):
         dsv4x.dequantize_k_cache_paged(cache, torch.zeros(1, dtype=torch.int32), k_scale=k_scale)
 
 
+@pytest.mark.interpreter
+def test_a_k_scale_that_is_an_int_is_launched_as_a_float(monkeypatch):
+    """A launcher takes 2 and 2.0 for the same call, but Triton compiles them apart."""
+    from dsv4x.common.kernels import cache as kernels
+    from dsv4x.common.kernels import decode, launch
+
+    scales = []
+    called = launch.Launcher.__call__
+
+    def call(self, programs, tensors, numbers, *more, **options):
+        names = self.kernel.arg_names[len(tensors) :]
+        scales.extend(type(number) for name, number in zip(names, numbers) if name.endswith("k_scale"))
+        return called(self, programs, tensors, numbers, *more, **options)
+
+    monkeypatch.setattr(launch.Launcher, "__call__", call)
+    cache, slots = pool(layouts.UNIFORM_FP8, 2), torch.arange(6, dtype=torch.int32)
+    dsv4x.quantize_and_insert_k_cache(rows(layouts.UNIFORM_FP8, 6), cache, slots, k_scale=2, kernel="triton")
+    out = dsv4x.dequantize_k_cache_paged(cache, slots, k_scale=2, kernel="triton")
+    kernels.gather_workspace(cache, cache, slots, 3, out, 2, 2)
+    q = torch.zeros(1, 1, 512, dtype=torch.bfloat16)
+    decode.sparse_mla_decode(
+        q, cache, slots[None], None, cache, slots[None], None, None, 0.1, q, swa_k_scale=2, extra_k_scale=2
+    )
+    assert scales == [float] * 6
+
+
 @pytest.mark.parametrize("layout", [layouts.DSV4, layouts.BF16_512], ids=["DSv4", "bf16"])
 def test_k_scale_is_refused_where_it_would_be_ignored(layout):
     with pytest.raises(ValueError, match=rf"k_scale: got 2.0, need 1: {layout.name} has no scale of the whole tensor"):

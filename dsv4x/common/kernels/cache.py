@@ -272,7 +272,7 @@ def dequantize_k_cache_paged(cache: PagedCache, slots: torch.Tensor, out: torch.
     _launch_dequantize(
         -(-rows // read.rows),
         (cache.data, slots, out),
-        (k_scale, rows, cache.capacity, cache.page_size, cache.page_stride, out.stride(0)),
+        (float(k_scale), rows, cache.capacity, cache.page_size, cache.page_stride, out.stride(0)),
         read.constexprs,
         read.warps,
     )
@@ -320,7 +320,7 @@ def gather_launch(
         -(-extra_rows // extra.rows) + -(-(rows - extra_rows) // swa.rows),
         (extra_cache.data, swa_cache.data, slots, out),
         (
-            extra_k_scale, swa_k_scale, extra_rows, rows,
+            float(extra_k_scale), float(swa_k_scale), extra_rows, rows,
             extra_cache.capacity, extra_cache.page_size, extra_cache.page_stride,
             swa_cache.capacity, swa_cache.page_size, swa_cache.page_stride, out.stride(0),
         ),
@@ -336,7 +336,7 @@ def quantize_and_insert_k_cache(k: torch.Tensor, cache: PagedCache, slots: torch
     _launch_quantize(
         -(-rows // write.rows),
         (k, cache.data, slots),
-        (k_scale, rows, cache.capacity, cache.page_size, cache.page_stride, k.stride(0)),
+        (float(k_scale), rows, cache.capacity, cache.page_size, cache.page_stride, k.stride(0)),
         write.constexprs,
         write.warps,
     )
