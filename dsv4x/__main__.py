@@ -94,6 +94,10 @@ def print_info(facts: dict[str, Any]) -> None:
 
 def show_layout(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Print one layout's byte map, draw it, or write the documentation of all."""
+    if arguments.page_size < 1:
+        parser.error(f"--page-size: got {arguments.page_size}, need > 0")
+    if arguments.svg is not None and arguments.name is None:
+        parser.error("--svg: given without a layout, need its name")
     if arguments.docs is not None:
         (arguments.docs / "layouts").mkdir(parents=True, exist_ok=True)
         (arguments.docs / "layouts.md").write_text(drawing.document(arguments.page_size))
@@ -105,8 +109,6 @@ def show_layout(arguments: argparse.Namespace, parser: argparse.ArgumentParser) 
         for member in layouts.MLAKVCacheLayout:
             print(f"{member.name:<15} {member.value.name}")
         return 0
-    if arguments.page_size < 1:
-        parser.error(f"--page-size: got {arguments.page_size}, need > 0")
     try:
         layout = layouts.by_name(arguments.name)
     except ValueError as error:

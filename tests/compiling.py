@@ -180,6 +180,7 @@ def cases(arch: str) -> list[Case]:
             label = f"[H<={most},D={head_dim}]"
             found.append(Case(prefill.prefill_kernel, constants, shape.options, ATTENTION_OUT, label=label))
     if arch == "sm_90":
+        found += [hopper_decode_case(1, 0, 0, far=True)]
         found += [hopper_decode_case(*flags) for flags in ((0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1))]
         options = {"num_warps": prefill_hopper.NUM_WARPS}
         for index in ("*i32", "*i64"):
@@ -256,15 +257,15 @@ def logits_cases(arch: str) -> list[Case]:
     return found
 
 
-def hopper_decode_case(given: int, split: int, local: int) -> Case:
+def hopper_decode_case(given: int, split: int, local: int, far: bool = False) -> Case:
     """With all optional arguments or none, int32 and int64 rows side by side."""
     constants = {
         "HAS_SWA_LENS": bool(given), "HAS_EXTRA_LENS": bool(given), "HAS_SINK": bool(given), "SPLIT": bool(split),
-        "BIG_PAGES": not given, "LOCAL": bool(local),
+        "BIG_PAGES": not given, "FAR_HEADS": far, "LOCAL": bool(local),
         "RIGHT": decode_hopper.RIGHT_REGISTERS, "LOADER": decode_hopper.LOADER_REGISTERS,
     }  # fmt: skip
     types = {**ATTENTION_OUT, "extra_lens_ptr": "*i64", "extra_indices_ptr": "*i32" if local else "*i64"}
-    label = f"[given={given},split={split},local={local}]"
+    label = f"[given={given},split={split},local={local}{',far' * far}]"
     return Case(decode_hopper.decode_hopper_kernel, constants, {"num_warps": 4}, types, label=label)
 
 

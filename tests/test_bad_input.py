@@ -590,6 +590,16 @@ def test_indices_are_not_remapped_in_their_own_memory(op):
         op(cache(), indices, remapped=indices)
 
 
+@pytest.mark.parametrize(
+    ("op", "name"), [(dsv4x.quantize_and_insert_k_cache, "k"), (dsv4x.dequantize_k_cache_paged, "slots")]
+)
+def test_no_tensor_is_named_and_not_the_device_of_the_cache(op, name):
+    given = {**TABLE[op][0](), "cache": PagedCache.zeros(2, DSV4, 64, "meta"), name: None}
+    given.pop("out", None)
+    with pytest.raises(TypeError, match=f"{name}: got NoneType"):
+        op(**given)
+
+
 @pytest.mark.parametrize(("units", "error", "says"), [(-1, ValueError, "units: got -1"), (1.0, TypeError, "got float")])
 def test_scratch_bytes_check_their_argument(units, error, says):
     with pytest.raises(error, match=says):

@@ -157,6 +157,26 @@ def test_kernels_write_and_read_the_references_bytes(layout, page_size, kernel_d
     assert read[lost].isnan().all()
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+@pytest.mark.parametrize("flavour", layouts.FLAVOURS)
+def test_the_kernel_of_an_amd_gpu_writes_the_references_bytes(flavour, arch, monkeypatch):
+    """Where the arch decodes the flavour itself its own encoding is another matter: e4m3fn's, and a mode bit's."""
+    from dsv4x.common.kernels import cache as kernels
+
+    made = kernels.cache_constexprs
+    monkeypatch.setattr(kernels, "cache_constexprs", lambda layout, _: made(layout, arch))
+    kernels._writing.cache_clear()
+    layout = layouts.DSV4.with_flavour(flavour)
+    caches = pool(layout, 2, 6), pool(layout, 2, 6)
+    try:
+        for cache, kernel in zip(caches, ("triton", "reference")):
+            dsv4x.quantize_and_insert_k_cache(rows(layout, 8, extreme=True), cache, torch.arange(8), kernel=kernel)
+    finally:
+        kernels._writing.cache_clear()
+    assert torch.equal(caches[0].data, caches[1].data)
+
+
 def test_both_flavours_live_side_by_side(kernel_device):
     """A gfx942 server's window cache is fnuz while its compressed cache is OCP: one process, one value."""
     kernel, device = kernel_device

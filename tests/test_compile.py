@@ -47,7 +47,7 @@ def test_hopper_decode_keeps_its_registers_and_the_tensor_cores(tmp_path):
         # Logits over 512 values of the first block and of the others; half of V for those, the last, the right half.
         assert report["wgmma"] == 2 * 512 // 16 + 3 * 64 // 16
         # Spills stand where an item begins and ends, and take no more than they do now.
-        assert report["stack"] <= 256, case.name
+        assert report["stack"] <= (384 if case.constants["FAR_HEADS"] else 256), case.name
         assert compiled.asm["ptx"].count("cvt.rn.f16x2.e4m3x2") > 0
 
 
@@ -66,6 +66,15 @@ def test_the_archs_own_fp8_is_converted_by_its_own_instruction(arch, flavour):
         report = compiling.amd_report(compiling.compile_case(case, arch))
         assert report["calls"] == 0
         assert (report["fp8"] > 0) == (flavour in (own, "e4m3fnuz"))
+
+
+@pytest.mark.parametrize("arch", compiling.TARGETS)
+def test_values_are_encoded_by_nvidias_conversion_or_by_ours(arch):
+    writers = {}
+    for at, case in CASES:
+        if at == arch and case.name in ("quantize_insert_kernel[DSv4]", "quantize_insert_kernel[DSv4 fnuz]"):
+            writers[case.name] = "fp_to_fp" in compiling.compile_case(case, arch).asm["ttir"]
+    assert list(writers.values()) == [arch.startswith("sm_"), False]
 
 
 def test_a_kernel_that_does_not_compile_fails(monkeypatch):

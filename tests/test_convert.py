@@ -122,6 +122,14 @@ requantize = dsv4x.requantize_fp8_to_block_scale
             lambda: dsv4x.convert_cache(pool(layouts.DSV4, 2, 1), pool(layouts.DSV4, 2, 1), torch.zeros(2)),
             "slots: dtype is float32, need int32 or int64",
         ),
+        (
+            lambda: dsv4x.convert_cache(pool(layouts.DSV4, 2, 1), pool(layouts.UNIFORM_FP8, 2, 1), src_k_scale=2.0),
+            "src_k_scale: got 2.0, need 1: DSv4 has no scale",
+        ),
+        (
+            lambda: dsv4x.convert_cache(pool(layouts.DSV4, 2, 0), pool(layouts.UNIFORM_FP8, 2, 1), dst_k_scale=0.0),
+            "dst_k_scale: got 0.0, need a finite number > 0",
+        ),
     ],
 )
 def test_what_cannot_be_converted_is_named(call, says):

@@ -114,9 +114,16 @@ def test_layout_prints_and_draws(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"), [(["DSV5"], "layout: got 'DSV5', need one of"), (["DSV4", "--page-size", "0"], "need > 0")]
+    ("arguments", "says"),
+    [
+        (["DSV5"], "layout: got 'DSV5', need one of"),
+        (["DSV4", "--page-size", "0"], "need > 0"),
+        (["--docs", "nowhere", "--page-size", "0"], "need > 0"),
+        (["--svg", "nowhere.svg"], "--svg: given without a layout"),
+    ],
 )
-def test_what_layout_cannot_draw_is_named(arguments, says, capsys):
+def test_what_layout_cannot_draw_is_named(arguments, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as left:
         main(["layout", *arguments])
     assert left.value.code == 2

@@ -306,6 +306,35 @@ def test_out_may_have_its_tokens_inside_its_heads(decode, decode_case, attention
     decode(case, out=out)
 
 
+def far_apart(like, device):
+    """``like [1, H, D]`` with its heads 2**30 values apart, in the middle of memory of which only the rows are used."""
+    _, heads, head_dim = like.shape
+    stride, span = 2**30 + 16, (heads - 1) * (2**30 + 16) + head_dim
+    flat = torch.empty(0, dtype=like.dtype, device=device)
+    flat.set_(torch.UntypedStorage(2 * flat.element_size() * span, device=device), 0, (2 * span,), (1,))
+    return flat.as_strided(like.shape, (head_dim, stride, 1), span).copy_(like)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "device"),
+    [
+        pytest.param("triton", "cpu", marks=pytest.mark.interpreter),
+        pytest.param("triton", "cuda", marks=pytest.mark.gpu),
+        pytest.param("gluon", "cuda", marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("split_k", [1, 2])
+def test_heads_stored_before_tokens_lie_past_two_gi_values(split_k, kernel, device, decode_case, on_device):
+    """[H, T, D] storage at T = 32 768 and 128 heads: a head's number times its stride passes 2**31."""
+    case = decode_case(tokens=1, heads=3, extra_width=20)
+    if kernel == "gluon" and platform.arch != "sm_90":
+        pytest.skip(f"arch is {platform.arch}")
+    q, out = (far_apart(case["q"], device) for _ in range(2))
+    there = {**on_device(case, device), "q": q, "out": out}
+    got = dsv4x.sparse_mla_decode(**there, kernel=kernel, split_k=split_k)
+    check_decode(*got, *reference.sparse_mla_decode(**case, dtype=torch.float64))
+
+
 def test_out_is_allocated_contiguous(decode, decode_case):
     case = decode_case(tokens=3, heads=5)
     case["q"] = case["q"].transpose(0, 1).contiguous().transpose(0, 1)

@@ -37,7 +37,7 @@ def quantize_and_insert_k_cache(
 
     Source: the byte layout and the scale rule are FlashMLA's ``tests/quant.py``, with the model's amax floor.
     """
-    cache = checks.cache("cache", cache, k.device if isinstance(k, torch.Tensor) else torch.device("cpu"))
+    cache = checks.cache("cache", cache, checks.tensor("k", k, (None, None), torch.bfloat16).device)
     checks.tensor("k", k, (None, cache.layout.head_dim), torch.bfloat16)
     checks.tensor("slots", slots, (k.shape[0],), checks.INDEX_DTYPES, k.device)
     if checks.check_values_enabled():
@@ -76,9 +76,8 @@ def dequantize_k_cache_paged(
 
     Source: FlashMLA's ``tests/quant.py``.
     """
-    device = slots.device if isinstance(slots, torch.Tensor) else torch.device("cpu")
+    device = checks.tensor("slots", slots, (None,), checks.INDEX_DTYPES).device
     cache = checks.cache("cache", cache, device)
-    checks.tensor("slots", slots, (None,), checks.INDEX_DTYPES)
     if out is not None:
         checks.tensor("out", out, (slots.shape[0], cache.layout.head_dim), torch.bfloat16, device)
     if checks.check_values_enabled():
@@ -188,6 +187,8 @@ def convert_cache(
     src, dst = checks.cache("src", src, device), checks.cache("dst", dst, device)
     if src.layout.head_dim != dst.layout.head_dim:
         raise ValueError(f"dst: head dim is {dst.layout.head_dim} ({dst.layout.name}), need {src.layout.head_dim}")
+    checks.k_scale("src_k_scale", src_k_scale, src)
+    checks.k_scale("dst_k_scale", dst_k_scale, dst)
     if slots is None:
         if dst.capacity < src.capacity:
             raise ValueError(f"dst: {dst.capacity} slots, need >= {src.capacity}")

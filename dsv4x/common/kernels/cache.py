@@ -201,7 +201,7 @@ def quantize_insert_kernel(
             byte = tile[:, None] * (TILE // 2) + tl.arange(0, TILE // 2)[None, :]
             tl.store(data[:, None, None] + byte[None], low | (high << 4), mask=present[:, :, None])
         else:
-            if FORMAT.native:
+            if FORMAT.native_encode:
                 codes = values.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
             elif FORMAT.value_encoding == "e4m3fnuz":
                 codes = f32_to_e4m3fnuz(values)

@@ -90,7 +90,7 @@ def decode_kernel(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    head = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     head_mask = head < heads
     column = tl.arange(0, VALUE_DIM)
     q, q_tail = load_q(q_ptr + token * q_stride_t + head * q_stride_h, head_mask, VALUE_DIM, TAIL)
@@ -151,7 +151,7 @@ def reduce_kernel(
     HAS_SINK: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     token = (tl.program_id(0) // heads).to(tl.int64)
-    head = tl.program_id(0) % heads + tl.arange(0, 1)
+    head = (tl.program_id(0) % heads).to(tl.int64) + tl.arange(0, 1)
     row = (token * heads + head) * splits
     column = tl.arange(0, VALUE_DIM)
     m = tl.full((1,), float("-inf"), tl.float32)

@@ -216,10 +216,12 @@ def _loader(
 
 
 @gluon.jit
-def _load_q(q_smem, q, token, head0, heads, FIRST: gl.constexpr):
+def _load_q(q_smem, q, token, head0, heads, FIRST: gl.constexpr, FAR_HEADS: gl.constexpr):
     """Bring one half of q's columns to shared memory, zeros for heads there are not."""
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     head = head0 + gl.arange(0, BLOCK_H, gl.SliceLayout(1, ROWS))
+    if FAR_HEADS:
+        head = head.to(gl.int64)
     column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, ROWS))
     rows = q[0] + token * q[1] + head[:, None] * q[2] + column[None, :]
     q_smem.slice(FIRST, HALF, dim=1).store(gl.load(rows, mask=(head < heads)[:, None], other=0.0))
@@ -227,7 +229,10 @@ def _load_q(q_smem, q, token, head0, heads, FIRST: gl.constexpr):
 
 
 @gluon.jit
-def _store_out(acc, weight, q_smem, token, head0, heads, split, splits, out, FIRST: gl.constexpr, SPLIT: gl.constexpr):
+def _store_out(
+    acc, weight, q_smem, token, head0, heads, split, splits, out,
+    FIRST: gl.constexpr, SPLIT: gl.constexpr, FAR_HEADS: gl.constexpr,
+):  # fmt: skip
     """Write one half of the output's columns. q's own half of shared memory, done with, turns them into whole rows."""
     ACC: gl.constexpr = acc.type.layout
     if SPLIT:
@@ -241,6 +246,8 @@ def _store_out(acc, weight, q_smem, token, head0, heads, split, splits, out, FIR
         half = q_smem.slice(FIRST, HALF, dim=1)
         half.store((acc * weight[:, None]).to(gl.bfloat16))
         head = head0 + gl.arange(0, BLOCK_H, gl.SliceLayout(1, ROWS))
+        if FAR_HEADS:
+            head = head.to(gl.int64)
         column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, ROWS))
         rows = out[0] + token * out[1] + head[:, None] * out[2] + column[None, :]
         gl.store(rows, half.load(ROWS), mask=(head < heads)[:, None])
@@ -275,6 +282,7 @@ def _left(
     items, head_blocks, splits, swa, extra, q, out, lse_ptr, partial_lse_ptr, sink_ptr, heads, scale,
     q_smem, k_smem, bias_smem, p_smem, alpha_smem, q_full, k_full, k_empty, p_full, p_empty,
     HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr, HAS_SINK: gl.constexpr, SPLIT: gl.constexpr,
+    FAR_HEADS: gl.constexpr,
 ):  # fmt: skip
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
@@ -287,7 +295,7 @@ def _left(
         token, head0, split, first, last, _, _, _ = _item(
             item, head_blocks, splits, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS
         )
-        _load_q(q_smem, q, token, head0, heads, 0)
+        _load_q(q_smem, q, token, head0, heads, 0, FAR_HEADS)
         m = gl.full([BLOCK_H], float("-inf"), gl.float32, HEADS)
         l = gl.zeros([BLOCK_H], gl.float32, HEADS)
         acc = gl.zeros([BLOCK_H, HALF], gl.float32, ACC)
@@ -345,14 +353,14 @@ def _left(
         mbarrier.arrive(p_full.index(stage), count=1)
         message += 1
         weight = gl.convert_layout(weight, gl.SliceLayout(1, ACC))
-        _store_out(acc, weight, q_smem, token, head0, heads, split, splits, out, 0, SPLIT)
+        _store_out(acc, weight, q_smem, token, head0, heads, split, splits, out, 0, SPLIT, FAR_HEADS)
 
 
 @gluon.jit
 def _right(
     items, head_blocks, splits, swa, extra, q, out, heads,
     q_smem, k_smem, p_smem, alpha_smem, q_full, k_empty, p_full, p_empty,
-    HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr, SPLIT: gl.constexpr,
+    HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr, SPLIT: gl.constexpr, FAR_HEADS: gl.constexpr,
 ):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     count = gl.to_tensor(0)
@@ -361,7 +369,7 @@ def _right(
         token, head0, split, first, last, _, _, _ = _item(
             item, head_blocks, splits, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS
         )
-        _load_q(q_smem, q, token, head0, heads, HALF)
+        _load_q(q_smem, q, token, head0, heads, HALF, FAR_HEADS)
         mbarrier.arrive(q_full, count=1)
         acc = gl.zeros([BLOCK_H, HALF], gl.float32, ACC)
         for _ in range(first, last):
@@ -380,7 +388,7 @@ def _right(
         weight = alpha_smem.index(stage).load(gl.SliceLayout(1, ACC))
         mbarrier.arrive(p_empty.index(stage), count=1)
         message += 1
-        _store_out(acc, weight, q_smem, token, head0, heads, split, splits, out, HALF, SPLIT)
+        _store_out(acc, weight, q_smem, token, head0, heads, split, splits, out, HALF, SPLIT, FAR_HEADS)
 
 
 # Nothing but q's and out's strides needs its divisibility known, and every number specialized doubles the kernels.
@@ -401,7 +409,7 @@ def decode_hopper_kernel(
     extra_width, extra_indices_stride, extra_capacity, extra_page_size, extra_page_stride,
     requests, table_columns, table_stride, table_pages,
     HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr, HAS_SINK: gl.constexpr, SPLIT: gl.constexpr,
-    BIG_PAGES: gl.constexpr, LOCAL: gl.constexpr, RIGHT: gl.constexpr, LOADER: gl.constexpr,
+    BIG_PAGES: gl.constexpr, FAR_HEADS: gl.constexpr, LOCAL: gl.constexpr, RIGHT: gl.constexpr, LOADER: gl.constexpr,
 ):  # fmt: skip
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -438,12 +446,12 @@ def decode_hopper_kernel(
             (_left, (
                 items, head_blocks, splits, swa, extra, q, out, lse_ptr, partial_lse_ptr, sink_ptr, heads,
                 scale * LOG2E, q_smem, k_smem, bias_smem, p_smem, alpha_smem, q_full, k_full, k_empty, p_full, p_empty,
-                HAS_SWA_LENS, HAS_EXTRA_LENS, HAS_SINK, SPLIT,
+                HAS_SWA_LENS, HAS_EXTRA_LENS, HAS_SINK, SPLIT, FAR_HEADS,
             )),
             (_right, (
                 items, head_blocks, splits, swa, extra, q, out, heads,
                 q_smem, k_smem, p_smem, alpha_smem, q_full, k_empty, p_full, p_empty,
-                HAS_SWA_LENS, HAS_EXTRA_LENS, SPLIT,
+                HAS_SWA_LENS, HAS_EXTRA_LENS, SPLIT, FAR_HEADS,
             )),
             (_loader, (
                 items, head_blocks, splits, swa, extra, local, k_smem, bias_smem, k_full, k_empty,
@@ -511,7 +519,9 @@ def sparse_mla_decode(
         ),
         (
             swa_lens is not None, extra_lens is not None, attn_sink is not None, splits > 1,
-            max(swa_cache.page_size, extra_cache.page_size) * 584 >= 2**31, local is not None,
+            max(swa_cache.page_size, extra_cache.page_size) * 584 >= 2**31,
+            # Heads stored before tokens: the registers of 64-bit offsets are spilled, so only these pay for them.
+            (heads - 1) * max(q.stride(1), out.stride(1)) >= 2**31, local is not None,
             RIGHT_REGISTERS, LOADER_REGISTERS,
         ),
         4,

@@ -27,7 +27,8 @@ class EntryFormat:
         scale_base: in ``aos`` entries, offset of the scales from the values.
         soa: whether all values of a page stand before all its scales.
         value_encoding, scale_encoding: their names. A field called ``value`` would be the constexpr's own (Triton 3.6).
-        native: whether the arch's own conversion decodes and encodes the values.
+        native: whether the arch's own conversion decodes the values.
+        native_encode: whether it encodes them too.
     """
 
     nope_dim: int
@@ -41,12 +42,14 @@ class EntryFormat:
     value_encoding: str
     scale_encoding: str
     native: bool
+    native_encode: bool
 
 
 @functools.lru_cache(maxsize=256)
 def entry_format(layout: CacheLayout, arch: str) -> EntryFormat:
     """The record's numbers, for kernels compiled for ``arch``."""
     soa = layout.arrangement == "soa"
+    native = native_fp8(layout, arch)
     return EntryFormat(
         layout.nope_dim,
         layout.rope_dim,
@@ -58,7 +61,9 @@ def entry_format(layout: CacheLayout, arch: str) -> EntryFormat:
         soa,
         layout.value_encoding,
         layout.scale_encoding,
-        native_fp8(layout, arch),
+        native,
+        # Measured on NVIDIA alone to saturate, infinities too, and to drop a NaN's sign. AMD's is a mode bit's matter.
+        native and arch.startswith("sm_"),
     )
 
 

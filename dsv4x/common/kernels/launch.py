@@ -44,7 +44,8 @@ class Launcher:
 
     It remembers the compiled kernel under everything Triton could have specialized it for: the device, each pointer's
     dtype, every number by its value and every constexpr. A pointer that is not a multiple of 16 goes Triton's way.
-    Profilers' launch hooks are called as ever.
+    Profilers' launch hooks are called as ever. A number's type is not looked at, and 2 and 2.0 are one key: give a
+    parameter ints or floats, never both.
 
     Args:
         kernel: a function under ``triton.jit``.
