@@ -33,7 +33,7 @@ from . import (
 from .common.attention import sparse_mla_attention
 from .common.layer import Layer, Sequence
 from .common.registry import Problem
-from .common.routing import choose_path, path_problems, paths_of, step_kernel
+from .common.routing import choose_step, path_problems, paths_of, step_kernel
 
 MAX_ERROR = 4e-3
 """Of the dense layer over the stored entries, relative: twice what rounding weights and output to bf16 costs."""
@@ -133,15 +133,16 @@ class PagedServer:
             num_tokens=int(starts[-1]) + padding,
         )
         batch = torch.cat(q)
-        chosen_path = path or choose_path(batch, self.swa, self.extra, meta, indices, kernel)
-        problem = path_problems(batch, self.swa, self.extra, meta, indices)[chosen_path]
-        ran = step_kernel(chosen_path, problem, meta, indices, kernel)[0].name
+        if path is None:
+            path, kernel = choose_step(batch, self.swa, self.extra, meta, indices, kernel)
+        problem = path_problems(batch, self.swa, self.extra, meta, indices)[path]
+        ran = step_kernel(path, problem, meta, indices, kernel)[0].name
         began = _now(self.device)
         out, lse = sparse_mla_attention(
-            batch, self.swa, self.extra, meta, indices, layer.attn_sink, path=chosen_path, kernel=ran
+            batch, self.swa, self.extra, meta, indices, layer.attn_sink, path=path, kernel=ran
         )
         assert lse is not None
-        report = StepReport(chosen_path, ran, problem, _now(self.device) - began, batch, self, meta, indices)
+        report = StepReport(path, ran, problem, _now(self.device) - began, batch, self, meta, indices)
         sizes = [*queries, padding]
         return list(out.split(sizes))[: len(queries)], list(lse.split(sizes))[: len(queries)], report
 

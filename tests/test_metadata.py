@@ -12,7 +12,7 @@ from tolerances import check_decode, check_prefill
 import dsv4x
 from dsv4x.common import attention, registry, routing
 from dsv4x.common.layouts import DSV4, PagedCache
-from dsv4x.common.routing import PATHS, choose_path, path_problems, paths_of
+from dsv4x.common.routing import PATHS, choose_step, path_problems, paths_of
 
 GARBAGE = [-1, -2, -(2**31), 2**31 - 1, 1_000_000_007]
 int32 = partial(torch.tensor, dtype=torch.int32)
@@ -413,14 +413,14 @@ def test_the_path_is_chosen_by_prediction_and_bounded_by_the_workspace(make_step
     times = {"sparse_mla_decode": 0.0, "sparse_mla_prefill": 0.0}
     record = registry.find("sparse_mla_prefill", "reference")
     monkeypatch.setattr(routing, "step_kernel", lambda path, problem, *_: (record, times[problem.op]))
-    assert choose_path(*arguments) == "direct"
+    assert choose_step(*arguments)[0] == "direct"
     times["sparse_mla_decode"] = 1e9
-    assert choose_path(*arguments) == "gathered"
+    assert choose_step(*arguments)[0] == "gathered"
     largest = max(c + g for c, g in zip(meta.compressed_counts, meta.gather_counts))
     for max_bytes, path in ((largest * 1024, "direct"), (largest * 1024 + 4096, "gathered")):
         chunk = dsv4x.SparsePrefillChunkCache(max_bytes).rebuild(meta)
         assert chunk.fits == (path == "gathered")
-        assert choose_path(*arguments, chunk=chunk) == path
+        assert choose_step(*arguments, chunk=chunk)[0] == path
 
 
 @pytest.mark.parametrize("owned", [False, True])
@@ -617,10 +617,10 @@ def test_a_path_whose_kernel_refuses_leaves_the_other(op, path, make_step, rng, 
         registry.select.cache_clear()
         request.addfinalizer(registry.select.cache_clear)
         if name == op:
-            assert choose_path(*arguments, kernel="reference") == path
+            assert choose_step(*arguments, kernel="reference") == (path, "reference")
     if op == "sparse_mla_decode":
         with pytest.raises(dsv4x.KernelNotSupported, match="it is not in"):
-            choose_path(*arguments, kernel="reference")
+            choose_step(*arguments, kernel="reference")
 
 
 @pytest.mark.parametrize(("ratio", "path"), [(r, p) for r in (1, 4, 128) for p in paths_of(r)])

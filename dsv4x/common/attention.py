@@ -14,7 +14,7 @@ from .compaction import gather_referenced_rows
 from .layouts import PagedCache
 from .prefill_chunk import SparsePrefillChunkCache
 from .registry import Kernel, Problem, call_on, select
-from .routing import PATHS, choose_path, path_problems, step_kernel
+from .routing import PATHS, choose_step, path_problems, step_kernel
 from .sparse_mla import attend, check_cache, check_heads, check_rest, scale_of
 
 HEAD_DIM = 512
@@ -401,7 +401,7 @@ def _plan(
     return_lse: bool,
 ) -> _Plan:
     if path is None:
-        path = choose_path(q, swa_cache, extra_cache, meta, topk_indices, kernel, chunk, return_lse)
+        path, kernel = choose_step(q, swa_cache, extra_cache, meta, topk_indices, kernel, chunk, return_lse)
     problems = path_problems(q, swa_cache, extra_cache, meta, topk_indices, chunk, return_lse)
     problem = problems[path]
     attend, _ = step_kernel(path, problem, meta, topk_indices, kernel)

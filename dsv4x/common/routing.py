@@ -76,7 +76,7 @@ def explain_step(
     return _explain(q, swa_cache, extra_cache, meta, topk_indices, kernel, chunk, return_lse)[0]
 
 
-def choose_path(
+def choose_step(
     q: torch.Tensor,
     swa_cache: PagedCache,
     extra_cache: PagedCache | None,
@@ -85,12 +85,12 @@ def choose_path(
     kernel: str | None = None,
     chunk: SparsePrefillChunkCache | None = None,
     return_lse: bool = True,
-) -> str:
-    """The path of :func:`explain_step`. Raises KernelNotSupported or BackendUnavailable when none can run."""
+) -> tuple[str, str]:
+    """``(path, kernel)`` of :func:`explain_step`. Raises KernelNotSupported or BackendUnavailable when none can run."""
     explanation, errors = _explain(q, swa_cache, extra_cache, meta, topk_indices, kernel, chunk, return_lse)
     if explanation.chosen is None:
         raise errors[0]
-    return explanation.chosen
+    return explanation.chosen, explanation.kernels[explanation.chosen]
 
 
 def path_problems(
