@@ -1,7 +1,7 @@
 """What dsv4x's attention costs beside FlashMLA called bare, on one GPU in one run.
 
-Every row holds medians of ``triton.testing.do_bench`` (microseconds) over the same inputs: window 128 in a pool of
-16 384 entries, top-k random in a pool of 65 536, page 64, DSv4 fp8, sink on.
+Every row holds the best of four medians of ``triton.testing.do_bench`` (microseconds) over the same inputs: window 128
+in a pool of 16 384 entries, top-k random in a pool of 65 536, page 64, DSv4 fp8, sink on.
 
 - ``bare``: FlashMLA's own call on ready arguments, its scheduler object already filled.
 - ``flash_mla``: ``dsv4x.sparse_mla_decode`` / ``_prefill`` with kernel="flash_mla", indices untrusted, scheduler fresh.
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import triton
 from flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
+from timing import compare_us
 
 import dsv4x
 from dsv4x import PagedCache, layouts
@@ -27,10 +28,6 @@ from dsv4x import PagedCache, layouts
 WINDOW, PAGE_SIZE, SWA_ENTRIES, EXTRA_ENTRIES = 128, 64, 16384, 65536
 SHAPES = ((64, 512), (128, 1024))
 TOKENS = (1, 8, 32, 64, 128, 512, 1024, 4096)
-
-
-def median_us(run) -> float:
-    return 1e3 * triton.testing.do_bench(run, warmup=30, rep=100, return_mode="median")
 
 
 def pool(entries: int) -> PagedCache:
@@ -61,14 +58,14 @@ def decode_row(heads: int, topk: int, tokens: int) -> dict[str, float]:
             sink, servers_view(extra), rows[1][:, None], lens[0], lens[1], use_legacy=True,
         )  # fmt: skip
 
-    return {
-        "bare": median_us(bare),
-        "flash_mla": median_us(lambda: dsv4x.sparse_mla_decode(q, *arguments, kernel="flash_mla")),
-        "served": median_us(
-            lambda: dsv4x.sparse_mla_decode(q, *arguments, kernel="flash_mla", trusted_indices=True, schedule=schedule)
+    return compare_us({
+        "bare": bare,
+        "flash_mla": lambda: dsv4x.sparse_mla_decode(q, *arguments, kernel="flash_mla"),
+        "served": lambda: dsv4x.sparse_mla_decode(
+            q, *arguments, kernel="flash_mla", trusted_indices=True, schedule=schedule
         ),
-        "triton": median_us(lambda: dsv4x.sparse_mla_decode(q, *arguments, kernel="triton")),
-    }
+        "triton": lambda: dsv4x.sparse_mla_decode(q, *arguments, kernel="triton"),
+    })  # fmt: skip
 
 
 def prefill_row(heads: int, topk: int, tokens: int) -> dict[str, float]:
@@ -83,12 +80,12 @@ def prefill_row(heads: int, topk: int, tokens: int) -> dict[str, float]:
     def bare():
         flash_mla_sparse_fwd(q, kv[:, None], rows[:, None], 512**-0.5, 512, sink, lens, use_legacy=True)
 
-    return {
-        "bare": median_us(bare),
-        "flash_mla": median_us(lambda: dsv4x.sparse_mla_prefill(*arguments, kernel="flash_mla")),
-        "served": median_us(lambda: dsv4x.sparse_mla_prefill(*arguments, kernel="flash_mla", trusted_indices=True)),
-        "triton": median_us(lambda: dsv4x.sparse_mla_prefill(*arguments, kernel="triton")),
-    }
+    return compare_us({
+        "bare": bare,
+        "flash_mla": lambda: dsv4x.sparse_mla_prefill(*arguments, kernel="flash_mla"),
+        "served": lambda: dsv4x.sparse_mla_prefill(*arguments, kernel="flash_mla", trusted_indices=True),
+        "triton": lambda: dsv4x.sparse_mla_prefill(*arguments, kernel="triton"),
+    })  # fmt: skip
 
 
 def main() -> None:

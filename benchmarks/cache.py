@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
+from timing import median_us
 
 import dsv4x
 from dsv4x import MLAKVCacheLayout, PagedCache, layouts
@@ -25,14 +26,10 @@ ROWS = 262144
 PAGE_SIZES = (2, 64, 256)
 
 
-def median_us(run) -> float:
-    return 1e3 * triton.testing.do_bench(run, warmup=30, rep=120, return_mode="median")
-
-
 def copy_us(moved: int) -> float:
     source = torch.empty(moved // 2, dtype=torch.uint8, device="cuda").random_(0, 256)
     target = torch.empty_like(source)
-    return median_us(lambda: target.copy_(source))
+    return median_us(lambda: target.copy_(source), 30, 120)
 
 
 @triton.jit
@@ -75,7 +72,7 @@ def measure(layout: layouts.CacheLayout, page_size: int) -> list[dict]:
         if layout is layouts.DSV4:
             runs["bare"] = lambda slots=slots: bare_insert(k, cache, slots)
         for op, run in runs.items():
-            us = median_us(run)
+            us = median_us(run, 30, 120)
             row = {"layout": layout.name, "page_size": page_size, "op": op, "slots": order, "us": us, "copy_us": copy}
             rows.append({**row, "of_copy": copy / us})
     return rows

@@ -1,9 +1,9 @@
 """Decode kernels over DSv4 pages beside FlashMLA called bare, on one GPU in one run; also prefill in place, T = 4096.
 
-Every row holds medians of ``triton.testing.do_bench`` (microseconds; it flushes L2 before every call) over the same
-inputs: window 128 in a pool of 16 384 entries, top-k random in a pool of 65 536, page 64, sink on. Kernels are called
-by their launchers, as FlashMLA is called bare on ready arguments with its scheduler object filled. ``graph`` columns
-replay a captured call, so that a busy host does not count.
+Every row holds the best of four medians of ``triton.testing.do_bench`` (microseconds; it flushes L2 before every call)
+over the same inputs: window 128 in a pool of 16 384 entries, top-k random in a pool of 65 536, page 64, sink on.
+Kernels are called by their launchers, as FlashMLA is called bare on ready arguments with its scheduler object filled.
+``graph`` columns replay a captured call, so that a busy host does not count.
 
 Usage: python benchmarks/decode_kernels.py --out benchmarks/results/decode-kernels-<gpu>.json   (about 40 s)
 """
@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import triton
 from flash_mla import flash_mla_with_kvcache, get_mla_metadata
+from timing import captured, compare_us
 
 import dsv4x
 from dsv4x import PagedCache, layouts
@@ -28,19 +28,6 @@ SHAPES = ((64, 512), (128, 1024))
 TOKENS = (1, 8, 32, 64, 128, 512, 4096)
 GRAPHED = 128
 SCALE = 512**-0.5
-
-
-def median_us(run: Callable[[], object]) -> float:
-    return round(1e3 * triton.testing.do_bench(run, warmup=10, rep=40, return_mode="median"), 1)
-
-
-def graph_us(run: Callable[[], object]) -> float:
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return median_us(graph.replay)
 
 
 def pool(entries: int) -> PagedCache:
@@ -73,10 +60,9 @@ def measure(swa: PagedCache, extra: PagedCache, heads: int, topk: int, tokens: i
         "gluon": lambda: decode_hopper.sparse_mla_decode(q, *scopes, sink, SCALE, out),
         "triton": lambda: decode.sparse_mla_decode(q, *scopes, sink, SCALE, out),
     }
-    found = {name: median_us(run) for name, run in runs.items()}
     if tokens <= GRAPHED:
-        found |= {f"{name}_graph": graph_us(run) for name, run in runs.items()}
-    return found
+        runs |= {f"{name}_graph": captured(run) for name, run in runs.items()}
+    return {name: round(us, 1) for name, us in compare_us(runs).items()}
 
 
 def main() -> None:

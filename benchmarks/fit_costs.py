@@ -4,7 +4,8 @@ Medians of ``triton.testing.do_bench`` of graphs, in microseconds. ``decode`` an
 called bare, over index rows of the width given, drawn from pools of the rows given. ``gather``, ``remap`` and
 ``combine`` are straight lines through two sizes, ``listing`` is what finding and remapping references takes before
 their rows are gathered. ``host`` is what the host takes for eager calls of one token, the best of many, as a busy host
-takes up to twice that: ``kernels`` of the attention ops, and of the paths what they take beside their kernel's call.
+takes up to twice that: ``kernels`` of the attention ops, and of the paths what they take beside their kernel's call as
+an op, less than nothing where an op's checks take longer.
 
 Usage: python benchmarks/fit_costs.py --out dsv4x/cuda/costs_sm_90.json
 With --host-only, the file's other entries stay as they are.
@@ -13,22 +14,25 @@ With --host-only, the file's other entries stay as they are.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 
 import torch
 from flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
-from steps import PAGE_SIZE, WINDOW, Step, device_us, pool
+from steps import PAGE_SIZE, WINDOW, Step, pool
+from timing import Run, device_us
 
 import dsv4x
 from dsv4x.common import compaction, indices, registry
+from dsv4x.common.routing import PATHS, paths_of
 
 TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 WIDTHS = (128, 640, 1152, 4224)
 ROWS = (4096, 65536, 262144)
 HEADS = (64, 128)
+HOST_TURNS, HOST_CALLS = 800, 6
 
 
 def kernel_times() -> dict:
@@ -110,19 +114,8 @@ def listing(references: int):
     return lambda: compaction._list_referenced(cache, slots, None, 1, references, None, None, None)
 
 
-def host_us(run: Callable[[], object], calls: int = 20, batches: int = 80) -> float:
-    """Microseconds until the host is ready for the next call; the GPU may be behind."""
-    best = float("inf")
-    for _ in range(batches):
-        torch.cuda.synchronize()
-        began = perf_counter()
-        for _ in range(calls):
-            run()
-        best = min(best, perf_counter() - began)
-    return round(1e6 * best / calls, 2)
-
-
 def host() -> dict:
+    """What the host takes, in turns: the quiet moments of a busy one are then the same for all."""
     step = Step(1, 1024, 64, 512, 1, 1)
     meta, schedule = step.meta, {}
     workspace, rows, lens = step._gathered()
@@ -135,24 +128,31 @@ def host() -> dict:
             step.q, workspace, rows, lens, step.sink, kernel=kernel, trusted_indices=True
         ),
     }  # fmt: skip
-    kernels = {
-        op: {name: host_us(lambda call=call, name=name: call(name)) for name in ("flash_mla", "gluon", "triton")}
+    runs: dict[tuple[str, str], Run] = {
+        (op, name): functools.partial(call, name)
         for op, call in calls.items()
+        for name in ("flash_mla", "gluon", "triton")
     }
-    found: dict = {"kernels": kernels, "direct": {}, "gathered": {}, "referenced": {}}
     for ratio in (1, 4, 128):
-        step = Step(1, 1024, 64, 512, ratio, 1)
-        for path in ("direct", "gathered", "referenced"):
-            if path == "referenced" and ratio != 4:
-                continue
-            whole = host_us(
-                lambda step=step, path=path: dsv4x.sparse_mla_attention(
-                    step.q, step.swa, step.extra, step.meta, step.topk, step.sink, path=path, kernel="flash_mla",
-                    chunk=step.chunk,
-                )
+        at = Step(1, 1024, 64, 512, ratio, 1)
+        for path in paths_of(ratio):
+            runs[path, str(ratio)] = functools.partial(
+                dsv4x.sparse_mla_attention, at.q, at.swa, at.extra, at.meta, at.topk, at.sink, path=path,
+                kernel="flash_mla", chunk=at.chunk,
             )  # fmt: skip
-            op = "sparse_mla_decode" if path == "direct" else "sparse_mla_prefill"
-            found[path][str(ratio)] = round(max(0.0, whole - kernels[op]["flash_mla"]), 2)
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(HOST_TURNS):
+        for key, run in runs.items():
+            torch.cuda.synchronize()
+            began = perf_counter()
+            for _ in range(HOST_CALLS):
+                run()
+            best[key] = min(best[key], 1e6 * (perf_counter() - began) / HOST_CALLS)
+    kernels = {op: {name: round(us, 2) for (key, name), us in best.items() if key == op} for op in calls}
+    found: dict = {"kernels": kernels}
+    for path in PATHS:
+        beside = best["sparse_mla_decode" if path == "direct" else "sparse_mla_prefill", "flash_mla"]
+        found[path] = {ratio: round(us - beside, 2) for (key, ratio), us in best.items() if key == path}
     return found
 
 

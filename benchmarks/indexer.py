@@ -1,8 +1,9 @@
 """The indexer beside DeepGEMM called bare and torch.topk, on one GPU in one run.
 
-64 heads, pages of 64, every request of 16 384 entries. ``us`` is the median of ``triton.testing.do_bench``, which
-flushes the L2 and calls eagerly; ``graph_us`` the time of a call in a captured graph of ten, as servers replay decode
-steps. "bare" is DeepGEMM's own call with its own schedule and nothing cleaned; dsv4x's call is given the same schedule.
+64 heads, pages of 64, every request of 16 384 entries. ``us`` is the best of four medians of
+``triton.testing.do_bench``, which flushes the L2 and calls eagerly; ``graph_us`` the time of a call in a captured graph
+of ten, as servers replay decode steps. "bare" is DeepGEMM's own call with its own schedule and nothing cleaned, or
+torch.topk; dsv4x's call is given the same schedule.
 "raw" leaves open what stands past a length, as bare does; "clean" is the contract of ``paged_mqa_logits``.
 
 Usage: python benchmarks/indexer.py --out benchmarks/results/indexer-<gpu>.json
@@ -11,12 +12,14 @@ Usage: python benchmarks/indexer.py --out benchmarks/results/indexer-<gpu>.json
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 import triton
+from timing import Run, compare_us
 
 import dsv4x
 from dsv4x import PagedCache, layouts
@@ -24,10 +27,7 @@ from dsv4x import PagedCache, layouts
 HEADS, PAGE, ENTRIES = 64, 64, 16384
 FLAT_ROWS = 2048
 TOPK_SHAPE = (4096, 32768)
-
-
-def median_us(run) -> float:
-    return 1e3 * triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")
+BARE = "bare"
 
 
 def graph_us(run, calls: int = 10) -> float:
@@ -47,6 +47,16 @@ def graph_us(run, calls: int = 10) -> float:
         torch.cuda.synchronize()
         times.append(1e3 * began.elapsed_time(ended) / calls)
     return sorted(times)[2]
+
+
+def timed(shape: dict, runs: dict[str, Run]) -> list[dict]:
+    """A row a run, those beside a bare one with its time over theirs."""
+    us = compare_us(runs)
+    rows = [{**shape, "kernel": name, "us": value} for name, value in us.items()]
+    for row in rows:
+        if BARE in us and row["kernel"] != BARE:
+            row["bare_over_us"] = us[BARE] / row["us"]
+    return rows
 
 
 def fp8(*shape: int) -> torch.Tensor:
@@ -105,19 +115,19 @@ def paged(rows: list[dict]) -> None:
         for next_n in (1, 2, 4):
             problem = Paged(cache, table, next_n)
             shape = {"op": "paged", "requests": batch, "next_n": next_n, "entries": ENTRIES}
-            bare, expected = None, None
+            runs = {}
             if "deep_gemm" in kernels("paged_mqa_logits") and next_n <= 2:
-                call = problem.bare()
-                expected, bare = call(), median_us(call)
-                rows.append({**shape, "kernel": "deep_gemm bare", "us": bare, "graph_us": graph_us(call)})
+                runs[BARE] = problem.bare()
             for kernel in kernels("paged_mqa_logits"):
                 for clean in (False, True):
-                    call = problem.run(kernel, clean)
-                    row = {**shape, "kernel": f"{kernel} {'clean' if clean else 'raw'}", "us": median_us(call)}
-                    row["graph_us"] = graph_us(call)
-                    if bare is not None:
-                        row |= {"bare_over_us": bare / row["us"], "difference": difference(call(), expected)}
-                    rows.append(row)
+                    runs[f"{kernel} {'clean' if clean else 'raw'}"] = problem.run(kernel, clean)
+            found = timed(shape, runs)
+            expected = runs[BARE]() if BARE in runs else None
+            for row in found:
+                row["graph_us"] = graph_us(runs[row["kernel"]])
+                if expected is not None and row["kernel"] != BARE:
+                    row["difference"] = difference(runs[row["kernel"]](), expected)
+            rows += found
 
 
 def flat(rows: list[dict]) -> None:
@@ -126,35 +136,31 @@ def flat(rows: list[dict]) -> None:
     ks = torch.zeros(FLAT_ROWS, dtype=torch.int32, device="cuda")
     ke = torch.full_like(ks, ENTRIES)
     shape = {"op": "flat", "rows": FLAT_ROWS, "entries": ENTRIES}
-    bare = None
+    runs = {}
     if "deep_gemm" in kernels("mqa_logits"):
         import deep_gemm
 
         if hasattr(deep_gemm, "fp8_mqa_logits"):
-            call = lambda: deep_gemm.fp8_mqa_logits(q, (k, k_scale), weights, ks, ke)  # noqa: E731
+            runs[BARE] = lambda: deep_gemm.fp8_mqa_logits(q, (k, k_scale), weights, ks, ke)
         else:
-            call = lambda: deep_gemm.fp8_fp4_mqa_logits((q, None), (k, k_scale), weights, ks, ke, ENTRIES)  # noqa: E731
-        bare = median_us(call)
-        rows.append({**shape, "kernel": "deep_gemm bare", "us": bare})
+            runs[BARE] = lambda: deep_gemm.fp8_fp4_mqa_logits((q, None), (k, k_scale), weights, ks, ke, ENTRIES)
     for kernel in kernels("mqa_logits"):
         for clean in (False, True):
-            us = median_us(
-                lambda kernel=kernel, clean=clean: dsv4x.mqa_logits(
-                    q, k, k_scale, weights, ks, ke, kernel=kernel, clean_logits=clean
-                )
+            runs[f"{kernel} {'clean' if clean else 'raw'}"] = functools.partial(
+                dsv4x.mqa_logits, q, k, k_scale, weights, ks, ke, kernel=kernel, clean_logits=clean
             )
-            row = {**shape, "kernel": f"{kernel} {'clean' if clean else 'raw'}", "us": us}
-            rows.append(row if bare is None else {**row, "bare_over_us": bare / us})
+    rows += timed(shape, runs)
 
 
 def schedule(rows: list[dict]) -> None:
     for batch in (1, 64, 1024, 58112, 1_000_000):
         lens = torch.randint(0, 20000, (batch, 1), dtype=torch.int32, device="cuda")
-        for kernel in kernels("get_paged_mqa_logits_metadata"):
-            if kernel == "deep_gemm" and batch > 58112:
-                continue
-            us = median_us(lambda kernel=kernel, lens=lens: dsv4x.get_paged_mqa_logits_metadata(lens, kernel=kernel))
-            rows.append({"op": "schedule", "requests": batch, "kernel": kernel, "us": us})
+        runs = {
+            kernel: functools.partial(dsv4x.get_paged_mqa_logits_metadata, lens, kernel=kernel)
+            for kernel in kernels("get_paged_mqa_logits_metadata")
+            if kernel != "deep_gemm" or batch <= 58112
+        }
+        rows += timed({"op": "schedule", "requests": batch}, runs)
 
 
 def selection(rows: list[dict]) -> None:
@@ -164,10 +170,11 @@ def selection(rows: list[dict]) -> None:
     for name, logits, ks in (("normal", spread, (512, 1024, 2048)), ("ties", ties, (512,)), ("few rows", few, (512,))):
         for k in ks:
             shape = {"op": "topk", "rows": logits.shape[0], "entries": logits.shape[1], "k": k, "values": name}
-            bare = median_us(lambda k=k, logits=logits: torch.topk(logits, k, sorted=False))
-            us = median_us(lambda k=k, logits=logits: dsv4x.topk_transform(logits, None, k))
-            rows.append({**shape, "kernel": "torch.topk", "us": bare})
-            rows.append({**shape, "kernel": "triton", "us": us, "bare_over_us": bare / us})
+            runs = {
+                BARE: functools.partial(torch.topk, logits, k, sorted=False),
+                "triton": functools.partial(dsv4x.topk_transform, logits, None, k),
+            }
+            rows += timed(shape, runs)
 
 
 def bounded(rows: list[dict]) -> None:

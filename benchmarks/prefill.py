@@ -1,6 +1,6 @@
 """A layer's whole prefill step on every path, the path the router picks, and what servers run today, in one run.
 
-Microseconds: the best of three medians of ``triton.testing.do_bench``, eager, DSv4 pages of 64, sink on, real FlashMLA.
+Microseconds of eager calls: the best of several medians of ``triton.testing.do_bench``. DSv4 pages of 64, sink on.
 ``direct``, ``gathered`` and ``referenced`` are dsv4x's paths, ``chosen`` is what it picks by itself, ``predicted_*`` is
 what the pick rests on; ``peer_direct`` and ``peer_gathered`` are a server's steps (benchmarks/steps.py), ``kernel``
 is ``flash_mla_sparse_fwd`` alone on rows gathered before. ``regret`` is chosen over the best of dsv4x's paths,
@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 import triton
-from steps import Step, device_us, median_us
+from steps import Step
+from timing import compare_us, device_us
 
 import dsv4x
 from dsv4x.common.routing import paths_of
@@ -29,7 +30,7 @@ PREFIXES = (0, 8192, 131072, 1048576)
 SHAPES = ((64, 512), (128, 1024))
 RATIOS = (4, 1, 128)
 REQUESTS = (1, 8)
-GRAPHED = 256
+GRAPHED, LONG = 256, 16384
 
 COLUMNS = {
     "ratio": 5, "requests": 9, "heads": 6, "prefix": 8, "tokens": 7, "direct": 9, "gathered": 9, "referenced": 11,
@@ -46,14 +47,9 @@ def measure(tokens: int, prefix: int, heads: int, topk: int, ratio: int, request
         "kernel": step.kernel_alone(),
         "chosen": lambda: step.run(),
     }
-    # Long kernels throttle the clock by several percent, so all take turns at every place and each keeps its best.
-    names = list(runs)
-    rounds = [
-        {name: median_us(runs[name], 3, 12) for name in names[at:] + names[:at]} for at in range(0, len(names), 2)
-    ]
-    us = {name: min(each[name] for each in rounds) for name in runs}
+    us = compare_us(runs, 6 if tokens <= GRAPHED else 4 if tokens < LONG else 2)
     if tokens <= GRAPHED:
-        us |= {f"{name}_gpu": device_us(runs[name], 2, 8) for name in names[: names.index("kernel")]}
+        us |= {f"{name}_gpu": device_us(run, 2, 8) for name, run in runs.items() if name not in ("kernel", "chosen")}
     explained = dsv4x.explain_step(step.q, step.swa, step.extra, step.meta, step.topk, chunk=step.chunk)
     return {
         "tokens": tokens, "prefix": prefix, "heads": heads, "topk": topk, "ratio": ratio, "requests": requests, **us,

@@ -1,6 +1,6 @@
 """The prefill kernels alone on one GPU in one run, beside FlashMLA called bare and what the hardware would allow.
 
-Microseconds: medians of ``triton.testing.do_bench``, inputs as in benchmarks/attention.py: rows random in a bf16
+Microseconds: the best of four medians of ``triton.testing.do_bench``, inputs as in attention.py: rows random in a bf16
 workspace of 65 536, every entry valid, sink on.
 
 - ``bare``: ``flash_mla_sparse_fwd`` on ready arguments; fewer than 64 heads are padded to 64 beforehand.
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import triton
 from flash_mla import flash_mla_sparse_fwd
+from timing import compare_us
 
 import dsv4x
 
@@ -29,10 +30,6 @@ ROWS = 65536
 SHAPES = ((8, 640), (16, 640), (32, 640), (64, 128), (64, 640), (128, 1152))
 TOKENS = (1, 32, 128, 512, 1024, 4096)
 FLOPS_US, L2_US, HBM_US = 790e6, 5.5e6, 4.2e6
-
-
-def median_us(run) -> float:
-    return 1e3 * triton.testing.do_bench(run, warmup=15, rep=60, return_mode="median")
 
 
 def measure(heads: int, width: int, tokens: int) -> dict[str, float]:
@@ -50,11 +47,11 @@ def measure(heads: int, width: int, tokens: int) -> dict[str, float]:
             wide_q, kv[:, None], indices[:, None], 512**-0.5, 512, wide_sink, lens, use_legacy=True
         )  # fmt: skip
 
-    us = {"bare": median_us(bare)}
-    for kernel in ("flash_mla", "gluon", "triton"):
-        call = functools.partial(dsv4x.sparse_mla_prefill, q, kv, indices, lens, sink, kernel=kernel)
-        us[kernel] = median_us(call)
-    return us | {
+    ours = {
+        kernel: functools.partial(dsv4x.sparse_mla_prefill, q, kv, indices, lens, sink, kernel=kernel)
+        for kernel in ("flash_mla", "gluon", "triton")
+    }
+    return compare_us({"bare": bare, **ours}) | {
         "flops_us": 4 * tokens * heads * width * 512 / FLOPS_US,
         "gather_us": tokens * width * 1024 * -(-heads // 64) / L2_US,
         "hbm_us": (2 * tokens * heads + ROWS) * 1024 / HBM_US,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 
 import dsv4x
@@ -13,19 +12,6 @@ from dsv4x.common import indices, registry
 PAGE_SIZE = 64
 WINDOW = 128
 FILLED = 1 << 14
-
-
-def median_us(run, warmup: int = 10, rep: int = 40) -> float:
-    return 1e3 * triton.testing.do_bench(run, warmup=warmup, rep=rep, return_mode="median")
-
-
-def device_us(run, warmup: int = 5, rep: int = 20) -> float:
-    """The median of what ``run`` takes on the GPU: replayed from a graph, so that no launch waits for the host."""
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return median_us(graph.replay, warmup, rep)
 
 
 def pool(pages: int) -> PagedCache:

@@ -140,10 +140,15 @@ def cases(arch: str) -> list[Case]:
         Case(indices.build_swa_token_ids_kernel, {"BLOCK": 512}, types={"first_ptr": "*i64"}),
         Case(indices.sanitize_kernel, {"BLOCK": 512, "HAS_LENS": True}, types=integers),
         Case(compaction.popcount_kernel, {"BLOCK": 64}),
-        Case(
-            decode.reduce_kernel,
-            {"VALUE_DIM": 512, "HAS_SINK": True, "BLOCK_S": decode.REDUCED_AT_ONCE},
-            types=ATTENTION_OUT,
+        *(
+            Case(
+                decode.reduce_kernel,
+                {"VALUE_DIM": 512, "HAS_SINK": True, "BLOCK_S": at_once, "EARLY": decode.depends_early(arch)},
+                {"num_warps": warps},
+                ATTENTION_OUT,
+                label=f"[{at_once}]",
+            )
+            for at_once, warps in decode.REDUCTIONS
         ),
     ]
     # Triton makes an integer argument of 1 a constant: the slots of a unit of one slot, and most sizes of a tiny pool.

@@ -4,11 +4,12 @@ Indices hold INT_MIN, -2, one past the end and 2**31 - 1; every entry nothing po
 with the reference, so a clean report is one of kernels that did their work.
 
 Usage: PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py
+For racecheck, --kernels triton: see docs/architecture.md on warp-specialized kernels.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import torch
 
@@ -20,6 +21,7 @@ from dsv4x.common.routing import paths_of
 DEVICE = "cuda"
 PAGES, PAGE_SIZE = 5, 16
 CAPACITY = PAGES * PAGE_SIZE
+KERNELS = ["triton", "gluon"]
 HOSTILE = (-(2**31), -2, CAPACITY, 2**31 - 1)
 
 
@@ -50,7 +52,7 @@ def compare(name: str, got, want) -> None:
 
 
 def attention_names(op: str) -> list[str]:
-    return [record.name for record in registry.kernels(op) if record.name in ("triton", "gluon")]
+    return [record.name for record in registry.kernels(op) if record.name in KERNELS]
 
 
 def sweep_attention() -> int:
@@ -177,9 +179,14 @@ def sweep_indexer() -> int:
 
 
 def main() -> None:
-    torch.manual_seed(0)
     parts = {part.__name__: part for part in (sweep_attention, sweep_steps, sweep_cache_ops, sweep_indexer)}
-    for name in sys.argv[1:] or parts:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(parts)}, these alone")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="of attention, these alone")
+    arguments = parser.parse_args()
+    KERNELS[:] = arguments.kernels
+    torch.manual_seed(0)
+    for name in arguments.parts or parts:
         print(name, parts[name](), "runs", flush=True)
     torch.cuda.synchronize()
 

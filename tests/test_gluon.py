@@ -22,7 +22,7 @@ def records(monkeypatch):
         monkeypatch.setitem(vars(library), "_loaded", (None, None, None))
     monkeypatch.setattr(flash_mla, "_prefill_reasons", lambda problem: [])
     monkeypatch.setattr(flash_mla, "_decode_reasons", lambda problem: [])
-    host = {op: {"flash_mla": 35.0, "gluon": 15.0} for op in ("sparse_mla_decode", "sparse_mla_prefill")}
+    host = {op: {"flash_mla": 95.0, "gluon": 75.0} for op in ("sparse_mla_decode", "sparse_mla_prefill")}
     monkeypatch.setitem(costs.table_of("sm_90")["host"], "kernels", host)
     select.cache_clear()
     gluon.register_kernels()
@@ -79,19 +79,19 @@ def test_an_eager_call_that_waits_for_the_host_gets_what_the_host_is_done_with_s
 def test_a_step_waits_for_the_longer_of_host_and_gpu():
     asked = problem(tokens=8, extra_width=512)
     given = costs.StepCosts(direct_host=(20.0, 4.0), remap=(6.0, 0.0), gather=(8.0, 0.0), combine=(9.0, 0.0))
-    assert given.direct_us(10.0, 30.0, asked, True) == 50
-    assert given.direct_us(70.0, 30.0, asked, True) == 76
-    assert given.direct_us(10.0, 30.0, dataclasses.replace(asked, capturing=True), True) == 16
-    assert given.gathered_us(10.0, 5.0, asked, True) == given.gathered_host[0] + 5
+    assert given.direct_us(10.0, 90.0, asked, True) == 50
+    assert given.direct_us(70.0, 90.0, asked, True) == 76
+    assert given.direct_us(10.0, 90.0, dataclasses.replace(asked, capturing=True), True) == 16
+    assert given.gathered_us(10.0, 65.0, asked, True) == given.gathered_host[0] + 5
     assert given.gathered_us(100.0, 5.0, asked, False) == 108
 
 
 def test_a_kernel_that_spares_the_step_a_launch_may_be_slower_itself(records):
-    decoding = decode_problem(tokens=64, capturing=False)
+    decoding = decode_problem(tokens=128, capturing=False)
     flash, own = (registry._kernels["sparse_mla_decode"][name] for name in ("flash_mla", "gluon"))
     assert flash.call_us(decoding) < own.call_us(decoding)
     assert step_kernel("direct", decoding, None, None)[0] is flash
-    topk = torch.zeros(64, 512, dtype=torch.int32)
+    topk = torch.zeros(128, 512, dtype=torch.int32)
     record, us = step_kernel("direct", decoding, None, topk)
     assert record is own
     assert us < step_kernel("direct", decoding, None, topk, "flash_mla")[1]

@@ -321,25 +321,26 @@ def test_a_long_chunk_stays_within_its_cap(path, ratio):
     arguments = long_step(8192, 1 << 20, 8, ratio)
     meta = arguments[3]
     roomy = dsv4x.SparsePrefillChunkCache(1 << 30).rebuild(meta)
-    want, want_lse = dsv4x.sparse_mla_attention(*arguments, path="gathered", chunk=roomy)
+    # Bits are one kernel's, and prediction may pick another for a part than for the whole.
+    want, want_lse = dsv4x.sparse_mla_attention(*arguments, path="gathered", kernel="flash_mla", chunk=roomy)
     assert len(roomy.groups) == 1
     assert meta.chunk.workspace_bytes <= 256 << 20
     assert len(meta.chunk.groups) == (2 if ratio == 4 else 1)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    out, lse = dsv4x.sparse_mla_attention(*arguments, path=path)
+    out, lse = dsv4x.sparse_mla_attention(*arguments, path=path, kernel=path and "flash_mla")
     peak = torch.cuda.max_memory_allocated() - before
     # The op's own results, and what FlashMLA returns for a part before it is copied into them.
     results = out.numel() * 2 * 2 + lse.numel() * 4 * 2
     # In place, FlashMLA's float32 partial outputs take the memory, bounded apart.
     cap = (256 << 20) if path != "direct" else (1 << 30)
     assert peak - results <= cap + (32 << 20), f"{peak >> 20} MiB, of them {results >> 20} results"
-    if path == "direct":
-        check_prefill(out, lse, want, want_lse)
-    else:
+    if path in ("gathered", "referenced"):
         assert torch.equal(out, want)
         assert torch.equal(lse, want_lse)
+    else:
+        check_prefill(out, lse, want, want_lse)
 
 
 def test_a_thousand_calls_leave_memory_where_it_was():

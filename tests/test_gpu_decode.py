@@ -71,7 +71,7 @@ def test_hostile_rows(width, extra_width, heads, dtypes, kernel):
     expected = reference.sparse_mla_decode(*arguments, dtype=torch.float64)
     out = torch.full((61, heads, 512), torch.nan, dtype=torch.bfloat16, device="cuda")
     check_decode(*dsv4x.sparse_mla_decode(*arguments, out=out, kernel=kernel), *expected)
-    for split_k in (1, 2, 7):
+    for split_k in (1, 2, 7, 18):
         check_decode(*dsv4x.sparse_mla_decode(*arguments, kernel=kernel, split_k=split_k), *expected)
     arguments[-1] = None
     expected = reference.sparse_mla_decode(*arguments, dtype=torch.float64)

@@ -166,6 +166,8 @@ def test_a_million_tokens_times_8192_rows_run_in_256_mib(kernel):
     table = torch.arange(cache.pages, device="cuda").int().expand(rows, -1)
     out = torch.empty(rows, 512, dtype=torch.int32, device="cuda")
     arguments = (q, cache, weights, lens, table, entries, 512)
+    # DeepGEMM's first call in a process keeps 32 MiB for its own matrix products.
+    dsv4x.paged_mqa_logits(q[:1], cache, weights[:1], lens[:1], table[:1], entries, kernel=kernel)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

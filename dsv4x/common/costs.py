@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .registry import Problem
+from .registry import HIDDEN_HOST_US, Problem
 
 _BY_KIND = ("direct", "gathered")
 _TABLES = {"sm_90": Path(__file__).parent.parent / "cuda" / "costs_sm_90.json"}
@@ -24,8 +24,9 @@ class StepCosts:
     Attributes:
         gather, remap, combine: ``(a launch, one row or index element more)``.
         listing: ``(the launches, one reference more)`` of finding and remapping what top-k points at.
-        direct_host, gathered_host: what a step takes of the host beside its kernel's call, with and without a pass over
-            top-k; the host is what a small eager step waits for, and a captured graph does not.
+        direct_host, gathered_host: what a step takes of the host beside its kernel's call as an op, whose checks it
+            is spared, with and without a pass over top-k; the host is what a small eager step waits for, and a captured
+            graph does not.
         referenced_host: the same of a block of the referenced path.
     """
 
@@ -67,7 +68,7 @@ class StepCosts:
 
 
 def _host(problem: Problem, step_us: float, kernel_us: float) -> float:
-    return 0.0 if problem.capturing else step_us + kernel_us
+    return 0.0 if problem.capturing else step_us + kernel_us - HIDDEN_HOST_US
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from .platform import platform
 from .routing import PATHS, explain_step, path_problems
 from .sparse_mla import VALUE_DIM, sparse_mla_decode, sparse_mla_prefill
 from .topk import TopkMethod, least_part
+from .vendor import TRITON
 
 # A kernel predicted to take up to this many times the fastest one's time may be the fastest for another batch.
 _CLOSE = 2.0
@@ -91,6 +92,8 @@ def warmup(
         if cache is not None:
             k = torch.zeros(2, cache.layout.head_dim, dtype=torch.bfloat16, device=device)
             quantize_and_insert_k_cache(k, cache, torch.full((2,), -1, dtype=torch.int64, device=device))
+    if device.type == "cuda" and TRITON.reason is None:
+        _run_reductions(device, heads)
     for tokens in _TOKENS:
         if swa_cache.layout.head_dim != VALUE_DIM:
             _run_ops(swa_cache, tokens, heads, topk, softmax_scale, kernel)
@@ -104,6 +107,18 @@ def warmup(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return len(_compiled() - before)
+
+
+def _run_reductions(device: torch.device, heads: int) -> None:
+    """Every shape of the reduction of splits: how many a batch has follows from its tokens and widths."""
+    from .kernels.decode import REDUCTIONS, reduce_partials
+
+    out = torch.empty(1, heads, VALUE_DIM, dtype=torch.bfloat16, device=device)
+    lse = torch.empty(1, heads, device=device)
+    for splits, _ in REDUCTIONS:
+        partial = torch.zeros(1, heads, splits, VALUE_DIM, device=device)
+        for sink in (None, lse):
+            registry.call_on(device, reduce_partials, partial, partial[..., 0].contiguous(), sink, out, lse)
 
 
 def _run_step(

@@ -27,9 +27,10 @@ _BLOCK_H, _STEP = 64, 128
 _CALL, _START, _HEADS, _ENTRIES = 5.0, 0.7, 5.0, 4.1
 _MULTIPROCESSORS = 132
 
-# The same of decode (benchmarks/results/decode-kernels-h200.json): a cold start of all multiprocessors, an item's start
-# and end, a block of 64 entries, and the reduction of splits.
-_COLD, _ITEM, _BLOCK, _REDUCE = 12.0, 15.7, 2.38, 4.0
+# The same of decode (benchmarks/results/decode-kernels-h200.json): an item's start and end, a block of 64 entries, what
+# each of a program's first twelve takes more until caches are warm, and the reduction of splits: a call, and a MB.
+_ITEM, _BLOCK, _COLD, _COLD_BLOCKS = 12.1, 2.6, 1.37, 12
+_REDUCE, _REDUCE_MB = 1.6, 0.15
 _DECODE_BLOCK = 64
 
 
@@ -103,10 +104,11 @@ def _decode_us(problem: Problem) -> float:
     widths = (problem.entries,) if problem.entries else (problem.width, problem.extra_width)
     blocks = sum(-(-width // _DECODE_BLOCK) for width in widths)
     splits = problem.split_k or num_splits(programs, blocks, _MULTIPROCESSORS)
-    items = programs * splits
-    item = _ITEM + _BLOCK * -(-blocks // splits)
-    cold = _COLD * min(1.0, items / _MULTIPROCESSORS)
-    return cold + item * -(-items // _MULTIPROCESSORS) + (_REDUCE if splits > 1 else 0.0)
+    share = -(-blocks // splits)
+    waves = -(-programs * splits // _MULTIPROCESSORS)
+    partial_mb = 4e-6 * VALUE_DIM * problem.tokens * problem.heads * splits
+    reduce = _REDUCE + _REDUCE_MB * partial_mb if splits > 1 else 0.0
+    return _COLD * min(share, _COLD_BLOCKS) + waves * (_ITEM + _BLOCK * share) + reduce
 
 
 def _reasons(problem: Problem) -> list[str]:

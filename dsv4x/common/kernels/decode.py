@@ -17,8 +17,10 @@ from .launch import Launcher
 from .portability import to_bf16
 from .softmax import LN2, LOG2E, apply_sink, attend_block, finish, load_q
 
-REDUCED_AT_ONCE = 16
-"""Splits whose partial outputs are loaded together."""
+REDUCTIONS = ((4, 1), (8, 2), (16, 2))
+"""(splits whose partial outputs are loaded together, warps) of the reduction: the first that has room for all of them,
+or the last, several times. Measured on an H200: a program for each head of a token has little to do, and the fewer
+registers and warps it takes, the more of them wait for memory at once."""
 
 Local = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
 """What makes slots of local entries: int32 ``[T]`` request and number of visible entries of each token, int32
@@ -148,8 +150,11 @@ def decode_kernel(
 @triton.jit(do_not_specialize=["heads", "splits"])
 def reduce_kernel(
     partial_ptr, partial_lse_ptr, sink_ptr, out_ptr, lse_ptr, heads, splits, out_stride_t, out_stride_h,
-    HAS_SINK: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
+    HAS_SINK: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_S: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        # Launched while the kernel before still runs: its partial results are there once this returns.
+        tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     token = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64) + tl.arange(0, 1)
     row = (token * heads + head) * splits
@@ -184,6 +189,11 @@ def reduce_kernel(
 _launch, _launch_reduce = Launcher(decode_kernel), Launcher(reduce_kernel)
 
 
+def depends_early(arch: str) -> bool:
+    """Whether the arch launches a kernel before the one it depends on is done: programmatic dependent launch."""
+    return arch.startswith("sm_") and int(arch[3:]) >= 90
+
+
 def reduce_partials(
     partial: torch.Tensor,
     partial_lse: torch.Tensor,
@@ -193,12 +203,15 @@ def reduce_partials(
 ) -> None:
     """Combine float32 ``partial [T, H, splits, V]``, ``partial_lse [T, H, splits]`` into ``out [T, H, V]`` and lse."""
     tokens, heads, splits, value_dim = partial.shape
+    at_once, warps = next((shape for shape in REDUCTIONS if splits <= shape[0]), REDUCTIONS[-1])
+    early = depends_early(platform.limits(out.device).arch)
     _launch_reduce(
         tokens * heads,
         (partial, partial_lse, attn_sink if attn_sink is not None else lse, out, lse),
         (heads, splits, out.stride(0), out.stride(1)),
-        (attn_sink is not None, value_dim, REDUCED_AT_ONCE),
-        4,
+        (attn_sink is not None, value_dim, at_once, early),
+        warps,
+        **({"launch_pdl": True} if early else {}),
     )
 
 

@@ -31,6 +31,7 @@ BLOCK_H = gl.constexpr(64)
 BLOCK_K = gl.constexpr(64)
 STAGES = gl.constexpr(2)
 HALF = gl.constexpr(256)
+CODES = gl.constexpr(gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0]))
 
 RIGHT_REGISTERS = 168
 LOADER_REGISTERS = 120
@@ -88,13 +89,15 @@ def _item(item, head_blocks, splits, swa, extra, HAS_SWA_LENS: gl.constexpr, HAS
 
 
 @gluon.jit
-def _load_slots(indices_ptr, block, row, span, capacity, page_size, table, LOCAL: gl.constexpr):
+def _load_slots(scope, table, token, span, block, LOCAL: gl.constexpr):
     """int32 slots of a block of a row; -1 for what is no entry.
 
-    ``LOCAL``: the row holds local entries, of which the request has ``capacity``, and its block table makes them slots.
+    ``LOCAL``: the row holds local entries, of which the request has the scope's capacity, and its block table makes
+    them slots.
     """
-    offset = block * BLOCK_K + row
-    index = gl.load(indices_ptr + offset, mask=offset < span, other=-1)
+    _, indices_ptr, _, _, indices_stride, capacity, page_size, _ = scope
+    offset = block * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(1, CODES))
+    index = gl.load(indices_ptr + token * indices_stride + offset, mask=offset < span, other=-1)
     index = gl.where((index >= 0) & (index < capacity), index, -1).to(gl.int32)
     if LOCAL:
         column = index // page_size
@@ -125,18 +128,17 @@ def _decode_tile(codes, scales, TILE: gl.constexpr):
 
 @gluon.jit
 def _load_scope(
-    scope, table, token, span, first, last, count, k_smem, bias_smem, k_full, k_empty,
+    scope, table, token, span, slots, first, last, count, k_smem, bias_smem, k_full, k_empty,
     BIG_PAGES: gl.constexpr, LOCAL: gl.constexpr,
 ):  # fmt: skip
-    """Gather and decode blocks ``first`` to ``last`` of a scope; returns how many blocks the loader has left so far."""
-    CODES: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
-    cache_ptr, indices_ptr, _, _, indices_stride, capacity, page_size, page_stride = scope
+    """Gather and decode blocks ``first`` to ``last`` of a scope; returns how many blocks the loader has left so far.
+
+    ``slots`` are those of block ``first``.
+    """
+    cache_ptr, _, _, _, _, _, page_size, page_stride = scope
     # PagedCache holds pages to this alignment, and 16-byte loads need to be told.
     page_stride = gl.multiple_of(gl.cast(page_stride, gl.int64), 16)
-    indices_ptr += token * indices_stride
-    row = gl.arange(0, BLOCK_K, gl.SliceLayout(1, CODES))
     column = gl.arange(0, 64, gl.SliceLayout(0, CODES))[None, :]
-    slots = _load_slots(indices_ptr, first, row, span, capacity, page_size, table, LOCAL)
     for block in range(first, last):
         valid = slots >= 0
         safe = gl.where(valid, slots, 0)
@@ -160,7 +162,7 @@ def _load_scope(
         codes6 = gl.load(codes + 384, mask=mask, other=0)
         rope = gl.load((data + 448).to(gl.pointer_type(gl.bfloat16))[:, None] + column, mask=mask, other=0.0)
         scales = gl.load((base + (scale_base + entry * 8)).to(gl.pointer_type(gl.int64)), mask=valid, other=0)
-        slots = _load_slots(indices_ptr, block + 1, row, span, capacity, page_size, table, LOCAL)
+        slots = _load_slots(scope, table, token, span, block + 1, LOCAL)
         stage = count % STAGES
         if count >= STAGES:
             mbarrier.wait(k_empty.index(stage), (count // STAGES - 1) & 1)
@@ -201,16 +203,21 @@ def _loader(
 ):  # fmt: skip
     count = gl.to_tensor(0)
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        # Before the item, whose spans are loaded too: neither waits for the other.
+        scope, table = _of_request(extra, local, (item // splits // head_blocks).to(gl.int64), LOCAL)
         token, _, _, first, last, swa_blocks, swa_span, extra_span = _item(
             item, head_blocks, splits, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS
         )
+        first_extra = gl.maximum(first - swa_blocks, 0)
+        # Both scopes' first slots are on their way at once: each is several loads behind one another.
+        slots = _load_slots(swa, local, token, swa_span, first, False)
+        extra_slots = _load_slots(scope, table, token, extra_span, first_extra, LOCAL)
         count = _load_scope(
-            swa, local, token, swa_span, first, gl.minimum(last, swa_blocks), count,
+            swa, local, token, swa_span, slots, first, gl.minimum(last, swa_blocks), count,
             k_smem, bias_smem, k_full, k_empty, BIG_PAGES, False,
         )  # fmt: skip
-        scope, table = _of_request(extra, local, token, LOCAL)
         count = _load_scope(
-            scope, table, token, extra_span, gl.maximum(first - swa_blocks, 0), last - swa_blocks, count,
+            scope, table, token, extra_span, extra_slots, first_extra, last - swa_blocks, count,
             k_smem, bias_smem, k_full, k_empty, BIG_PAGES, LOCAL,
         )  # fmt: skip
 
@@ -441,6 +448,11 @@ def decode_hopper_kernel(
     local = (request_ptr, visible_ptr, table_ptr, requests, table_columns, table_stride, table_pages)
     q = (q_ptr, q_stride_t, q_stride_h)
     out = (out_ptr, out_stride_t, out_stride_h, partial_ptr)
+    if SPLIT:
+        # Lets the reduction be launched beside these programs; it waits for what they write by itself.
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
     gl.warp_specialize(
         [
             (_left, (

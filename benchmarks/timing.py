@@ -1,0 +1,46 @@
+"""Times of calls on a machine that is not ours alone, in microseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+
+Run = Callable[[], object]
+
+
+def median_us(run: Run, warmup: int = 10, rep: int = 40) -> float:
+    """The median of ``triton.testing.do_bench``: eager calls, L2 flushed before each."""
+    return 1e3 * triton.testing.do_bench(run, warmup=warmup, rep=rep, return_mode="median")
+
+
+def compare_us(runs: dict[str, Run], rounds: int = 4, warmup: int = 3, rep: int = 12) -> dict[str, float]:
+    """The best of ``rounds`` medians of each.
+
+    All take turns at every place, forwards and backwards: a busy host slows eager calls by bursts, and a long kernel
+    lowers the clock of the next by several percent.
+    """
+    names = list(runs)
+    best = dict.fromkeys(names, float("inf"))
+    for turn in range(rounds):
+        at = turn * len(names) // rounds
+        order = names[at:] + names[:at]
+        for name in reversed(order) if turn % 2 else order:
+            best[name] = min(best[name], median_us(runs[name], warmup, rep))
+    return best
+
+
+def device_us(run: Run, warmup: int = 5, rep: int = 20) -> float:
+    """The median of what ``run`` takes on the GPU: replayed from a graph, so that no launch waits for the host."""
+    return median_us(captured(run), warmup, rep)
+
+
+def captured(run: Run) -> Run:
+    """``run`` as a graph's replay."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
