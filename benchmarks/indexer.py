@@ -52,7 +52,7 @@ def graph_us(run, calls: int = 10) -> float:
 def timed(shape: dict, runs: dict[str, Run]) -> list[dict]:
     """A row a run, those beside a bare one with its time over theirs."""
     us = compare_us(runs)
-    rows = [{**shape, "kernel": name, "us": value} for name, value in us.items()]
+    rows = [{**shape, "kernel": name, "us": value, "graph_us": graph_us(runs[name])} for name, value in us.items()]
     for row in rows:
         if BARE in us and row["kernel"] != BARE:
             row["bare_over_us"] = us[BARE] / row["us"]
@@ -124,7 +124,6 @@ def paged(rows: list[dict]) -> None:
             found = timed(shape, runs)
             expected = runs[BARE]() if BARE in runs else None
             for row in found:
-                row["graph_us"] = graph_us(runs[row["kernel"]])
                 if expected is not None and row["kernel"] != BARE:
                     row["difference"] = difference(runs[row["kernel"]](), expected)
             rows += found

@@ -18,10 +18,13 @@ def median_us(run: Run, warmup: int = 10, rep: int = 40) -> float:
 def compare_us(runs: dict[str, Run], rounds: int = 4, warmup: int = 3, rep: int = 12) -> dict[str, float]:
     """The best of ``rounds`` medians of each.
 
-    All take turns at every place, forwards and backwards: a busy host slows eager calls by bursts, and a long kernel
-    lowers the clock of the next by several percent.
+    All take turns at every place, forwards and backwards: a busy host slows eager calls by bursts, as does a compiler,
+    and a long kernel lowers the clock of the next by several percent.
     """
     names = list(runs)
+    for run in runs.values():
+        run()
+    torch.cuda.synchronize()
     best = dict.fromkeys(names, float("inf"))
     for turn in range(rounds):
         at = turn * len(names) // rounds

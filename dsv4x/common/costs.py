@@ -44,9 +44,9 @@ class StepCosts:
         return max(_host(problem, self.direct_host[0 if remapped else 1], host_us), remap + kernel_us)
 
     def gathered_us(self, kernel_us: float, host_us: float, problem: Problem, indexed: bool) -> float:
-        """A step that gathers ``problem.rows`` rows, combines index rows (shared by the layers without an indexer)."""
+        """A step that gathers ``problem.rows`` rows and in the same launch combines index rows, where top-k decides."""
         gather = self.gather[0] + self.gather[1] * problem.rows
-        combine = self.combine[0] + self.combine[1] * problem.tokens * problem.width if indexed else 0.0
+        combine = self.combine[1] * problem.tokens * problem.width if indexed else 0.0
         return max(_host(problem, self.gathered_host[0 if indexed else 1], host_us), gather + combine + kernel_us)
 
     def referenced_us(

@@ -101,9 +101,11 @@ def _decode_us(problem: Problem) -> float:
     from ..common.kernels.config import num_splits
 
     programs = problem.tokens * -(-problem.heads // _BLOCK_H)
-    widths = (problem.entries,) if problem.entries else (problem.width, problem.extra_width)
-    blocks = sum(-(-width // _DECODE_BLOCK) for width in widths)
+    blocks = sum(-(-width // _DECODE_BLOCK) for width in (problem.width, problem.extra_width))
     splits = problem.split_k or num_splits(programs, blocks, _MULTIPROCESSORS)
+    if problem.entries:
+        # Splits follow from widths, and what they share from the entries there are; each scope takes a block at least.
+        blocks = max(-(-problem.entries // _DECODE_BLOCK), len(problem.caches))
     share = -(-blocks // splits)
     waves = -(-programs * splits // _MULTIPROCESSORS)
     partial_mb = 4e-6 * VALUE_DIM * problem.tokens * problem.heads * splits
