@@ -23,8 +23,8 @@ def records(monkeypatch):
     monkeypatch.setattr(flash_mla, "_prefill_reasons", lambda problem: [])
     monkeypatch.setattr(flash_mla, "_decode_reasons", lambda problem: [])
     shown = {"flash_mla": 35.0, "gluon": 15.0}
-    host = {name: us + registry.HIDDEN_HOST_US for name, us in shown.items()}
-    host = {op: host for op in ("sparse_mla_decode", "sparse_mla_prefill")}
+    each = {name: us + registry.HIDDEN_HOST_US for name, us in shown.items()}
+    host = dict.fromkeys(("sparse_mla_decode", "sparse_mla_prefill"), each)
     monkeypatch.setitem(costs.table_of("sm_90")["host"], "kernels", host)
     select.cache_clear()
     gluon.register_kernels()

@@ -83,8 +83,8 @@ class Problem:
 
 
 HIDDEN_HOST_US = 30.0
-"""Microseconds of an eager call's host time that are taken not to show, because the GPU is still at work from before: on
-a layer's other kernels, or on the flush of ``triton.testing.do_bench``, which hides twice that on an H200."""
+"""Microseconds of an eager call's host time that are taken not to show, because the GPU is still at work from before:
+on a layer's other kernels, or on the flush of ``triton.testing.do_bench``, which hides twice that on an H200."""
 
 
 @dataclass(frozen=True)
