@@ -4,7 +4,7 @@ Indices hold INT_MIN, -2, one past the end and 2**31 - 1; every entry nothing po
 with the reference, so a clean report is one of kernels that did their work.
 
 Usage: PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py
-For racecheck, --kernels triton: see docs/architecture.md on warp-specialized kernels.
+For racecheck, --kernel triton: see docs/architecture.md on warp-specialized kernels.
 """
 
 from __future__ import annotations
@@ -182,9 +182,10 @@ def main() -> None:
     parts = {part.__name__: part for part in (sweep_attention, sweep_steps, sweep_cache_ops, sweep_indexer)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="part", help=f"of {', '.join(parts)}, these alone")
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS, help="of attention, these alone")
+    parser.add_argument("--kernel", choices=KERNELS, help="of attention, this one alone")
     arguments = parser.parse_args()
-    KERNELS[:] = arguments.kernels
+    if arguments.kernel:
+        KERNELS[:] = [arguments.kernel]
     torch.manual_seed(0)
     for name in arguments.parts or parts:
         print(name, parts[name](), "runs", flush=True)

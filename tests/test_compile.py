@@ -46,9 +46,19 @@ def test_hopper_decode_keeps_its_registers_and_the_tensor_cores(tmp_path):
         report = compiling.nvidia_report(compiled, tmp_path / "kernel.cubin")
         # Logits over 512 values of the first block and of the others; half of V for those, the last, the right half.
         assert report["wgmma"] == 2 * 512 // 16 + 3 * 64 // 16
+        assert ("griddepcontrol.launch_dependents" in compiled.asm["ptx"]) == case.constants["SPLIT"]
         # Spills stand where an item begins and ends, and take no more than they do now.
         assert report["stack"] <= (384 if case.constants["FAR_HEADS"] else 256), case.name
         assert compiled.asm["ptx"].count("cvt.rn.f16x2.e4m3x2") > 0
+
+
+def test_the_reduction_waits_for_the_splits_wherever_it_is_launched_early():
+    cases = [(arch, case) for arch, case in CASES if case.kernel is decode.reduce_kernel and arch.startswith("sm_")]
+    assert {case.constants["EARLY"] for _, case in cases} == {True, False}
+    for arch, case in cases:
+        ptx = compiling.compile_case(case, arch).asm["ptx"]
+        assert ("griddepcontrol.wait" in ptx) == case.constants["EARLY"] == (arch == "sm_90")
+        assert "ld.global" not in ptx.split("griddepcontrol.wait")[0] or not case.constants["EARLY"]
 
 
 @pytest.mark.parametrize(("arch", "flavour"), [("gfx942", "e4m3fnuz"), ("gfx950", "e4m3fn")])

@@ -476,6 +476,15 @@ def test_kernels_that_split_as_they_like_refuse_fixed_splits(decode_case):
         dsv4x.sparse_mla_decode(**decode_case(), kernel="reference", split_k=2)
 
 
+def test_only_compiled_reductions_are_launched_early():
+    import triton
+
+    from dsv4x.common.kernels.decode import depends_early
+
+    assert depends_early("sm_90") != triton.knobs.runtime.interpret
+    assert not any(depends_early(arch) for arch in ("gfx942", "sm_86", "sm_100", "sm_120"))
+
+
 def test_splits_fill_the_device_and_stop_where_reducing_costs_more():
     from dsv4x.common.kernels.config import num_splits
 

@@ -59,14 +59,16 @@ def test_no_batch_compiles_anything_afterwards(heads, kernel):
     assert compiled
     assert dsv4x.warmup(swa, extra, heads=heads, topk=64, kernel=kernel) == 0
     draw = random.Random(heads)
-    for _ in range(24):
-        requests = [(draw.choice((0, 1, 2, 3, 16, 37, 160)), draw.choice((0, 1, 15, 16, 400))) for _ in range(5)]
+    for turn in range(24):
+        # Now and then few tokens behind so long a prefix that its C128 entries are split.
+        prefixes = (0, 1, 15, 16, 400) if turn % 4 else (70_000, 200_000)
+        requests = [(draw.choice((0, 1, 2, 3, 16, 37, 160)), draw.choice(prefixes)) for _ in range(5)]
         requests = [(q, q + more) for q, more in requests[: draw.choice((1, 2, 5))]]
         starts = torch.tensor([0, *(q for q, _ in requests)]).cumsum(0).int()
         lengths = torch.tensor([length for _, length in requests], dtype=torch.int32)
         tokens = int(starts[-1])
         for ratio in (1, 4, 128):
-            columns = draw.choice((9, 16, 17))
+            columns = draw.choice((9, 16, 17)) if turn % 4 else 3200
             more = {} if ratio == 1 else {
                 "extra_block_table": torch.randint(0, 80, (len(requests), columns), dtype=torch.int32, device="cuda"),
                 "extra_page_size": 64, "extra_pages": 80,
@@ -85,7 +87,12 @@ def test_no_batch_compiles_anything_afterwards(heads, kernel):
                 )
         k = torch.zeros(tokens, 512, dtype=torch.bfloat16, device="cuda")
         dsv4x.quantize_and_insert_k_cache(k, swa, torch.arange(tokens, device="cuda"))
-    assert warmup_module._compiled() - compiled == set()
+    q = torch.randn(3, heads, 512, dtype=torch.bfloat16, device="cuda")
+    rows = torch.randint(0, 64 * 300, (3, 1024), dtype=torch.int32, device="cuda")
+    for split_k in (2, 4, 5, 8, 9, 16, 40):
+        for sink in (None, torch.zeros(heads, device="cuda")):
+            dsv4x.sparse_mla_decode(q, swa, rows, attn_sink=sink, kernel="triton", split_k=split_k)
+    assert {name for name, _ in warmup_module._compiled() - compiled} <= {"decode_kernel"}
 
 
 def index_step(draw, cache, queries, topk, next_n, kernel):

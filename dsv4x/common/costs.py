@@ -26,7 +26,7 @@ class StepCosts:
         listing: ``(the launches, one reference more)`` of finding and remapping what top-k points at.
         direct_host, gathered_host: what a step takes of the host beside its kernel's call as an op, whose checks it
             is spared, with and without a pass over top-k; the host is what a small eager step waits for, and a captured
-            graph does not.
+            graph does not. The guesses have the kernel's call in them, which is not known where nothing was measured.
         referenced_host: the same of a block of the referenced path.
     """
 
@@ -34,9 +34,9 @@ class StepCosts:
     remap: tuple[float, float] = (6.0, 5e-6)
     combine: tuple[float, float] = (10.0, 5e-6)
     listing: tuple[float, float] = (60.0, 2e-4)
-    direct_host: tuple[float, float] = (40.0, 30.0)
-    gathered_host: tuple[float, float] = (60.0, 45.0)
-    referenced_host: float = 200.0
+    direct_host: tuple[float, float] = (70.0, 60.0)
+    gathered_host: tuple[float, float] = (90.0, 75.0)
+    referenced_host: float = 230.0
 
     def direct_us(self, kernel_us: float, host_us: float, problem: Problem, remapped: bool) -> float:
         """A step that reads pages in place: top-k remapped before, unless there is none or the kernel does, then it."""
@@ -63,8 +63,9 @@ class StepCosts:
         listing = self.listing[0] + self.listing[1] * references
         gather = self.gather[0] + self.gather[1] * distinct
         combine = self.combine[0] + self.combine[1] * problem.tokens * problem.width
-        block = max(_host(problem, self.referenced_host, host_us), listing + gather + combine + kernel_us)
-        return self.gather[0] + self.gather[1] * windows + blocks * block
+        block = listing + gather + combine + kernel_us
+        host = _host(problem, blocks * (self.referenced_host + host_us), 0.0)
+        return max(host, self.gather[0] + self.gather[1] * windows + blocks * block)
 
 
 def _host(problem: Problem, step_us: float, kernel_us: float) -> float:

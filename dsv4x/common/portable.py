@@ -17,7 +17,7 @@ from .vendor import TRITON
 
 # Microseconds a call and FLOP a microsecond. Triton's are an H200's (decode-kernels-h200.json of benchmarks/results,
 # over DSv4 entries); the reference's are a guess that keeps it last on a GPU.
-_TRITON_RATES = {"sparse_mla_decode": (40.0, 76e6)}
+_TRITON_RATES = {"sparse_mla_decode": (20.0, 80e6)}
 # Prefill's (benchmarks/results/prefill-kernels-h200.json): heads a program covers -> a call, the rate.
 _TRITON_PREFILL_RATES = {16: (50.0, 116e6), 64: (50.0, 190e6)}
 _OTHER_TRITON_RATES = (30.0, 1e6)

@@ -73,7 +73,7 @@ def sparse_mla_decode(
         return_lse: whether the lse is wanted. Not all of AITER's kernels make one.
         split_k: batch-invariant mode: into how many parts, 1 to 128, each row's entries are split, whatever else is in
             the batch; equal rows then give equal bits. None lets the kernel decide from the shapes. Partial outputs
-            take ``T * H * split_k * 2`` KiB above 1; under None at most about 66 MiB on 132 multiprocessors.
+            take ``T * H * split_k * 2`` KiB above 1; under None at most about 132 MiB on 132 multiprocessors.
 
     Returns:
         ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``, or None for lse under ``return_lse=False``.

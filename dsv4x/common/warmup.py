@@ -20,13 +20,15 @@ from .platform import platform
 from .routing import PATHS, explain_step, path_problems
 from .sparse_mla import VALUE_DIM, sparse_mla_decode, sparse_mla_prefill
 from .topk import TopkMethod, least_part
-from .vendor import TRITON
 
 # A kernel predicted to take up to this many times the fastest one's time may be the fastest for another batch.
 _CLOSE = 2.0
 
 # A batch on either side of every bound in a table of launch shapes, and of one split and several.
 _TOKENS = (1, 2, 8, 33, 130, 1024)
+
+_SPLITTING = ("triton", "gluon")
+"""The kernels that split a row's entries and reduce them."""
 
 # Requests on either side of what one program of a schedule takes at once, with few warps' worth and with many.
 _REQUESTS = (1, 257, 1025)
@@ -92,7 +94,9 @@ def warmup(
         if cache is not None:
             k = torch.zeros(2, cache.layout.head_dim, dtype=torch.bfloat16, device=device)
             quantize_and_insert_k_cache(k, cache, torch.full((2,), -1, dtype=torch.int64, device=device))
-    if device.type == "cuda" and TRITON.reason is None:
+    decode = registry.Problem.on("sparse_mla_decode", device, heads=heads)
+    ours = [record for record in registry.kernels(decode.op) if record.name in _SPLITTING]
+    if any(kernel in (None, record.name) and not record.not_supported_reasons(decode) for record in ours):
         _run_reductions(device, heads)
     for tokens in _TOKENS:
         if swa_cache.layout.head_dim != VALUE_DIM:
@@ -133,7 +137,8 @@ def _run_step(
 ) -> None:
     """Every path that can run, over block tables of -1: there are no entries, and all that reads them is launched."""
     device = swa_cache.device
-    length = max(tokens, 4 * topk)
+    # Long enough that few tokens are split over their compressed entries.
+    length = max(tokens, 4 * topk, 1024 * ratio if ratio > 4 else 0)
     lengths = torch.tensor([length, 1], dtype=torch.int32)
     starts = torch.tensor([0, tokens, tokens + 1], dtype=torch.int32)
     extra: dict[str, Any] = {}

@@ -326,7 +326,7 @@ def _kernel_us(problem: Problem) -> float:
     if table is not None:
         op, width = problem.op.removeprefix("sparse_mla_"), problem.entries or problem.width + problem.extra_width
         if op == "decode":
-            # Each scope takes a block of entries at least.
+            # However few entries there are, a scope takes a block.
             width = max(width, DECODE_WIDTH * len(problem.caches))
         rows = problem.rows or max((cache.pages * cache.page_size for cache in problem.caches), default=1)
         return costs.kernel_us(table, op, padded, problem.tokens, width, rows)

@@ -28,7 +28,7 @@ _CALL, _START, _HEADS, _ENTRIES = 5.0, 0.7, 5.0, 4.1
 _MULTIPROCESSORS = 132
 
 # The same of decode (benchmarks/results/decode-kernels-h200.json): an item's start and end, a block of 64 entries, what
-# each of a program's first twelve takes more until caches are warm, and the reduction of splits: a call, and a MB.
+# each of the first twelve of an item takes more while caches are cold, and the reduction of splits: a call, and a MB.
 _ITEM, _BLOCK, _COLD, _COLD_BLOCKS = 12.1, 2.6, 1.37, 12
 _REDUCE, _REDUCE_MB = 1.6, 0.15
 _DECODE_BLOCK = 64
