@@ -14,13 +14,11 @@ Usage: python benchmarks/attention.py --out benchmarks/results/attention-<gpu>.j
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
-import triton
 from flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
-from timing import compare_us
+from timing import compare_us, write
 
 import dsv4x
 from dsv4x import PagedCache, layouts
@@ -93,26 +91,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the rows as JSON here")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    result = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "dsv4x": dsv4x.__version__,
-        "unit": "us",
-        "rows": [],
-    }
+    rows = []
     print(f"{'op':<8}{'H,K':>9}{'T':>6}" + "".join(f"{name:>11}" for name in ("bare", "flash_mla", "served", "triton")))
     for op, measure in (("decode", decode_row), ("prefill", prefill_row)):
         for heads, topk in SHAPES:
             for tokens in TOKENS:
                 row = measure(heads, topk, tokens)
-                result["rows"].append({"op": op, "heads": heads, "topk": topk, "tokens": tokens, **row})
+                rows.append({"op": op, "heads": heads, "topk": topk, "tokens": tokens, **row})
                 print(
                     f"{op:<8}{f'{heads},{topk}':>9}{tokens:>6}" + "".join(f"{value:>11.1f}" for value in row.values())
                 )
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(arguments.out, unit="us", rows=rows)
 
 
 if __name__ == "__main__":

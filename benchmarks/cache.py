@@ -11,13 +11,12 @@ Usage: python benchmarks/cache.py --out benchmarks/results/cache-<gpu>.json
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
-from timing import median_us
+from timing import median_us, write
 
 import dsv4x
 from dsv4x import MLAKVCacheLayout, PagedCache, layouts
@@ -91,11 +90,7 @@ def main() -> None:
             f"{row['layout']:<18}{row['page_size']:>5} {row['op']:<12}{row['slots']:<12}"
             f"{row['us']:>8.1f}{row['copy_us']:>8.1f}{row['of_copy']:>9.2f}"
         )
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        versions = {"torch": torch.__version__, "triton": triton.__version__, "dsv4x": dsv4x.__version__}
-        result = {"device": torch.cuda.get_device_name(), **versions, "rows_per_call": ROWS, "rows": rows}
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(arguments.out, rows_per_call=ROWS, rows=rows)
 
 
 if __name__ == "__main__":

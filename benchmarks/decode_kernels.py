@@ -11,13 +11,11 @@ Usage: python benchmarks/decode_kernels.py --out benchmarks/results/decode-kerne
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
-import triton
 from flash_mla import flash_mla_with_kvcache, get_mla_metadata
-from timing import captured, compare_us
+from timing import captured, compare_us, write
 
 import dsv4x
 from dsv4x import PagedCache, layouts
@@ -77,13 +75,7 @@ def main() -> None:
             row = {"heads": heads, "topk": topk, "tokens": tokens, **measure(swa, extra, heads, topk, tokens)}
             rows.append(row)
             print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
-    if arguments.out:
-        result = {
-            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-            "dsv4x": dsv4x.__version__, "unit": "us", "rows": rows,
-        }  # fmt: skip
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(arguments.out, unit="us", rows=rows)
 
 
 if __name__ == "__main__":

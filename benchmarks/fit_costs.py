@@ -22,7 +22,7 @@ from time import perf_counter
 import torch
 from flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 from steps import PAGE_SIZE, WINDOW, Step, pool
-from timing import Run, device_us
+from timing import Run, device_us, write
 
 import dsv4x
 from dsv4x.common import compaction, indices, registry
@@ -167,10 +167,9 @@ def main() -> None:
     if arguments.host_only:
         result = json.loads(arguments.out.read_text()) | {"host": host()}
         print(result["host"])
-        arguments.out.write_text(json.dumps(result) + "\n")
+        write(arguments.out, None, **result)
         return
     result = {
-        "device": torch.cuda.get_device_name(),
         "unit": "us",
         **kernel_times(),
         "gather": line(gather, (16384, 262144)),
@@ -181,8 +180,7 @@ def main() -> None:
     }
     for name in ("gather", "remap", "combine", "listing", "host"):
         print(name, result[name])
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result) + "\n")
+    write(arguments.out, None, **result)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-import triton
-from timing import Run, compare_us
+from timing import Run, compare_us, write
 
 import dsv4x
 from dsv4x import PagedCache, layouts
@@ -205,13 +202,6 @@ def bounded(rows: list[dict]) -> None:
             rows.append({**shape, "kernel": kernel, "us": 1e3 * began.elapsed_time(ended), "peak_bytes": peak})
 
 
-def installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the rows as JSON here")
@@ -225,12 +215,7 @@ def main() -> None:
         for row in rows[begin:]:
             shown = (f"{v:.3g}" if isinstance(v, float) else str(v) for key, v in row.items() if key != "us")
             print(f"{row['us']:>10.1f} us  {'  '.join(shown)}", flush=True)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        versions = {"torch": torch.__version__, "triton": triton.__version__, "dsv4x": dsv4x.__version__}
-        versions["sgl-deep-gemm"] = installed("sgl-deep-gemm")
-        result = {"device": torch.cuda.get_device_name(), **versions, "heads": HEADS, "page_size": PAGE, "rows": rows}
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(arguments.out, heads=HEADS, page_size=PAGE, rows=rows)
 
 
 if __name__ == "__main__":

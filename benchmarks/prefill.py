@@ -13,14 +13,12 @@ Usage: python benchmarks/prefill.py --out benchmarks/results/prefill-<gpu>.json
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
-import triton
 from steps import Step
-from timing import compare_us, device_us
+from timing import compare_us, device_us, write
 
 import dsv4x
 from dsv4x.common.routing import paths_of
@@ -94,11 +92,7 @@ def main() -> None:
                         print(
                             "".join(f"{_shown(row.get(name)):>{width}}" for name, width in COLUMNS.items()), flush=True
                         )
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        versions = {"torch": torch.__version__, "triton": triton.__version__, "dsv4x": dsv4x.__version__}
-        result = {"device": torch.cuda.get_device_name(), "unit": "us", **versions, "rows": rows}
-        arguments.out.write_text(json.dumps(result, indent=0) + "\n")
+    write(arguments.out, 0, unit="us", rows=rows)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from pathlib import Path
 
 import torch
-import triton
 from flash_mla import flash_mla_sparse_fwd
-from timing import compare_us
+from timing import compare_us, write
 
 import dsv4x
 
@@ -69,11 +67,7 @@ def main() -> None:
             row = {"heads": heads, "width": width, "tokens": tokens, **measure(heads, width, tokens)}
             rows.append(row)
             print(" ".join(f"{k}={v:.1f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        versions = {"torch": torch.__version__, "triton": triton.__version__, "dsv4x": dsv4x.__version__}
-        result = {"device": torch.cuda.get_device_name(), "unit": "us", **versions, "rows": rows}
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(arguments.out, unit="us", rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,19 @@
-"""Times of calls on a machine that is not ours alone, in microseconds."""
+"""Times of calls on a machine that is not ours alone, in microseconds, and results with where they come from."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 import triton
+
+import dsv4x
+
+_VENDORS = ("sgl-flash-mla", "sgl-deep-gemm", "flashinfer-python")
 
 Run = Callable[[], object]
 
@@ -32,6 +40,26 @@ def compare_us(runs: dict[str, Run], rounds: int = 4, warmup: int = 3, rep: int 
         for name in reversed(order) if turn % 2 else order:
             best[name] = min(best[name], median_us(runs[name], warmup, rep))
     return best
+
+
+def origin() -> dict[str, str]:
+    """The machine, the versions and the command of a result."""
+    found = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    found |= {"torch": torch.__version__, "triton": triton.__version__, "dsv4x": dsv4x.__version__}
+    for name in _VENDORS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    script = Path(sys.argv[0])
+    return found | {"command": " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])}
+
+
+def write(out: Path | None, indent: int | None = 1, **result: object) -> None:
+    """Write a result with its origin as JSON; nothing without ``out``."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(origin() | result, indent=indent) + "\n")
 
 
 def device_us(run: Run, warmup: int = 5, rep: int = 20) -> float:
