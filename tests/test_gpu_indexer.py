@@ -50,7 +50,7 @@ def check(got, want):
     assert 1 - 2 * (x * y).sum() / (x * x + y * y).sum() < 5e-6
 
 
-@pytest.mark.parametrize("next_n", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("next_n", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("heads", [32, 64])
 def test_logits_agree_with_the_oracle(kernel, heads, next_n):
     torch.manual_seed(next_n)
@@ -67,6 +67,31 @@ def test_logits_agree_with_the_oracle(kernel, heads, next_n):
     lens = lens.clamp_max(2990)
     schedule = dsv4x.get_paged_mqa_logits_metadata(lens)
     check(dsv4x.paged_mqa_logits(q, cache, weights, lens, table, 2990, schedule, kernel=kernel), want)
+
+
+@pytest.mark.parametrize("next_n", [4, 6])
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_pairs_of_rows_have_the_bits_of_their_own_calls(kernel, scheduled, next_n):
+    torch.manual_seed(8)
+    cache, width = pool(700), 9000
+    q, weights, lens, table = batch_of(37, next_n, cache, width)
+    # Wider than the context, and pages past it are outside the pool.
+    table = torch.cat([table, torch.full_like(table, 2**31 - 1)], 1)
+    lens[::5] = 0
+
+    def run(rows, clean):
+        part = lens[:, rows].contiguous()
+        schedule = dsv4x.get_paged_mqa_logits_metadata(part) if scheduled else None
+        return dsv4x.paged_mqa_logits(
+            q[:, rows].contiguous(), cache, weights.unflatten(0, (37, next_n))[:, rows].flatten(0, 1).contiguous(),
+            part, table, width, schedule, kernel=kernel, clean_logits=clean,
+        )  # fmt: skip
+
+    pairs = [run(slice(at, at + 2), True).unflatten(0, (37, 2)) for at in range(0, next_n, 2)]
+    want = torch.cat(pairs, 1).flatten(0, 1)
+    assert torch.equal(run(slice(None), True), want)
+    entries = want > -torch.inf
+    assert torch.equal(run(slice(None), False)[entries], want[entries])
 
 
 @pytest.mark.parametrize("relative", [None, 700, 5000])

@@ -51,8 +51,11 @@ BY_NAME_ONLY = (
 _RATES = (8.0, 3.9e6, 1150e6, 4e6)
 # A pass over logits that are still in the L2: microseconds a call as an eager step sees them, bytes a microsecond.
 _PASS = (20.0, 5e6)
-# What a part costs the host beside its call: its rows of q and of the weights are copied, its logits put in place.
-_PART_US = 100.0
+# A block table's rows repeated for each pair of rows.
+_TABLE_US = 5.0
+# What a part costs the host, its copied rows of q and of the weights and its place among the logits included: two took
+# an H200's 243 us where the GPU was done in 116.
+_PART_US = 135.0
 
 
 def schedule_limit(arch: str, shared_memory: int) -> int:
@@ -142,9 +145,14 @@ def _needs_requests(arch: str) -> bool:
     return arch.startswith("sm_10") and function is not None and "clean_logits" not in _parameters(function)
 
 
+def _taken_as_pairs(arch: str, next_n: int) -> bool:
+    """Whether one call takes each pair of a request's rows for a request: an even number of them on SM90."""
+    return arch == "sm_90" and next_n > SM90_NEXT_N and next_n % SM90_NEXT_N == 0
+
+
 def next_n_parts(arch: str, next_n: int) -> list[slice]:
-    """The rows of each request that one call takes: all of them, or pairs on SM90."""
-    if arch != "sm_90" or next_n <= SM90_NEXT_N:
+    """The rows of each request that one call takes: all of them, or of an odd number on SM90 a pair or the last."""
+    if arch != "sm_90" or next_n == 1 or next_n % SM90_NEXT_N == 0:
         return [slice(0, next_n)]
     return [slice(at, min(at + SM90_NEXT_N, next_n)) for at in range(0, next_n, SM90_NEXT_N)]
 
@@ -156,6 +164,9 @@ def _note(problem: Problem) -> str:
     if len(parts) > 1:
         sizes = " + ".join(str(part.stop - part.start) for part in parts)
         return f"next_n {problem.next_n} as {sizes} over one block table: SM90's kernel takes <= {SM90_NEXT_N}"
+    if _taken_as_pairs(problem.arch, problem.next_n):
+        pairs = f"{problem.next_n // SM90_NEXT_N} requests of {SM90_NEXT_N}"
+        return f"next_n {problem.next_n} as {pairs}, table rows repeated: SM90's kernel takes <= {SM90_NEXT_N}"
     if DEEP_GEMM.reason is None and _needs_requests(problem.arch):
         return f"next_n {problem.next_n} as single rows that name their requests, over a view of the block table"
     return f"next_n {problem.next_n} natively"
@@ -192,8 +203,9 @@ def paged_mqa_logits(
 ) -> torch.Tensor:
     """``fp8_paged_mqa_logits`` or ``fp8_fp4_paged_mqa_logits``. Arguments as in :func:`dsv4x.paged_mqa_logits`.
 
-    Rows its kernel does not take together are taken in parts, each over the whole block table; batches past its
-    schedule's limit on SM100 and SM120 are split.
+    SM90's kernel takes two rows of a request: each pair of an even number is a request of its own in one call, an odd
+    number is taken in parts, each over the whole block table. Batches past its schedule's limit on SM100 and SM120 are
+    split.
     """
     from ..common.kernels.mqa_logits import empty_logits
 
@@ -235,11 +247,15 @@ def _paged_batch(
     function = _function("paged_mqa_logits", packed=q_scale is not None)
     module = DEEP_GEMM.load()
     arch = platform.limits(q.device).arch
+    most = min(max_context_len, block_table.shape[1] * cache.page_size)
+    if _taken_as_pairs(arch, q.shape[1]):
+        # A server's table is as wide as its longest request may get, and pages that no length reaches need no copy.
+        block_table = block_table[:, : -(-most // cache.page_size)]
+        q, context_lens, block_table = _pairs(q, context_lens, block_table, schedule is not None)
     batch, next_n, heads = q.shape[:3]
     parts = next_n_parts(arch, next_n)
     if _needs_requests(arch) and not _has_row_view(block_table, next_n):
         parts = [slice(at, at + 1) for at in range(next_n)]
-    most = min(max_context_len, block_table.shape[1] * cache.page_size)
     view = cache.servers_view
 
     def call(part: slice, lens: torch.Tensor, table: torch.Tensor, plan: torch.Tensor, **more: Any) -> torch.Tensor:
@@ -279,6 +295,23 @@ def _paged_batch(
         width = part.stop - part.start
         found.append(call(part, lens if width == size else lens[:, :width].contiguous(), block_table, plan))
     return found
+
+
+def _pairs(
+    q: torch.Tensor, context_lens: torch.Tensor, block_table: torch.Tensor, scheduled: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q ``[B * n / 2, 2, H, D]``, lengths ``[B * n / 2, 2]`` and block table ``[B * n / 2, m]``: a request a pair.
+
+    ``scheduled``: the caller gave a schedule, which counts every pair by the last length of the request it is of, so
+    that this is the pair's length. Otherwise each pair has its own.
+    """
+    next_n = q.shape[1]
+    # DeepGEMM reads a table row a request, and no strides can express a row that is repeated. The copy is 4 bytes a
+    # page; putting the logits of parts in their order would write 4 bytes a row and entry.
+    table = block_table.repeat_interleave(next_n // SM90_NEXT_N, 0)
+    if scheduled:
+        context_lens = context_lens[:, -1:].expand(-1, next_n)
+    return q.reshape(-1, SM90_NEXT_N, *q.shape[2:]), context_lens.reshape(-1, SM90_NEXT_N), table
 
 
 def _has_row_view(block_table: torch.Tensor, next_n: int) -> bool:
@@ -393,15 +426,27 @@ def get_paged_mqa_logits_metadata(
 
 
 def _paged_us(problem: Problem) -> float:
-    """A call a part, each of which reads all of K, and a pass over logits that are cleaned or put together."""
+    """A call, or one a part, each of which reads all of K, and a pass over logits that are cleaned or put together."""
+    total = 0.0
+    if _taken_as_pairs(problem.arch, problem.next_n):
+        total += _TABLE_US
+        pairs = problem.tokens * problem.next_n // SM90_NEXT_N
+        problem = dataclasses.replace(problem, tokens=pairs, next_n=SM90_NEXT_N)
     parts = next_n_parts(problem.arch, problem.next_n)
-    calls = (dataclasses.replace(problem, next_n=part.stop - part.start) for part in parts)
-    total = sum(logits_us(call, *_RATES) for call in calls)
-    if len(parts) == 1 and "clean" not in problem.options:
-        return total
-    call, rate = _PASS
-    host = 0.0 if len(parts) == 1 else len(parts) * _PART_US
-    return total + host + call + 4.0 * problem.tokens * problem.next_n * problem.width / rate
+    for part in parts:
+        total += logits_us(dataclasses.replace(problem, next_n=part.stop - part.start), *_RATES)
+    if len(parts) > 1 or "clean" in problem.options:
+        call, rate = _PASS
+        # Clean logits are written next to nothing of, those of parts all over again.
+        entry_bytes = 8.0 if len(parts) > 1 else 4.0
+        total += call + entry_bytes * problem.tokens * problem.next_n * problem.width / rate
+    return total
+
+
+def _paged_host_us(problem: Problem) -> float:
+    """The host's time of parts; that of one call was not measured."""
+    parts = next_n_parts(problem.arch, problem.next_n)
+    return len(parts) * _PART_US if len(parts) > 1 else 0.0
 
 
 def _flat_us(problem: Problem) -> float:
@@ -420,6 +465,7 @@ def register_kernels() -> None:
         library=DEEP_GEMM,
         archs=ARCHS,
         layouts=LAYOUTS,
+        host_us=_paged_host_us,
         further_reasons=_paged_reasons,
         note=_note,
     )
