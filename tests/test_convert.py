@@ -85,6 +85,31 @@ def test_conversion_holds_a_bounded_number_of_rows(monkeypatch):
     assert not b.page_bytes.any()
 
 
+def test_checked_conversion_names_the_slot_and_writes_nothing(monkeypatch):
+    from dsv4x.common import cache
+
+    monkeypatch.setattr(cache, "CONVERT_ROWS", 2)
+    a, b = pool(layouts.DSV4, 3, 4), pool(layouts.BF16_512, 2, 4)
+    a.data.zero_()
+    k = torch.ones(12, 512).bfloat16()
+    k[5, 7] = torch.nan
+    dsv4x.quantize_and_insert_k_cache(k, a, torch.arange(12))
+    monkeypatch.setenv("DSV4X_CHECK", "1")
+    before = b.data.clone()
+    for slots, says in (
+        ([1, -1, 0, 5], r"src: NaN in the entry of slot 5 \(slots, row 3\)"),
+        ([1, 9], r"slots: slot 9 in row 1, column 0, need -1 or 0 to 7"),
+        ([2**31, 1], r"slots: slot 2147483648 in row 0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            dsv4x.convert_cache(a, b, torch.tensor(slots))
+        assert torch.equal(b.data, before)
+    dsv4x.convert_cache(a, b, torch.tensor([1, -1, 0]))
+    assert torch.equal(b.data.view(torch.bfloat16)[0, :512], k[0])
+    # What nobody stored may hold anything.
+    dsv4x.convert_cache(a, pool(layouts.BF16_512, 3, 4))
+
+
 requantize = dsv4x.requantize_fp8_to_block_scale
 
 

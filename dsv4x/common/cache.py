@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from . import checks, layouts
@@ -180,15 +182,16 @@ def convert_cache(
         ``dst``.
 
     Raises:
-        TypeError, ValueError: an argument's type, dtype, shape, device, layout or value.
+        TypeError, ValueError: an argument's type, dtype, shape, device, layout or value; under ``DSV4X_CHECK=1`` also,
+            of the slots given, one outside either cache or whose entry holds a NaN, with its row.
         KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
     """
     device = src.device if isinstance(src, PagedCache) else torch.device("cpu")
     src, dst = checks.cache("src", src, device), checks.cache("dst", dst, device)
     if src.layout.head_dim != dst.layout.head_dim:
         raise ValueError(f"dst: head dim is {dst.layout.head_dim} ({dst.layout.name}), need {src.layout.head_dim}")
-    checks.k_scale("src_k_scale", src_k_scale, src)
-    checks.k_scale("dst_k_scale", dst_k_scale, dst)
+    src_k_scale = checks.k_scale("src_k_scale", src_k_scale, src)
+    dst_k_scale = checks.k_scale("dst_k_scale", dst_k_scale, dst)
     if slots is None:
         if dst.capacity < src.capacity:
             raise ValueError(f"dst: {dst.capacity} slots, need >= {src.capacity}")
@@ -196,13 +199,28 @@ def convert_cache(
     else:
         checks.tensor("slots", slots, (None,), checks.INDEX_DTYPES, device)
         count = slots.shape[0]
-    for start in range(0, count, CONVERT_ROWS):
-        end = min(start + CONVERT_ROWS, count)
-        part = torch.arange(start, end, device=device) if slots is None else slots[start:end]
-        # A slot src does not have must not reach dst, which may be larger.
-        part = torch.where(part < src.capacity, part, -1)
-        rows = dequantize_k_cache_paged(src, part, k_scale=src_k_scale, kernel=kernel)
-        quantize_and_insert_k_cache(rows, dst, part, k_scale=dst_k_scale, kernel=kernel)
+    read = select(Problem.on("dequantize_k_cache_paged", device, tokens=count, caches=(src.spec,)), kernel)
+    write = select(Problem.on("quantize_and_insert_k_cache", device, tokens=count, caches=(dst.spec,)), kernel)
+
+    def parts() -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        for start in range(0, count, CONVERT_ROWS):
+            end = min(start + CONVERT_ROWS, count)
+            part = torch.arange(start, end, device=device) if slots is None else slots[start:end]
+            # A slot src does not have must not reach dst, which may be larger.
+            part = torch.where(part < src.capacity, part, -1)
+            rows = torch.zeros(part.shape[0], src.layout.head_dim, dtype=torch.bfloat16, device=device)
+            read.launch(device, src, part, rows, src_k_scale)
+            yield start, part, rows
+
+    if slots is not None and checks.check_values_enabled():
+        checks.index_values("slots", slots, None, min(src.capacity, dst.capacity), "slot")
+        for start, part, rows in parts():
+            bad = rows.isnan().any(1)
+            if bad.any():
+                row = int(bad.nonzero()[0])
+                raise ValueError(f"src: NaN in the entry of slot {int(part[row])} (slots, row {start + row})")
+    for _, part, rows in parts():
+        write.launch(device, rows, dst, part, dst_k_scale)
     return dst
 
 
