@@ -106,6 +106,17 @@ def test_a_kernel_that_spares_the_step_a_launch_may_be_slower_itself(records):
         step_kernel("direct", decode_problem(layout="indexer fp8"), None, topk)
 
 
+def test_a_step_picks_no_kernel_that_refuses_or_runs_by_name_only(records):
+    decoding = decode_problem(tokens=128)
+    own = dataclasses.replace(registry._kernels["sparse_mla_decode"]["gluon"], predicted_us=lambda problem: 0.0)
+    registry.register(dataclasses.replace(own, name="flashinfer", by_name_only="it rounds q"))
+    registry.register(dataclasses.replace(own, name="aiter", archs=("gfx942",)))
+    assert step_kernel("direct", decoding, None, None)[0].name in ("flash_mla", "gluon")
+    assert step_kernel("direct", decoding, None, None, "flashinfer")[0].name == "flashinfer"
+    with pytest.raises(dsv4x.KernelNotSupported, match="arch is sm_90, need gfx942"):
+        step_kernel("direct", decoding, None, None, "aiter")
+
+
 def test_without_flash_mla_it_is_chosen(records):
     del registry._kernels["sparse_mla_prefill"]["flash_mla"]
     select.cache_clear()

@@ -6,7 +6,7 @@ import bisect
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,24 +98,29 @@ def kernel_host_us(problem: Problem, kernel: str) -> float:
 
 def kernel_us(table: dict[str, Any], op: str, heads: int, tokens: int, width: int, rows: int) -> float:
     """A kernel's time by interpolation: log-log in tokens and rows, linear in width; in proportion past the ends."""
-    grid = table[op][str(heads)]
-    by_width = []
-    for j in range(len(table["width"])):
-        by_rows = [_interpolate(table["tokens"], plane[j], tokens) for plane in grid]
-        by_rows_at = [math.log2(us) for us in by_rows]
-        row = min(max(rows, table["rows"][0]), table["rows"][-1])
-        by_width.append(2.0 ** _line([math.log2(r) for r in table["rows"]], by_rows_at, math.log2(row)))
-    return max(_line(table["width"], by_width, width), 0.5 * by_width[0])
+    grid, widths = table[op][str(heads)], table["width"]
+    row = min(max(rows, table["rows"][0]), table["rows"][-1])
+
+    def at_width(j: int) -> float:
+        return _log_line(table["rows"], lambda i: _at_tokens(table["tokens"], grid[i][j], tokens), row)
+
+    return max(_line(widths, at_width, width), 0.5 * at_width(0))
 
 
-def _interpolate(tokens: Sequence[int], us: Sequence[float], at: int) -> float:
+def _at_tokens(tokens: Sequence[int], us: Sequence[float], at: int) -> float:
     if at >= tokens[-1]:
         return us[-1] * at / tokens[-1]
-    return 2.0 ** _line([math.log2(t) for t in tokens], [math.log2(u) for u in us], math.log2(max(at, tokens[0])))
+    return _log_line(tokens, us.__getitem__, max(at, tokens[0]))
 
 
-def _line(xs: Sequence[float], ys: Sequence[float], at: float) -> float:
-    """Piecewise linear through the points, the end pieces continued."""
+def _log_line(xs: Sequence[float], y: Callable[[int], float], at: float) -> float:
+    return 2.0 ** _line(xs, lambda i: math.log2(y(i)), at, math.log2)
+
+
+def _line(
+    xs: Sequence[float], y: Callable[[int], float], at: float, scale: Callable[[float], float] = lambda x: x
+) -> float:
+    """Piecewise linear through the points ``(scale(xs[i]), y(i))``, the end pieces continued; two of them are asked."""
     right = min(max(bisect.bisect_left(xs, at), 1), len(xs) - 1)
-    x0, x1, y0, y1 = xs[right - 1], xs[right], ys[right - 1], ys[right]
-    return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+    x0, x1, y0, y1 = scale(xs[right - 1]), scale(xs[right]), y(right - 1), y(right)
+    return y0 + (y1 - y0) * (scale(at) - x0) / (x1 - x0)

@@ -220,6 +220,11 @@ def refusals(problem: Problem, name: str) -> list[str]:
     return [absent(problem.op, name)] if record is None else record.not_supported_reasons(problem)
 
 
+def candidates(problem: Problem) -> list[Kernel]:
+    """The kernels that can run ``problem`` and that prediction may choose among."""
+    return [k for k in kernels(problem.op) if not k.by_name_only and not k.not_supported_reasons(problem)]
+
+
 @functools.lru_cache(maxsize=4096)
 def select(problem: Problem, kernel: str | None = None) -> Kernel:
     """The kernel that runs ``problem``: the named one, or the supported one with the lowest predicted time.

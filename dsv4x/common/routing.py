@@ -18,7 +18,7 @@ from . import indices
 from .costs import step_costs
 from .errors import BackendUnavailable, KernelNotSupported
 from .layouts import PagedCache
-from .registry import Kernel, Problem, explain, kernels, select
+from .registry import Kernel, Problem, candidates, select
 
 if TYPE_CHECKING:
     from .attention import AttentionMetadata
@@ -176,8 +176,8 @@ def step_kernel(
     A step may be faster with a kernel whose own time is longer, if that spares the step a launch. Raises as
     :func:`~dsv4x.common.registry.select`.
     """
-    candidates = explain(problem).predicted_us if kernel is None else {}
-    records = [record for record in kernels(problem.op) if record.name in candidates] or [select(problem, kernel)]
+    # Where none can run it, select says why.
+    records = (candidates(problem) if kernel is None else []) or [select(problem, kernel)]
     times = [_predicted_us(path, record, problem, meta, topk_indices) for record in records]
     best = times.index(min(times))
     return records[best], times[best]
