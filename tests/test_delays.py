@@ -8,7 +8,7 @@ import delays
 import pytest
 import triton
 
-WAITS = {"prefill": 4 + 2 * 6, "decode": 6 + 2 + 2}
+WAITS = {"prefill": 2 + 3 + 2 * 6, "decode": 6 + 2 + 2}
 """By role, the producer's or left half's first."""
 
 

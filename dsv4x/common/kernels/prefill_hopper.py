@@ -1,9 +1,10 @@
 """Prefill attention on Hopper, in Gluon: what Triton's compiler cannot be told, told.
 
-One program a token and 64 heads, three warpgroups. A producer gathers rows into shared memory, two tiles of 64 entries,
-by asynchronous copies of 16 bytes a lane. Two consumers take turns: each computes logits and weights of every other
-tile, and each holds half of V's columns, so both need all weights, which pass through shared memory with the running
-maximum they refer to. While one consumer is in its softmax the other one's products keep the tensor cores busy.
+A program works through (token, block of 64 heads) items with three warpgroups. A producer gathers rows into shared
+memory, two tiles of 64 entries, by asynchronous copies of 16 bytes a lane. Two consumers take turns: each computes
+logits and weights of every other tile, and each holds half of V's columns, so both need all weights, which pass through
+shared memory with the running maximum they refer to. While one consumer is in its softmax the other one's products keep
+the tensor cores busy, and while both write an item's output the producer fetches the next one's q and first tiles.
 
 Triton gives both warpgroups of a 64-row tile the same logits to compute, and waits for each product in turn: half the
 speed (benchmarks/results/prefill-kernels-h200.json).
@@ -20,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..platform import platform
 from .launch import Launcher
 
 # Triton 3.9 renamed it.
@@ -44,6 +46,18 @@ LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
 TILE = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def _item(item, heads, width, lens_ptr, HAS_LENS: gl.constexpr):
+    """``(token, first head, span)`` of a work item. Blocks of heads of one token run side by side: the second finds the
+    rows in L2."""
+    head_blocks = (heads + BLOCK_H - 1) // BLOCK_H
+    token = (item // head_blocks).to(gl.int64)
+    span = width
+    if HAS_LENS:
+        span = gl.minimum(gl.maximum(gl.load(lens_ptr + token), 0), width).to(gl.int32)
+    return token, (item % head_blocks) * BLOCK_H, span
 
 
 @gluon.jit
@@ -75,28 +89,34 @@ def _varying(x: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    q_row, kv_ptr, index_row, first_head, heads, rows, width, span, q_stride_h, kv_stride,
-    q, k, q_full, k_full, k_empty,
+    items, q_ptr, kv_ptr, indices_ptr, lens_ptr, heads, rows, width, q_stride_t, q_stride_h, kv_stride, indices_stride,
+    q, k, q_full, q_empty, k_full, k_empty, HAS_LENS: gl.constexpr,
 ):  # fmt: skip
-    """Fill q once, then the two tiles by halves of columns, each as soon as the consumer of that half is done with it.
+    """Fill q once an item, then the two tiles by halves of columns, each as soon as its consumers are done with it.
 
     The barriers of a half are those of index ``2 * tile + half``.
     """
     ROWS: gl.constexpr = gl.SliceLayout(1, GATHER)
-    row = _rows(index_row, 0, width, span, rows, ROWS)
-    head = first_head + gl.arange(0, BLOCK_H, layout=ROWS)
-    _gather(q.index(0), q_row, gl.where(head < heads, head, -1), q_stride_h, 0, VALUE_DIM)
-    async_copy.mbarrier_arrive(q_full, increment_count=False)
     phase = 1
-    for start in range(0, span, 2 * BLOCK_K):
-        for tile in gl.static_range(2):
-            for i in gl.static_range(2):
-                mbarrier.wait(k_empty.index(2 * tile + (i ^ tile)), phase)
-                half = k.index(tile).slice((i ^ tile) * HALF, HALF, dim=1)
-                _gather(half, kv_ptr, row, kv_stride, (i ^ tile) * HALF, HALF)
-                async_copy.mbarrier_arrive(k_full.index(2 * tile + (i ^ tile)), increment_count=False)
-            row = _rows(index_row, start + (tile + 1) * BLOCK_K, width, span, rows, ROWS)
-        phase ^= 1
+    turn = 1
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        token, first_head, span = _item(item, heads, width, lens_ptr, HAS_LENS)
+        index_row = indices_ptr + token * indices_stride
+        row = _rows(index_row, 0, width, span, rows, ROWS)
+        head = first_head + gl.arange(0, BLOCK_H, layout=ROWS)
+        mbarrier.wait(q_empty, turn)
+        turn ^= 1
+        _gather(q.index(0), q_ptr + token * q_stride_t, gl.where(head < heads, head, -1), q_stride_h, 0, VALUE_DIM)
+        async_copy.mbarrier_arrive(q_full, increment_count=False)
+        for start in range(0, span, 2 * BLOCK_K):
+            for tile in gl.static_range(2):
+                for i in gl.static_range(2):
+                    mbarrier.wait(k_empty.index(2 * tile + (i ^ tile)), phase)
+                    half = k.index(tile).slice((i ^ tile) * HALF, HALF, dim=1)
+                    _gather(half, kv_ptr, row, kv_stride, (i ^ tile) * HALF, HALF)
+                    async_copy.mbarrier_arrive(k_full.index(2 * tile + (i ^ tile)), increment_count=False)
+                row = _rows(index_row, start + (tile + 1) * BLOCK_K, width, span, rows, ROWS)
+            phase ^= 1
     async_copy.wait_group(0)
 
 
@@ -130,95 +150,101 @@ def _fold(acc, m, m_shared, p, k, OWN: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    q, k, p, m_shared, l_shared, q_full, k_full, k_empty, p_full, l_full, index_row, sink_ptr, out_row,
-    lse_row, first_head, heads, rows, width, span, scale, out_stride_h, HAS_SINK: gl.constexpr, OWN: gl.constexpr,
+    items, q, k, p, m_shared, l_shared, q_full, q_empty, k_full, k_empty, p_full, l_full, indices_ptr, lens_ptr,
+    sink_ptr, out_ptr, lse_ptr, heads, rows, width, scale, indices_stride, out_stride_t, out_stride_h,
+    HAS_LENS: gl.constexpr, HAS_SINK: gl.constexpr, OWN: gl.constexpr,
 ):  # fmt: skip
     """Consumer ``OWN``: the logits of tiles OWN, OWN + 2, ..., and columns OWN * 256 to OWN * 256 + 255 of the output.
 
     No barrier guards p and m: a consumer writes them anew only after its tile was refilled, so after both were done.
+    Nor l: it is written anew only after a tile of the other consumer, who has read it before that.
     """
     STATS: gl.constexpr = gl.SliceLayout(1, LOGITS)
-    m = gl.full([BLOCK_H], float("-inf"), gl.float32, gl.SliceLayout(1, ACC))
-    m_own = gl.full([BLOCK_H], float("-inf"), gl.float32, STATS)
-    l = gl.zeros([BLOCK_H], gl.float32, STATS)
-    acc = gl.zeros([BLOCK_H, HALF], gl.float32, ACC)
-    # Also where there is no tile: the output is staged in q's place, which the copy must not overwrite.
-    mbarrier.wait(q_full, 0)
     phase = 0
-    for start in range(0, span, 2 * BLOCK_K):
-        logits = _logits(q, k, k_full, phase, OWN)
-        valid = _rows(index_row, start + OWN * BLOCK_K, width, span, rows, gl.SliceLayout(0, LOGITS)) >= 0
-        logits = warpgroup_mma_wait(0, deps=[logits])
-        if OWN == 1:
-            mbarrier.wait(k_full.index(1), phase)
-            mbarrier.wait(p_full.index(0), phase)
+    turn = 0
+    exchange = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        token, first_head, span = _item(item, heads, width, lens_ptr, HAS_LENS)
+        index_row = indices_ptr + token * indices_stride
+        m = gl.full([BLOCK_H], float("-inf"), gl.float32, gl.SliceLayout(1, ACC))
+        m_own = gl.full([BLOCK_H], float("-inf"), gl.float32, STATS)
+        l = gl.zeros([BLOCK_H], gl.float32, STATS)
+        acc = gl.zeros([BLOCK_H, HALF], gl.float32, ACC)
+        mbarrier.wait(q_full, turn)
+        turn ^= 1
+        for start in range(0, span, 2 * BLOCK_K):
+            logits = _logits(q, k, k_full, phase, OWN)
+            valid = _rows(index_row, start + OWN * BLOCK_K, width, span, rows, gl.SliceLayout(0, LOGITS)) >= 0
+            logits = warpgroup_mma_wait(0, deps=[logits])
+            last = start + 2 * BLOCK_K >= span
+            if last:
+                mbarrier.arrive(q_empty, count=1)
+            if OWN == 1:
+                mbarrier.wait(k_full.index(1), phase)
+                mbarrier.wait(p_full.index(0), phase)
+                fence_async_shared()
+                acc, m = _fold(acc, m, m_shared.index(0), p.index(0), k.index(0), OWN)
+            logits = gl.where(valid[None, :], logits, float("-inf"))
+            m_new = gl.maximum(gl.convert_layout(m, STATS), gl.max(logits, axis=1) * scale)
+            weights = gl.exp2(logits * scale - gl.where(m_new == float("-inf"), 0.0, m_new)[:, None])
+            l = l * _decay(m_own, m_new) + gl.sum(weights, axis=1)
+            m_own = m_new
+            m_shared.index(OWN).store(m_new)
+            p.index(OWN).store(weights.to(gl.bfloat16))
             fence_async_shared()
-            acc, m = _fold(acc, m, m_shared.index(0), p.index(0), k.index(0), OWN)
-        logits = gl.where(valid[None, :], logits, float("-inf"))
-        m_new = gl.maximum(gl.convert_layout(m, STATS), gl.max(logits, axis=1) * scale)
-        weights = gl.exp2(logits * scale - gl.where(m_new == float("-inf"), 0.0, m_new)[:, None])
-        l = l * _decay(m_own, m_new) + gl.sum(weights, axis=1)
-        m_own = m_new
-        m_shared.index(OWN).store(m_new)
-        p.index(OWN).store(weights.to(gl.bfloat16))
-        fence_async_shared()
-        mbarrier.arrive(p_full.index(OWN), count=1)
-        if OWN == 1:
+            mbarrier.arrive(p_full.index(OWN), count=1)
+            if OWN == 1:
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                mbarrier.arrive(k_empty.index(1), count=1)
+            acc, m = _fold(acc, m, m_shared.index(OWN), p.index(OWN), k.index(OWN), OWN)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(k_empty.index(1), count=1)
-        acc, m = _fold(acc, m, m_shared.index(OWN), p.index(OWN), k.index(OWN), OWN)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(k_empty.index(3 * OWN), count=1)
+            if OWN == 0:
+                mbarrier.arrive(k_empty.index(0), count=1)
+                mbarrier.wait(k_full.index(2), phase)
+                mbarrier.wait(p_full.index(1), phase)
+                fence_async_shared()
+                acc, m = _fold(acc, m, m_shared.index(1), p.index(1), k.index(1), OWN)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+            if not last:
+                mbarrier.arrive(k_empty.index(2 + OWN), count=1)
+            phase ^= 1
+        m_last = gl.convert_layout(m, STATS)
+        if span > 0:
+            l_shared.index(OWN).store(l * _decay(m_own, m_last))
+            mbarrier.arrive(l_full.index(OWN), count=1)
+            mbarrier.wait(l_full.index(1 - OWN), exchange)
+            exchange ^= 1
+            l = l_shared.index(0).load(STATS) + l_shared.index(1).load(STATS)
+        else:
+            mbarrier.arrive(q_empty, count=1)
+        empty = l == 0.0
+        share = 1.0 / gl.where(empty, 1.0, l)
+        lse = gl.where(empty, float("inf"), (m_last + gl.log2(gl.where(empty, 1.0, l))) * LN2)
+        head = first_head + gl.arange(0, BLOCK_H, layout=STATS)
         if OWN == 0:
-            mbarrier.wait(k_full.index(2), phase)
-            mbarrier.wait(p_full.index(1), phase)
-            fence_async_shared()
-            acc, m = _fold(acc, m, m_shared.index(1), p.index(1), k.index(1), OWN)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(k_empty.index(2), count=1)
-        phase ^= 1
-
-    m_last = gl.convert_layout(m, STATS)
-    l_shared.index(OWN).store(l * _decay(m_own, m_last))
-    mbarrier.arrive(l_full.index(OWN), count=1)
-    mbarrier.wait(l_full.index(1 - OWN), 0)
-    l = l_shared.index(0).load(STATS) + l_shared.index(1).load(STATS)
-    empty = l == 0.0
-    share = 1.0 / gl.where(empty, 1.0, l)
-    lse = gl.where(empty, float("inf"), (m_last + gl.log2(gl.where(empty, 1.0, l))) * LN2)
-    head = first_head + gl.arange(0, BLOCK_H, layout=STATS)
-    if OWN == 0:
-        gl.store(lse_row + head, lse, mask=head < heads)
-    if HAS_SINK:
-        sink = gl.load(sink_ptr + head, mask=head < heads, other=0.0)
-        share *= gl.where(empty, 0.0, 1.0 / (1.0 + gl.exp2((sink - lse) * LOG2E)))
-    out = acc * gl.convert_layout(share, gl.SliceLayout(1, ACC))[:, None]
-    # Every product that read q is done: the last tile of both consumers has been folded.
-    staged = q.index(0).slice(OWN * HALF, HALF, dim=1)
-    staged.store(out.to(gl.bfloat16))
-    head = (first_head + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, GATHER))).to(gl.int64)
-    column = OWN * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, GATHER))
-    pointers = out_row + head[:, None] * out_stride_h + column[None, :]
-    gl.store(pointers, staged.load(GATHER), mask=gl.broadcast((head < heads)[:, None], pointers)[0])
+            gl.store(lse_ptr + token * heads + head, lse, mask=head < heads)
+        if HAS_SINK:
+            sink = gl.load(sink_ptr + head, mask=head < heads, other=0.0)
+            share *= gl.where(empty, 0.0, 1.0 / (1.0 + gl.exp2((sink - lse) * LOG2E)))
+        out = gl.zeros([BLOCK_H, HALF], gl.bfloat16, GATHER)
+        if span > 0:
+            # Staged where this consumer was the last to read, whose barrier it has kept for that.
+            staged = k.index(1).slice(OWN * HALF, HALF, dim=1)
+            staged.store((acc * gl.convert_layout(share, gl.SliceLayout(1, ACC))[:, None]).to(gl.bfloat16))
+            out = staged.load(GATHER)
+            mbarrier.arrive(k_empty.index(2 + OWN), count=1)
+        head = (first_head + gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, GATHER))).to(gl.int64)
+        column = OWN * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(0, GATHER))
+        pointers = out_ptr + token * out_stride_t + head[:, None] * out_stride_h + column[None, :]
+        gl.store(pointers, out, mask=gl.broadcast((head < heads)[:, None], pointers)[0])
 
 
-@gluon.jit(do_not_specialize=["heads", "rows", "width"])
+@gluon.jit(do_not_specialize=["items", "heads", "rows", "width"])
 def prefill_hopper_kernel(
     q_ptr, kv_ptr, indices_ptr, lens_ptr, sink_ptr, out_ptr, lse_ptr,
-    heads, rows, width, scale, q_stride_t, q_stride_h, kv_stride, indices_stride, out_stride_t, out_stride_h,
+    items, heads, rows, width, scale, q_stride_t, q_stride_h, kv_stride, indices_stride, out_stride_t, out_stride_h,
     HAS_LENS: gl.constexpr, HAS_SINK: gl.constexpr,
 ):  # fmt: skip
-    # Blocks of heads of one token run side by side, so that the second finds the rows in L2.
-    head_blocks = (heads + BLOCK_H - 1) // BLOCK_H
-    token = (gl.program_id(0) // head_blocks).to(gl.int64)
-    first_head = (gl.program_id(0) % head_blocks) * BLOCK_H
-    span = width
-    if HAS_LENS:
-        span = gl.minimum(gl.maximum(gl.load(lens_ptr + token), 0), width).to(gl.int32)
-    index_row = indices_ptr + token * indices_stride
-    q_row = q_ptr + token * q_stride_t
-    out_row = out_ptr + token * out_stride_t
-    lse_row = lse_ptr + token * heads
     scale_log2 = scale * LOG2E
     q = gl.allocate_shared_memory(gl.bfloat16, [1, BLOCK_H, VALUE_DIM], TILE)
     k = gl.allocate_shared_memory(gl.bfloat16, [2, BLOCK_K, VALUE_DIM], TILE)
@@ -226,11 +252,13 @@ def prefill_hopper_kernel(
     m = gl.allocate_shared_memory(gl.float32, [2, BLOCK_H], VECTOR)
     l = gl.allocate_shared_memory(gl.float32, [2, BLOCK_H], VECTOR)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     p_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     l_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=PRODUCERS)
+    mbarrier.init(q_empty, count=2)
     for i in gl.static_range(4):
         mbarrier.init(k_full.index(i), count=PRODUCERS)
         mbarrier.init(k_empty.index(i), count=1)
@@ -242,16 +270,18 @@ def prefill_hopper_kernel(
     gl.warp_specialize(
         [
             (_produce, (
-                q_row, kv_ptr, index_row, first_head, heads, rows, width, span, q_stride_h, kv_stride,
-                q, k, q_full, k_full, k_empty,
+                items, q_ptr, kv_ptr, indices_ptr, lens_ptr, heads, rows, width, q_stride_t, q_stride_h, kv_stride,
+                indices_stride, q, k, q_full, q_empty, k_full, k_empty, HAS_LENS,
             )),
             (_consume, (
-                q, k, p, m, l, q_full, k_full, k_empty, p_full, l_full, index_row, sink_ptr, out_row, lse_row,
-                first_head, heads, rows, width, span, scale_log2, out_stride_h, HAS_SINK, LEFT,
+                items, q, k, p, m, l, q_full, q_empty, k_full, k_empty, p_full, l_full, indices_ptr, lens_ptr, sink_ptr,
+                out_ptr, lse_ptr, heads, rows, width, scale_log2, indices_stride, out_stride_t, out_stride_h,
+                HAS_LENS, HAS_SINK, LEFT,
             )),
             (_consume, (
-                q, k, p, m, l, q_full, k_full, k_empty, p_full, l_full, index_row, sink_ptr, out_row, lse_row,
-                first_head, heads, rows, width, span, scale_log2, out_stride_h, HAS_SINK, RIGHT,
+                items, q, k, p, m, l, q_full, q_empty, k_full, k_empty, p_full, l_full, indices_ptr, lens_ptr, sink_ptr,
+                out_ptr, lse_ptr, heads, rows, width, scale_log2, indices_stride, out_stride_t, out_stride_h,
+                HAS_LENS, HAS_SINK, RIGHT,
             )),
         ],
         [4, 4],
@@ -282,11 +312,12 @@ def sparse_mla_prefill(
     tokens, heads, _ = q.shape
     q, kv = _aligned(q), _aligned(kv)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    items = tokens * -(-heads // BLOCK_H.value)
     _launch(
-        tokens * -(-heads // 64),
+        min(items, platform.limits(q.device).multiprocessors),
         (q, kv, indices, lens if lens is not None else lse, attn_sink if attn_sink is not None else lse, out, lse),
         (
-            heads, kv.shape[0], indices.shape[1], softmax_scale,
+            items, heads, kv.shape[0], indices.shape[1], softmax_scale,
             q.stride(0), q.stride(1), kv.stride(0), indices.stride(0), out.stride(0), out.stride(1),
         ),
         (lens is not None, attn_sink is not None),
