@@ -488,6 +488,10 @@ def test_only_compiled_reductions_are_launched_early():
 def test_splits_fill_the_device_and_stop_where_reducing_costs_more():
     from dsv4x.common.kernels.config import num_splits
 
+    assert num_splits(programs=1, blocks=3, at_once=132) == 1
+    assert num_splits(programs=1, blocks=4, at_once=132) == 4
+    assert num_splits(programs=4, blocks=20, at_once=132) == 20
+    assert num_splits(programs=4, blocks=66, at_once=132) == 22
     assert num_splits(programs=1, blocks=10, at_once=132) == 10
     assert num_splits(programs=32, blocks=10, at_once=132) == 4
     assert num_splits(programs=64, blocks=10, at_once=132) == 2

@@ -80,9 +80,11 @@ def decode_config(arch: str, heads: int, layouts: tuple[CacheLayout, ...]) -> At
     return row.heavy_many if heavy else row.many
 
 
-# In blocks of entries: what a program costs beside its blocks, what reducing costs, and each split to reduce. From what
-# cuda/gluon.py predicts, where a program costs 12 us and a block of 64 entries 3.5 while caches are cold.
-_PROGRAM_BLOCKS, _REDUCE_BLOCKS, _SPLIT_BLOCKS = 3.5, 1.5, 1 / 16
+# In blocks of entries: what a program costs beside its blocks; what reducing costs, each split to reduce, and a wave's
+# worth of partial outputs. Measured on an H200, where a block of 64 entries takes 3.5 us while caches are cold. In a
+# graph, reducing starts at half a block, and rows of two and three blocks would be split for 1.5 and 4 us of 17 and 20;
+# an eager call waits up to 24 us for the host to launch a second kernel, so only longer ones are.
+_PROGRAM_BLOCKS, _REDUCE_BLOCKS, _SPLIT_BLOCKS, _PARTIAL_BLOCKS = 3.5, 2.0, 1 / 20, 1.5
 _MOST_WAVES = 4
 
 
@@ -100,7 +102,8 @@ def num_splits(programs: int, blocks: int, at_once: int) -> int:
             break
         # More splits than shares would leave programs without work.
         if (splits - 1) * share < blocks:
-            cost = waves * (share + _PROGRAM_BLOCKS) + _REDUCE_BLOCKS + splits * _SPLIT_BLOCKS
+            partials = _REDUCE_BLOCKS + splits * (_SPLIT_BLOCKS + _PARTIAL_BLOCKS * programs / at_once)
+            cost = waves * (share + _PROGRAM_BLOCKS) + partials
             if cost < fewest:
                 best, fewest = splits, cost
     return best
