@@ -1,11 +1,11 @@
 """Measure what the cost model needs on this GPU and write its table: kernel times, gather and index rates, host floors.
 
 Medians of ``triton.testing.do_bench`` of graphs, in microseconds. ``decode`` and ``prefill`` are FlashMLA's kernels
-called bare, over index rows of the width given, drawn from pools of the rows given. ``gather``, ``remap`` and
-``combine`` are straight lines through two sizes, ``listing`` is what finding and remapping references takes before
-their rows are gathered. ``host`` is what the host takes for eager calls of one token, the best of many, as a busy host
-takes up to twice that: ``kernels`` of the attention ops, and of the paths what they take beside their kernel's call as
-an op, less than nothing where an op's checks take longer.
+called bare, over index rows of the width given, drawn from pools of the rows given; ``prefill_gluon`` is Gluon's.
+``gather``, ``remap`` and ``combine`` are straight lines through two sizes, ``listing`` is what finding and remapping
+references takes before their rows are gathered. ``host`` is what the host takes for eager calls of one token, the best
+of many, as a busy host takes up to twice that: ``kernels`` of the attention ops, and of the paths what they take beside
+their kernel's call as an op, less than nothing where an op's checks take longer.
 
 Usage: python benchmarks/fit_costs.py --out dsv4x/cuda/costs_sm_90.json
 With --host-only, the file's other entries stay as they are.
@@ -31,15 +31,15 @@ from dsv4x.common.routing import PATHS, paths_of
 TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 WIDTHS = (128, 640, 1152, 4224)
 ROWS = (4096, 65536, 262144)
-HEADS = (64, 128)
+HEADS = {"decode": (64, 128), "prefill": (64, 128), "prefill_gluon": (16, 64, 128)}
 HOST_TURNS, HOST_CALLS = 800, 6
 
 
 def kernel_times() -> dict:
-    table: dict = {"tokens": TOKENS, "width": WIDTHS, "rows": ROWS, "decode": {}, "prefill": {}}
+    table: dict = {"tokens": TOKENS, "width": WIDTHS, "rows": ROWS, **{op: {} for op in HEADS}}
     caches = {rows: pool(rows // PAGE_SIZE) for rows in (16384, *ROWS)}
-    for heads in HEADS:
-        for op in ("decode", "prefill"):
+    for op, measured in HEADS.items():
+        for heads in measured:
             table[op][str(heads)] = [[[round(time(op, heads, rows, width, tokens, caches), 2) for tokens in TOKENS]
                                       for width in WIDTHS] for rows in ROWS]  # fmt: skip
             print(op, heads, table[op][str(heads)][1], flush=True)
@@ -54,9 +54,13 @@ def time(op: str, heads: int, rows: int, width: int, tokens: int, caches: dict) 
         index = torch.randint(0, n, (tokens, w), device="cuda", dtype=torch.int32)
         return index, torch.full((tokens,), w, dtype=torch.int32, device="cuda")
 
-    if op == "prefill":
+    if op != "decode":
         kv = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16) / 10
         index, lens = drawn(rows, width)
+        if op == "prefill_gluon":
+            return device_us(
+                lambda: dsv4x.sparse_mla_prefill(q, kv, index, lens, sink, kernel="gluon", trusted_indices=True)
+            )
         return device_us(
             lambda: flash_mla_sparse_fwd(q, kv[:, None], index[:, None], 512**-0.5, 512, sink, lens, use_legacy=True)
         )

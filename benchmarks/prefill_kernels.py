@@ -1,7 +1,7 @@
 """The prefill kernels alone on one GPU in one run, beside FlashMLA called bare and what the hardware would allow.
 
-Microseconds: the best of four medians of ``triton.testing.do_bench``, inputs as in attention.py: rows random in a bf16
-workspace of 65 536, every entry valid, sink on.
+Microseconds: the best of four medians of ``triton.testing.do_bench`` of graphs, inputs as in attention.py: rows random
+in a bf16 workspace of 65 536, every entry valid, sink on.
 
 - ``bare``: ``flash_mla_sparse_fwd`` on ready arguments; fewer than 64 heads are padded to 64 beforehand.
 - ``flash_mla``, ``gluon``, ``triton``: ``dsv4x.sparse_mla_prefill`` with that kernel, indices untrusted.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from flash_mla import flash_mla_sparse_fwd
-from timing import compare_us, write
+from timing import captured, compare_us, write
 
 import dsv4x
 
@@ -49,7 +49,8 @@ def measure(heads: int, width: int, tokens: int) -> dict[str, float]:
         kernel: functools.partial(dsv4x.sparse_mla_prefill, q, kv, indices, lens, sink, kernel=kernel)
         for kernel in ("flash_mla", "gluon", "triton")
     }
-    return compare_us({"bare": bare, **ours}) | {
+    runs = {name: captured(run) for name, run in {"bare": bare, **ours}.items()}
+    return compare_us(runs) | {
         "flops_us": 4 * tokens * heads * width * 512 / FLOPS_US,
         "gather_us": tokens * width * 1024 * -(-heads // 64) / L2_US,
         "hbm_us": (2 * tokens * heads + ROWS) * 1024 / HBM_US,

@@ -20,15 +20,14 @@ GLUON = VendorLibrary(
     hint="pip install 'triton>=3.6'",
 )
 
-_BLOCK_H, _STEP = 64, 128
-
-# Fitted to an H200 (benchmarks/results/prefill-kernels-h200.json), in microseconds: a call; a program's start and end,
-# and what 64 heads add to them; a step of 128 entries. Programs run in waves, one a multiprocessor.
-_CALL, _START, _HEADS, _ENTRIES = 5.0, 0.7, 5.0, 4.1
+_BLOCK_H = 64
 _MULTIPROCESSORS = 132
+# Prefill's table (costs_sm_90.json) has 16, 64 and 128 heads; up to 32 take nearly what 16 do.
+_FEW_HEADS = 32
 
-# The same of decode (benchmarks/results/decode-kernels-h200.json): an item's start and end, a block of 64 entries, what
-# each of the first twelve of an item takes more while caches are cold, and the reduction of splits: a call, and a MB.
+# Decode's, fitted to an H200 (benchmarks/results/decode-kernels-h200.json), in microseconds: an item's start and end, a
+# block of 64 entries, what each of the first twelve of an item takes more while caches are cold, and the reduction of
+# splits: a call, and a MB.
 _ITEM, _BLOCK, _COLD, _COLD_BLOCKS = 12.1, 2.6, 1.37, 12
 _REDUCE, _REDUCE_MB = 1.6, 0.15
 _DECODE_BLOCK = 64
@@ -123,10 +122,12 @@ def _reasons(problem: Problem) -> list[str]:
 
 
 def _predicted_us(problem: Problem) -> float:
+    table, width = costs.table_of(problem.arch), problem.entries or problem.width
+    assert table is not None
     blocks = -(-problem.heads // _BLOCK_H)
-    steps = -(-(problem.entries or problem.width) // _STEP)
-    program = _START + _HEADS * problem.heads / (blocks * _BLOCK_H) + _ENTRIES * steps
-    return _CALL + program * -(-problem.tokens * blocks // _MULTIPROCESSORS)
+    heads = 16 if problem.heads <= _FEW_HEADS else min(blocks, 2) * _BLOCK_H
+    tokens = problem.tokens * max(blocks, 2) // 2
+    return costs.kernel_us(table, "prefill_gluon", heads, tokens, width, problem.rows)
 
 
 def register_kernels() -> None:
