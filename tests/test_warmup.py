@@ -91,7 +91,7 @@ def test_no_batch_compiles_anything_afterwards(heads, kernel):
     rows = torch.randint(0, 64 * 300, (3, 1024), dtype=torch.int32, device="cuda")
     for split_k in (2, 4, 5, 8, 9, 16, 40):
         for sink in (None, torch.zeros(heads, device="cuda")):
-            dsv4x.sparse_mla_decode(q, swa, rows, attn_sink=sink, kernel="triton", split_k=split_k)
+            dsv4x.sparse_mla_decode(q, swa, rows, None, attn_sink=sink, kernel="triton", split_k=split_k)
     assert {name for name, _ in warmup_module._compiled() - compiled} <= {"decode_kernel"}
 
 
