@@ -300,7 +300,7 @@ _RATES = {"sparse_mla_decode": (17.0, 300e6), "sparse_mla_prefill": (20.0, 480e6
 
 # Microseconds of padding heads around prefill, a call, a token, and a token and head: of an H200
 # (benchmarks/results/prefill-kernels-h200.json). The tables hold none, they were measured at 64 and 128 heads.
-_PADDING = (25.0, 0.02, 0.0025)
+_PADDING = (8.0, 0.02, 0.0025)
 
 
 def padding_us(problem: Problem) -> float:

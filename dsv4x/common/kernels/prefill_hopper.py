@@ -4,7 +4,7 @@ A program works through (token, block of 64 heads) items with three warpgroups. 
 memory, two tiles of 64 entries, by asynchronous copies of 16 bytes a lane. Two consumers take turns: each computes
 logits and weights of every other tile, and each holds half of V's columns, so both need all weights, which pass through
 shared memory with the running maximum they refer to. While one consumer is in its softmax the other one's products keep
-the tensor cores busy, and while both write an item's output the producer fetches the next one's q and first tiles.
+the tensor cores busy, and while both write an item's output the producer fetches the next one's q and first tile.
 
 Triton gives both warpgroups of a 64-row tile the same logits to compute, and waits for each product in turn: half the
 speed (benchmarks/results/prefill-kernels-h200.json).
