@@ -123,10 +123,24 @@ def test_without_flash_mla_it_is_chosen(records):
     assert select(problem()).name == "gluon"
 
 
-@pytest.mark.parametrize(("tokens", "width", "heads", "us"), [(1, 128, 64, 13), (1, 640, 64, 26), (4096, 640, 8, 666)])
+@pytest.mark.parametrize(
+    ("tokens", "width", "heads", "us"),
+    [
+        (1, 128, 64, 12.7), (1, 640, 64, 26.4), (512, 640, 64, 110), (4096, 640, 8, 660), (4096, 640, 32, 701),
+        (4096, 640, 64, 810), (128, 1152, 128, 86.6), (4096, 1152, 128, 2337),
+    ],
+)  # fmt: skip
 def test_predictions_are_near_what_was_measured(records, tokens, width, heads, us):
     predicted = records["gluon"].predicted_us(problem(tokens=tokens, width=width, heads=heads))
-    assert predicted == pytest.approx(us, rel=0.35)
+    assert predicted == pytest.approx(us, rel=0.12)
+
+
+def test_heads_past_128_take_their_blocks_time_and_a_pool_past_l2_takes_longer(records):
+    predicted = records["gluon"].predicted_us
+    assert predicted(problem(heads=512)) == pytest.approx(4 * predicted(problem(heads=128)), rel=0.05)
+    assert predicted(problem(heads=130)) == pytest.approx(1.5 * predicted(problem(heads=128)), rel=0.05)
+    assert predicted(problem(heads=65)) == predicted(problem(heads=128))
+    assert predicted(problem(rows=262144)) > 1.04 * predicted(problem())
 
 
 @pytest.fixture
