@@ -4,7 +4,8 @@ Indices hold INT_MIN, -2, one past the end and 2**31 - 1; every entry nothing po
 with the reference, so a clean report is one of kernels that did their work.
 
 Usage: PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py
-For racecheck, --kernel triton: see docs/architecture.md on warp-specialized kernels.
+For racecheck, --kernel triton: see docs/architecture.md on warp-specialized kernels. With compute-sanitizer's own
+--kernel-name-exclude kns=at::native it leaves out torch's kernels, which are most of the time.
 """
 
 from __future__ import annotations
