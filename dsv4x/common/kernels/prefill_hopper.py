@@ -7,7 +7,7 @@ shared memory with the running maximum they refer to. While one consumer is in i
 the tensor cores busy, and while both write an item's output the producer fetches the next one's q and first tile.
 
 Triton gives both warpgroups of a 64-row tile the same logits to compute, and waits for each product in turn: half the
-speed (benchmarks/results/prefill-kernels-h200.json).
+speed or less (benchmarks/results/prefill-kernels-h200.json).
 """
 
 import torch
@@ -50,8 +50,7 @@ VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 @gluon.jit
 def _item(item, heads, width, lens_ptr, HAS_LENS: gl.constexpr):
-    """``(token, first head, span)`` of a work item. Blocks of heads of one token run side by side: the second finds the
-    rows in L2."""
+    """``(token, first head, span)`` of a work item; a token's blocks of heads run side by side, to share rows in L2."""
     head_blocks = (heads + BLOCK_H - 1) // BLOCK_H
     token = (item // head_blocks).to(gl.int64)
     span = width
