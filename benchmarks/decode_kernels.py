@@ -19,7 +19,8 @@ from timing import captured, compare_us, write
 
 import dsv4x
 from dsv4x import PagedCache, layouts
-from dsv4x.common.kernels import decode, decode_hopper
+from dsv4x.common.kernels import decode
+from dsv4x.cuda.hopper import decode as decode_hopper
 
 WINDOW, PAGE_SIZE, SWA_ENTRIES, EXTRA_ENTRIES = 128, 64, 16384, 65536
 SHAPES = ((64, 512), (128, 1024))

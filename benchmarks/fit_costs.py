@@ -25,8 +25,9 @@ from steps import PAGE_SIZE, WINDOW, Step, pool
 from timing import Run, device_us, write
 
 import dsv4x
-from dsv4x.common import compaction, indices, registry
-from dsv4x.common.routing import PATHS, paths_of
+from dsv4x.common.dispatch import registry
+from dsv4x.common.ops import compaction, indices
+from dsv4x.common.step.routes import PATHS, paths_of
 
 TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 WIDTHS = (128, 640, 1152, 4224)

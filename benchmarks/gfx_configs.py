@@ -24,9 +24,10 @@ import triton
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import compiling
 
-from dsv4x.common.kernels import config, decode
+from dsv4x.common.core.layouts import BF16_512, BF16_576, DSV4, DSV32, DSV41_FP4, DSV41_FP8, TRTLLM_NATIVE, CacheLayout
+from dsv4x.common.kernels import decode
+from dsv4x.common.kernels import decode_shapes as config
 from dsv4x.common.kernels.entries import entry_format
-from dsv4x.common.layouts import BF16_512, BF16_576, DSV4, DSV32, DSV41_FP4, DSV41_FP8, TRTLLM_NATIVE, CacheLayout
 
 ARCHS = ("gfx942", "gfx950")
 HEADS = (16, 64)

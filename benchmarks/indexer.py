@@ -101,7 +101,7 @@ def difference(x: torch.Tensor, y: torch.Tensor) -> float:
 
 def kernels(op: str) -> list[str]:
     """The GPU kernels of ``op`` that are there."""
-    found = [k for k in dsv4x.common.registry.kernels(op) if k.name in ("deep_gemm", "triton")]
+    found = [k for k in dsv4x.common.dispatch.registry.kernels(op) if k.name in ("deep_gemm", "triton")]
     return [k.name for k in found if k.library is None or k.library.reason is None]
 
 

@@ -21,7 +21,7 @@ from steps import Step
 from timing import compare_us, device_us, write
 
 import dsv4x
-from dsv4x.common.routing import paths_of
+from dsv4x.common.step.routes import paths_of
 
 TOKENS = (16, 64, 256, 1024, 4096, 8192, 16384, 32768)
 PREFIXES = (0, 8192, 131072, 1048576)

@@ -1,4 +1,4 @@
-"""Where dsv4x/common/kernels/prefill_config.py comes from: the launch shapes worth trying of the Triton kernel.
+"""Where dsv4x/common/kernels/prefill_shapes.py comes from: the launch shapes worth trying of the Triton kernel.
 
 For gfx942 and gfx950, on any machine: compiled, with LDS, registers, spills and MFMA instructions of the code. What is
 chosen spills with neither Triton 3.6 nor 3.9, and has the largest block of heads whose MFMAs are not repeated by
@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 import triton
 
-from dsv4x.common.kernels import prefill, prefill_config
-from dsv4x.common.kernels.prefill_config import PrefillConfig
+from dsv4x.common.kernels import prefill
+from dsv4x.common.kernels import prefill_shapes as prefill_config
+from dsv4x.common.kernels.prefill_shapes import PrefillConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import compiling

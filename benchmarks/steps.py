@@ -7,7 +7,8 @@ from flash_mla import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_meta
 
 import dsv4x
 from dsv4x import AttentionMetadata, PagedCache, SparsePrefillChunkCache, layouts
-from dsv4x.common import indices, registry
+from dsv4x.common.dispatch import registry
+from dsv4x.common.ops import indices
 
 PAGE_SIZE = 64
 WINDOW = 128

@@ -25,23 +25,28 @@ The same ops with flat arguments, for torch.compile, are ``torch.ops.dsv4x.*``.
 
 __version__ = "0.1.0"
 
-from .common import layouts, ops, reference
-from .common.attention import AttentionMetadata, sparse_mla_attention
-from .common.cache import (
+from .common import ops, reference
+from .common.core import layouts
+from .common.core.errors import BackendUnavailable, KernelNotSupported
+from .common.core.layouts import CacheLayout, CacheSpec, MLAKVCacheLayout, PagedCache
+from .common.core.platform import platform
+from .common.core.spaces import TopkMethod
+from .common.dispatch.planning import CachePlan, plan_cache
+from .common.dispatch.registry import Problem, explain
+from .common.ops.cache import (
     convert_cache,
     dequantize_k_cache_paged,
     quantize_and_insert_k_cache,
     requantize_fp8_to_block_scale,
 )
-from .common.compaction import (
+from .common.ops.compaction import (
     CompactedCache,
     CompactedRows,
     compaction_scratch_bytes,
     gather_referenced_cache_blocks,
     gather_referenced_rows,
 )
-from .common.errors import BackendUnavailable, KernelNotSupported
-from .common.indexer import (
+from .common.ops.indexer import (
     gather_indexer_k,
     get_paged_mqa_logits_metadata,
     indexer_context_lens,
@@ -50,7 +55,7 @@ from .common.indexer import (
     paged_indexer_topk,
     paged_mqa_logits,
 )
-from .common.indices import (
+from .common.ops.indices import (
     build_swa_token_ids,
     combine_swa_extra_indices,
     combine_topk_swa_indices,
@@ -62,16 +67,14 @@ from .common.indices import (
     slots_to_compact_slots,
     window_slots,
 )
-from .common.layouts import CacheLayout, CacheSpec, MLAKVCacheLayout, PagedCache
-from .common.planning import CachePlan, plan_cache
-from .common.platform import platform
+from .common.ops.sparse_mla import sparse_mla_decode, sparse_mla_prefill
+from .common.ops.topk import topk_method, topk_transform
 from .common.portable import register_portable
-from .common.prefill_chunk import SparsePrefillChunkCache
-from .common.registry import Problem, explain
-from .common.routing import StepExplanation, explain_step
-from .common.sparse_mla import sparse_mla_decode, sparse_mla_prefill
-from .common.topk import TopkMethod, topk_method, topk_transform
-from .common.warmup import warmup
+from .common.step.attention import sparse_mla_attention
+from .common.step.chunk import SparsePrefillChunkCache
+from .common.step.metadata import AttentionMetadata
+from .common.step.routes import StepExplanation, explain_step
+from .common.step.warmup import warmup
 
 register_portable()
 if platform.backend == "cuda":

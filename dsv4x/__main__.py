@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from . import BackendUnavailable, KernelNotSupported, Problem, __version__, cuda, demo, layouts, platform, rocm
+from . import BackendUnavailable, KernelNotSupported, Problem, __version__, cuda, layouts, platform, rocm
 from .common import drawing
-from .common.layer import Layer
-from .common.registry import KERNEL_NAMES, explain, ops
-from .common.routing import PATHS
-from .common.vendor import TRITON
+from .common.core.vendor import TRITON
+from .common.dispatch.registry import KERNEL_NAMES, explain, ops
+from .common.step.routes import PATHS
+from .demo import server as demo
+from .demo.layer import Layer
 
 
 def collect(self_test: bool) -> dict[str, Any]:

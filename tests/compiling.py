@@ -16,24 +16,15 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 import dsv4x.common.kernels as kernels_package
+import dsv4x.cuda.hopper as hopper_package
 from dsv4x import layouts
-from dsv4x.common.kernels import (
-    cache,
-    compaction,
-    config,
-    convert,
-    decode,
-    decode_hopper,
-    gather_combine,
-    indices,
-    mqa_logits,
-    prefill,
-    prefill_config,
-    prefill_hopper,
-    schedule,
-    topk,
-)
+from dsv4x.common.kernels import cache, compaction, decode, gather_combine, indices, mqa_logits, prefill, schedule, topk
+from dsv4x.common.kernels import decode_shapes as config
+from dsv4x.common.kernels import prefill_shapes as prefill_config
+from dsv4x.common.kernels import requantize as convert
 from dsv4x.common.kernels.entries import entry_format
+from dsv4x.cuda.hopper import decode as decode_hopper
+from dsv4x.cuda.hopper import prefill as prefill_hopper
 
 TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -313,11 +304,12 @@ def decode_scopes(heads: int) -> list[tuple[layouts.CacheLayout, layouts.CacheLa
 def launchable_kernels() -> set[str]:
     """Names of the kernels launchers launch: the jit functions called ``*_kernel``."""
     names = set()
-    for module in pkgutil.iter_modules(kernels_package.__path__):
-        loaded = importlib.import_module(f"{kernels_package.__name__}.{module.name}")
-        for name, value in vars(loaded).items():
-            if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
-                names.add(name)
+    for package in (kernels_package, hopper_package):
+        for module in pkgutil.iter_modules(package.__path__):
+            loaded = importlib.import_module(f"{package.__name__}.{module.name}")
+            for name, value in vars(loaded).items():
+                if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
+                    names.add(name)
     return names
 
 

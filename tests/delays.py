@@ -31,7 +31,8 @@ from triton.compiler import make_backend
 
 import dsv4x
 from dsv4x import layouts
-from dsv4x.common.kernels import decode_hopper, prefill_hopper
+from dsv4x.cuda.hopper import decode as decode_hopper
+from dsv4x.cuda.hopper import prefill as prefill_hopper
 
 KERNELS = {"prefill": prefill_hopper, "decode": decode_hopper}
 SCHEDULES: tuple[int | None, ...] = (None, 0, 1, 2)

@@ -16,8 +16,8 @@ import torch
 
 import dsv4x
 from dsv4x import PagedCache, layouts
-from dsv4x.common import registry
-from dsv4x.common.routing import paths_of
+from dsv4x.common.dispatch import registry
+from dsv4x.common.step.routes import paths_of
 
 DEVICE = "cuda"
 PAGES, PAGE_SIZE = 5, 16

@@ -19,11 +19,11 @@ from tolerances import check_close, check_decode, check_prefill
 
 import dsv4x
 from dsv4x import layouts, reference, rocm
-from dsv4x.common import registry
-from dsv4x.common.errors import BackendUnavailable, KernelNotSupported
-from dsv4x.common.layouts import CacheSpec, PagedCache
-from dsv4x.common.registry import Kernel, Problem
-from dsv4x.common.routing import paths_of
+from dsv4x.common.core.errors import BackendUnavailable, KernelNotSupported
+from dsv4x.common.core.layouts import CacheSpec, PagedCache
+from dsv4x.common.dispatch import registry
+from dsv4x.common.dispatch.registry import Kernel, Problem
+from dsv4x.common.step.routes import paths_of
 from dsv4x.rocm import aiter
 
 INF, NAN = float("inf"), float("nan")
@@ -1038,8 +1038,8 @@ def test_a_pool_that_no_entry_point_takes_is_refused_at_the_call(install, decode
 @pytest.mark.parametrize(("ratio", "path"), [(r, p) for r in (1, 4, 128) for p in paths_of(r)])
 @pytest.mark.parametrize("build", [RELEASED, LATER])
 def test_a_step_runs_it_on_every_path(build, ratio, path, served):
-    from dsv4x.common.layer import Layer
-    from dsv4x.demo import serve_and_check, tokens_of
+    from dsv4x.demo.layer import Layer
+    from dsv4x.demo.server import serve_and_check, tokens_of
 
     double = served(build=build)
     layer = Layer(ratio, 4, topk=64, device=torch.device("cpu"))

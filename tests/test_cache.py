@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dsv4x
-from dsv4x.common.layouts import DSV4, DSV32, PagedCache
+from dsv4x.common.core.layouts import DSV4, DSV32, PagedCache
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = {"dsv4_page2": DSV4, "dsv4_page61": DSV4, "dsv4_page64": DSV4, "dsv32_page64": DSV32}

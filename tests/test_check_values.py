@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dsv4x
-from dsv4x.common.layouts import DSV4, PagedCache
+from dsv4x.common.core.layouts import DSV4, PagedCache
 
 T, H, WIDTH, CAPACITY = 4, 2, 6, 128
 NAN = float("nan")

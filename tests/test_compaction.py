@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 import dsv4x
 from dsv4x import PagedCache, layouts
-from dsv4x.common import compaction, registry
-from dsv4x.common.layouts import CacheLayout
+from dsv4x.common.core.layouts import CacheLayout
+from dsv4x.common.dispatch import registry
+from dsv4x.common.ops import compaction
 
 I32, I64 = torch.int32, torch.int64
 HOSTILE = [-(2**31), -2, -1, 2**31 - 1]

@@ -5,8 +5,10 @@ import pytest
 import triton
 
 from dsv4x import layouts
-from dsv4x.common.kernels import decode, decode_hopper, prefill_hopper
+from dsv4x.common.kernels import decode
 from dsv4x.common.kernels.entries import entry_format
+from dsv4x.cuda.hopper import decode as decode_hopper
+from dsv4x.cuda.hopper import prefill as prefill_hopper
 
 PRODUCTS = ("decode", "prefill", "paged_mqa_logits", "mqa_logits")
 CASES = [(arch, case) for arch in compiling.TARGETS for case in compiling.cases(arch)]

@@ -7,9 +7,10 @@ import torch
 
 import dsv4x
 from dsv4x import PagedCache, layouts
-from dsv4x.common import conversions, registry
-from dsv4x.common.layouts import CacheSpec
-from dsv4x.common.registry import Kernel, Problem
+from dsv4x.common.core import conversions
+from dsv4x.common.core.layouts import CacheSpec
+from dsv4x.common.dispatch import registry
+from dsv4x.common.dispatch.registry import Kernel, Problem
 
 NAMED = [member.value for member in layouts.MLAKVCacheLayout]
 NAMED += [layout.with_flavour("e4m3fnuz") for layout in NAMED if layout.value_encoding == "e4m3fn"]

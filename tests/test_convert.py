@@ -76,7 +76,7 @@ def test_any_layout_is_stored_as_any_other(src, dst, kernel_device):
 
 
 def test_conversion_holds_a_bounded_number_of_rows(monkeypatch):
-    from dsv4x.common import cache
+    from dsv4x.common.ops import cache
 
     monkeypatch.setattr(cache, "CONVERT_ROWS", 5)
     a, b = pool(layouts.DSV4, 3, 4), pool(layouts.BF16_512, 3, 4)
@@ -86,7 +86,7 @@ def test_conversion_holds_a_bounded_number_of_rows(monkeypatch):
 
 
 def test_checked_conversion_names_the_slot_and_writes_nothing(monkeypatch):
-    from dsv4x.common import cache
+    from dsv4x.common.ops import cache
 
     monkeypatch.setattr(cache, "CONVERT_ROWS", 2)
     a, b = pool(layouts.DSV4, 3, 4), pool(layouts.BF16_512, 2, 4)

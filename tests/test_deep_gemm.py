@@ -7,8 +7,8 @@ import torch
 
 import dsv4x
 from dsv4x import PagedCache, layouts, reference
-from dsv4x.common import registry
-from dsv4x.common.platform import DeviceLimits
+from dsv4x.common.core.platform import DeviceLimits
+from dsv4x.common.dispatch import registry
 from dsv4x.cuda import deep_gemm
 
 GARBAGE = 12345.0

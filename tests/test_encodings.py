@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from dsv4x import layouts
-from dsv4x.common import encodings
+from dsv4x.common.core import encodings
 from dsv4x.common.kernels import encodings as triton_encodings
 from dsv4x.common.kernels.encodings import (
     e2m1_to_f32,

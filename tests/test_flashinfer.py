@@ -21,10 +21,10 @@ from tolerances import check_close, check_decode
 
 import dsv4x
 from dsv4x import cuda, layouts, reference
-from dsv4x.common import registry
-from dsv4x.common.errors import BackendUnavailable, KernelNotSupported
-from dsv4x.common.layouts import CacheSpec
-from dsv4x.common.registry import Problem
+from dsv4x.common.core.errors import BackendUnavailable, KernelNotSupported
+from dsv4x.common.core.layouts import CacheSpec
+from dsv4x.common.dispatch import registry
+from dsv4x.common.dispatch.registry import Problem
 from dsv4x.cuda import flashinfer
 
 SCALE = 192**-0.5

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import dsv4x
-from dsv4x.common import costs, portable, registry
-from dsv4x.common.layouts import CacheSpec
-from dsv4x.common.registry import Problem, select
-from dsv4x.common.routing import step_kernel
+from dsv4x.common import portable
+from dsv4x.common.core.layouts import CacheSpec
+from dsv4x.common.dispatch import costs, registry
+from dsv4x.common.dispatch.registry import Problem, select
+from dsv4x.common.step.routes import step_kernel
 from dsv4x.cuda import flash_mla, gluon
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"

@@ -8,7 +8,7 @@ from tolerances import check_decode, check_prefill
 
 import dsv4x
 from dsv4x import PagedCache, layouts, platform, reference
-from dsv4x.common.routing import PATHS, paths_of
+from dsv4x.common.step.routes import PATHS, paths_of
 
 pytestmark = pytest.mark.gpu
 

@@ -5,7 +5,7 @@ import torch
 
 import dsv4x
 from dsv4x import PagedCache, layouts
-from dsv4x.common import registry
+from dsv4x.common.dispatch import registry
 
 pytestmark = pytest.mark.gpu
 

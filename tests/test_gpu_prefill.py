@@ -6,7 +6,7 @@ from tolerances import check_prefill
 
 import dsv4x
 from dsv4x import platform, reference
-from dsv4x.common import registry
+from dsv4x.common.dispatch import registry
 
 pytestmark = pytest.mark.gpu
 

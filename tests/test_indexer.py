@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import dsv4x
 from dsv4x import PagedCache, TopkMethod, layouts
-from dsv4x.common import indexer
 from dsv4x.common.kernels import schedule as schedule_kernels
+from dsv4x.common.ops import indexer
 
 FNUZ = layouts.INDEXER_FP8.with_flavour("e4m3fnuz")
 LAYOUTS = [layouts.INDEXER_FP8, FNUZ, layouts.INDEXER_FP4]

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dsv4x
-from dsv4x.common import indices
+from dsv4x.common.ops import indices
 
 PAGE_SIZES = [1, 2, 61, 64]
 GARBAGE = [-1, -2, -(2**31), 2**31 - 1, 1_000_000_007]

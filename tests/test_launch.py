@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dsv4x
-from dsv4x.common import reference
+from dsv4x import reference
 
 pytestmark = pytest.mark.gpu
 

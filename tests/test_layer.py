@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dsv4x import demo, platform
-from dsv4x.common import layer as layer_module
-from dsv4x.common.layer import Layer, as_stored
-from dsv4x.common.routing import paths_of
+from dsv4x import platform
+from dsv4x.common.step.routes import paths_of
+from dsv4x.demo import layer as layer_module
+from dsv4x.demo import server as demo
+from dsv4x.demo.layer import Layer, as_stored
 
 CPU = ("cpu", "reference")
 INTERPRETER = pytest.param(("cpu", "triton"), marks=pytest.mark.interpreter)

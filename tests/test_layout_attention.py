@@ -9,7 +9,7 @@ from tolerances import check_close, check_decode, check_prefill
 
 import dsv4x
 from dsv4x import MLAKVCacheLayout, PagedCache, Problem, layouts, reference
-from dsv4x.common.layouts import BF16_512, BF16_576, DSV4, DSV32, DSV41_FP4, DSV41_FP8, TRTLLM_NATIVE, UNIFORM_FP8
+from dsv4x.common.core.layouts import BF16_512, BF16_576, DSV4, DSV32, DSV41_FP4, DSV41_FP8, TRTLLM_NATIVE, UNIFORM_FP8
 
 V32_SCALE = 192**-0.5
 K_SCALE = {TRTLLM_NATIVE.name: 0.02, UNIFORM_FP8.name: 0.015625}
@@ -174,7 +174,7 @@ def test_flash_mla_reads_bf16_pages_that_are_back_to_back():
 
 def flash_mla_record():
     """The record as registered, wherever the tests run."""
-    from dsv4x.common import registry
+    from dsv4x.common.dispatch import registry
     from dsv4x.cuda import flash_mla
 
     if "flash_mla" not in registry._kernels["sparse_mla_decode"]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dsv4x
-from dsv4x.common.layouts import DSV4, DSV32, PagedCache
+from dsv4x.common.core.layouts import DSV4, DSV32, PagedCache
 
 
 def zeros(*shape):

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from dsv4x import demo
 from dsv4x.__main__ import main
-from dsv4x.common import registry
+from dsv4x.common.dispatch import registry
+from dsv4x.demo import server as demo
 
 
 @pytest.fixture

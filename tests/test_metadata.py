@@ -10,9 +10,12 @@ import torch
 from tolerances import check_decode, check_prefill
 
 import dsv4x
-from dsv4x.common import attention, registry, routing
-from dsv4x.common.layouts import DSV4, PagedCache
-from dsv4x.common.routing import PATHS, choose_step, path_problems, paths_of
+from dsv4x.common.core.layouts import DSV4, PagedCache
+from dsv4x.common.dispatch import registry
+from dsv4x.common.step import metadata
+from dsv4x.common.step import routes as routing
+from dsv4x.common.step.chunk import chunk_of
+from dsv4x.common.step.routes import PATHS, choose_step, path_problems, paths_of
 
 GARBAGE = [-1, -2, -(2**31), 2**31 - 1, 1_000_000_007]
 int32 = partial(torch.tensor, dtype=torch.int32)
@@ -196,7 +199,7 @@ def test_host_copies_spare_the_device_and_change_nothing(make_step):
     lens = torch.tensor([s for _, s in step.requests])
     with_copies = step.build(query_start_loc_cpu=int32(step.starts), seq_lens_cpu=lens)
     plain = step.build()
-    assert with_copies.chunk.workspace_bytes == plain.chunk.workspace_bytes
+    assert chunk_of(with_copies).workspace_bytes == chunk_of(plain).workspace_bytes
     assert torch.equal(with_copies.swa_indices, plain.swa_indices)
 
 
@@ -261,7 +264,7 @@ def test_c4_reads_at_most_k_entries_whatever_the_rows_width(
 @pytest.mark.parametrize("kernel", ["flash_mla", None])
 def test_attention_is_the_definition_with_the_models_window(kernel, ratio, path, make_step, on_device, rng):
     if kernel == "flash_mla" and "flash_mla" not in {
-        k.name for k in dsv4x.common.registry.kernels("sparse_mla_decode")
+        k.name for k in dsv4x.common.dispatch.registry.kernels("sparse_mla_decode")
     }:
         pytest.skip("not on this backend")
     requests = [(7, 300), (0, 40), (1, 513), (3, 3), (2, 131)]
@@ -319,7 +322,7 @@ def test_what_was_decided_serves_calls_that_look_the_same_alone(make_step, rng):
     for count, change in enumerate(changes, 1):
         for _ in range(2):
             dsv4x.sparse_mla_attention(**good | change, meta=meta)
-            assert len(meta.chunk.plans) == count, change
+            assert len(chunk_of(meta).plans) == count, change
 
 
 def other_layers(cache, rng):
@@ -385,8 +388,8 @@ def test_unread_garbage_does_not_reach_the_gathered_workspace(make_step, rng):
     """Only rows some query may read are gathered: the pool around them is NaN."""
     step = make_step([(2, 60), (0, 33), (1, 9)], 4)
     meta = step.build()
-    (plan,) = meta.chunk.groups
-    assert len(plan.slots) == plan.rows == meta.chunk.workspace_rows
+    (plan,) = chunk_of(meta).groups
+    assert len(plan.slots) == plan.rows == chunk_of(meta).workspace_rows
     extra, swa = plan.slots[: plan.compressed_rows], plan.slots[plan.compressed_rows :]
     assert len(swa) == (2 + 15) + 0 + 9
     assert len(extra) == 60 // 4 + 0 + 9 // 4
@@ -405,7 +408,7 @@ def test_the_path_is_chosen_by_prediction_and_bounded_by_the_workspace(make_step
     assert (direct.op, direct.tokens, direct.heads, direct.width, direct.extra_width) == (
         "sparse_mla_decode", 9, 3, 16, 7,
     )  # fmt: skip
-    assert (gathered.op, gathered.rows, gathered.width) == ("sparse_mla_prefill", meta.chunk.workspace_rows, 128)
+    assert (gathered.op, gathered.rows, gathered.width) == ("sparse_mla_prefill", chunk_of(meta).workspace_rows, 128)
     # 9 tokens of 7 references each, or every compressed entry if those are fewer.
     rows = min(63, sum(meta.compressed_counts)) + sum(meta.gather_counts)
     assert (referenced.op, referenced.rows, referenced.tokens) == ("sparse_mla_prefill", rows, 9)
@@ -433,7 +436,7 @@ def test_a_chunk_cut_to_its_cap_gives_the_same_answers(name, ratio, owned, make_
     q, topk, sink = attention_case(step, rng)
     arguments = (q, step.swa, step.extra, meta, topk, sink)
     whole, whole_lse = dsv4x.sparse_mla_attention(*arguments, path="gathered")
-    most = meta.chunk.workspace_bytes
+    most = chunk_of(meta).workspace_bytes
     rows = max((c + g for c, g in zip(meta.compressed_counts, meta.gather_counts)), default=0)
     seen = set()
     for cap in sorted({most, most - 1, (most + rows * 1024) // 2, rows * 1024 + 2 * 4 * 128 + 4 + 8}, reverse=True):
@@ -520,7 +523,7 @@ def test_long_c128_rows_are_made_a_block_of_tokens_at_a_time(make_step, rng, mon
     whole = step.build()
     assert whole.extra_indices.shape == (10, 64)
     assert len(whole.direct_blocks) == 1
-    monkeypatch.setattr(attention, "MAX_SLOT_ROW_BYTES", 3 * 64 * 4)
+    monkeypatch.setattr(metadata, "MAX_SLOT_ROW_BYTES", 3 * 64 * 4)
     cut = step.build()
     assert cut.extra_indices is None
     assert [b.stop - b.start for b in cut.direct_blocks] == [3, 3, 3, 1]
@@ -534,7 +537,7 @@ def test_long_c128_rows_are_made_a_block_of_tokens_at_a_time(make_step, rng, mon
 
 @pytest.mark.parametrize(("ratio", "path"), [(r, p) for r in (1, 4, 128) for p in (*paths_of(r), None)])
 def test_a_step_without_the_lse_is_the_same_step(path, ratio, make_step, rng, monkeypatch):
-    monkeypatch.setattr(attention, "MAX_SLOT_ROW_BYTES", 3 * 64 * 4)
+    monkeypatch.setattr(metadata, "MAX_SLOT_ROW_BYTES", 3 * 64 * 4)
     for requests in (BATCHES["mixed"], [(0, 9)]):
         step = make_step(requests, ratio)
         meta = step.build()

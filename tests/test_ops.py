@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dsv4x
-from dsv4x.common.layouts import DSV4, DSV32, UNIFORM_FP8, PagedCache
+from dsv4x.common.core.layouts import DSV4, DSV32, UNIFORM_FP8, PagedCache
 
 ops = torch.ops.dsv4x
 WITH_GPU = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

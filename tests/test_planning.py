@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsv4x
-from dsv4x import KernelNotSupported, PagedCache, layouts, plan_cache
-from dsv4x.common import reference, registry
-from dsv4x.common.registry import KERNEL_NAMES, Kernel, select
-from dsv4x.common.vendor import VendorLibrary
+from dsv4x import KernelNotSupported, PagedCache, layouts, plan_cache, reference
+from dsv4x.common.core.vendor import VendorLibrary
+from dsv4x.common.dispatch import registry
+from dsv4x.common.dispatch.registry import KERNEL_NAMES, Kernel, select
 from dsv4x.cuda import flash_mla
 
 NAMED = [member.value for member in layouts.MLAKVCacheLayout]

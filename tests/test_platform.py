@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import dsv4x
-from dsv4x.common import platform as module
-from dsv4x.common.errors import BackendUnavailable
-from dsv4x.common.platform import Platform
+from dsv4x.common.core import platform as module
+from dsv4x.common.core.errors import BackendUnavailable
+from dsv4x.common.core.platform import Platform
 
 ROOT = Path(dsv4x.__file__).parent.parent
 OTHER = "rocm" if torch.version.cuda else "cuda"

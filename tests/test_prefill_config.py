@@ -11,7 +11,7 @@ import dsv4x
 from dsv4x import reference
 
 # The table is data and needs no triton, but its package imports it.
-prefill_config = pytest.importorskip("dsv4x.common.kernels.prefill_config")
+prefill_config = pytest.importorskip("dsv4x.common.kernels.prefill_shapes")
 
 ARCHS = ["gfx942", "gfx950", "sm_90", "sm_100", "sm_120", "cpu"]
 ROWS = {

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import dsv4x
-from dsv4x.common import registry
-from dsv4x.common.errors import BackendUnavailable, KernelNotSupported
-from dsv4x.common.layouts import DSV4, CacheSpec, PagedCache
-from dsv4x.common.registry import KERNEL_NAMES, Kernel, Problem, explain, select
-from dsv4x.common.vendor import VendorLibrary
+from dsv4x.common.core.errors import BackendUnavailable, KernelNotSupported
+from dsv4x.common.core.layouts import DSV4, CacheSpec, PagedCache
+from dsv4x.common.core.vendor import VendorLibrary
+from dsv4x.common.dispatch import registry
+from dsv4x.common.dispatch.registry import KERNEL_NAMES, Kernel, Problem, explain, select
 from dsv4x.cuda import flash_mla
 
 V4 = CacheSpec("DSv4", 64, 4, 37440)

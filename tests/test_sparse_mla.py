@@ -8,8 +8,8 @@ from tolerances import check_close, check_decode, check_prefill
 
 import dsv4x
 from dsv4x import platform, reference
-from dsv4x.common import registry
-from dsv4x.common.layouts import DSV4, PagedCache
+from dsv4x.common.core.layouts import DSV4, PagedCache
+from dsv4x.common.dispatch import registry
 
 INF = float("inf")
 
@@ -486,7 +486,7 @@ def test_only_compiled_reductions_are_launched_early():
 
 
 def test_splits_fill_the_device_and_stop_where_reducing_costs_more():
-    from dsv4x.common.kernels.config import num_splits
+    from dsv4x.common.kernels.decode_shapes import num_splits
 
     assert num_splits(programs=1, blocks=3, at_once=132) == 1
     assert num_splits(programs=1, blocks=4, at_once=132) == 4
@@ -503,7 +503,7 @@ def test_splits_fill_the_device_and_stop_where_reducing_costs_more():
 
 @pytest.mark.parametrize("blocks", [1, 7, 18, 130, 2000])
 def test_every_split_has_work_and_partials_are_bounded(blocks):
-    from dsv4x.common.kernels.config import num_splits
+    from dsv4x.common.kernels.decode_shapes import num_splits
 
     for programs in range(1, 700):
         splits = num_splits(programs, blocks, 132)

@@ -11,10 +11,10 @@ from tolerances import check_decode, check_prefill
 
 import dsv4x
 from dsv4x import reference
-from dsv4x.common import layouts
-from dsv4x.common.errors import BackendUnavailable
-from dsv4x.common.layouts import PagedCache
-from dsv4x.common.vendor import VendorLibrary
+from dsv4x.common.core import layouts
+from dsv4x.common.core.errors import BackendUnavailable
+from dsv4x.common.core.layouts import PagedCache
+from dsv4x.common.core.vendor import VendorLibrary
 from dsv4x.cuda import flash_mla
 
 NAME = "dsv4x_test_vendor_module"
@@ -553,7 +553,7 @@ def test_prefill_of_an_empty_workspace_is_served(one_double, prefill_case):
 @pytest.mark.interpreter
 def test_the_wiring_is_what_the_registered_kernel_runs(one_double, decode_case, monkeypatch, request):
     """From the public op down, on a machine that would choose FlashMLA."""
-    from dsv4x.common import registry
+    from dsv4x.common.dispatch import registry
 
     case = decode_case(tokens=2, heads=20, extra_width=9)
     request.addfinalizer(registry.select.cache_clear)

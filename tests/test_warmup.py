@@ -8,8 +8,8 @@ import torch
 
 import dsv4x
 from dsv4x import PagedCache, layouts
-from dsv4x.common import warmup as warmup_module
-from dsv4x.common.routing import paths_of
+from dsv4x.common.step import warmup as warmup_module
+from dsv4x.common.step.routes import paths_of
 
 
 @pytest.mark.parametrize("layout", [layouts.DSV4, layouts.DSV32])

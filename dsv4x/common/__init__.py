@@ -1,1 +1,1 @@
-"""Vendor-neutral rooms: layouts, indices, the oracle, the registry and the Triton kernels."""
+"""What serves every vendor: core <- kernels, dispatch <- ops <- step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from html import escape
 
-from .layouts import CacheLayout
+from .core.layouts import CacheLayout
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,12 @@ def _box(x: float, y: float, width: float, kind: str, label: str) -> str:
 
 def document(page_size: int = 64) -> str:
     """``docs/layouts.md``: every named layout's table and drawing."""
-    from .layouts import MLAKVCacheLayout
+    from .core.layouts import MLAKVCacheLayout
 
     parts = [
         "# Layouts\n",
-        "Written by `python -m dsv4x layout --docs docs`; a test holds it to the records in `dsv4x/common/layouts.py`.",
+        "Written by `python -m dsv4x layout --docs docs`; a test holds it to the records in "
+        "`dsv4x/common/core/layouts.py`.",
         f"Pages of {page_size} entries. What the encodings mean is in [formats.md](formats.md).",
     ]
     for member in MLAKVCacheLayout:

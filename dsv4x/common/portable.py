@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from . import costs, reference
-from .platform import platform
-from .registry import Kernel, Problem, register
-from .sparse_mla import VALUE_DIM
-from .vendor import TRITON
+from . import reference
+from .core.model import VALUE_DIM
+from .core.platform import platform
+from .core.vendor import TRITON
+from .dispatch import costs
+from .dispatch.registry import Kernel, Problem, register
 
 # Microseconds a call and FLOP a microsecond. Triton's are an H200's (decode-kernels-h200.json of benchmarks/results,
 # over DSv4 entries); the reference's are a guess that keeps it last on a GPU.
@@ -146,7 +147,7 @@ def register_portable() -> None:
     _pair("dequantize_k_cache_paged", "cache")
     _pair("gather_workspace", "cache")
     _pair("gather_and_combine", "gather_combine")
-    _pair("requantize_fp8_to_block_scale", "convert")
+    _pair("requantize_fp8_to_block_scale", "requantize")
     _pair("combine_topk_swa_indices", "indices")
     _pair("combine_swa_extra_indices", "indices")
     _pair("window_slots", "indices")

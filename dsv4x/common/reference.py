@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from . import encodings
-from .layouts import CacheLayout, PagedCache
-
-if TYPE_CHECKING:
-    from .topk import TopkMethod
+from .core import encodings
+from .core.layouts import CacheLayout, PagedCache
+from .core.spaces import TopkMethod, token_positions
 
 _VALUE_DIM = 512
 
@@ -282,25 +280,6 @@ def sparse_mla_prefill(
     return _attend_chunks(q, gather, indices.shape[1], attn_sink, scale, dtype)
 
 
-def token_positions(
-    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Request and position of each of ``tokens`` query tokens, int64 ``[T]``; (-1, -1) past the last request's.
-
-    Token 0 is the one at ``query_start_loc[0]``.
-    """
-    starts = query_start_loc.long() - query_start_loc[0].long()
-    token = torch.arange(tokens, device=starts.device)
-    request = torch.searchsorted(starts[1:].contiguous(), token, right=True)
-    live = request < seq_lens.numel()
-    at = request.clamp_max(max(seq_lens.numel() - 1, 0))
-    if seq_lens.numel() == 0:
-        return torch.full_like(token, -1), torch.full_like(token, -1)
-    position = seq_lens.long()[at] - starts[at + 1] + token
-    live &= position >= 0
-    return torch.where(live, request, -1), torch.where(live, position, -1)
-
-
 def combine_topk_swa_indices(
     topk_indices: torch.Tensor,
     query_start_loc: torch.Tensor,
@@ -353,7 +332,7 @@ def window_slots(
     out_indices: torch.Tensor,
     out_lens: torch.Tensor,
 ) -> None:
-    """:func:`dsv4x.common.indices.window_slots` in torch."""
+    """:func:`dsv4x.common.ops.indices.window_slots` in torch."""
     request, position = token_positions(query_start_loc, seq_lens, out_indices.shape[0])
     width = out_indices.shape[1]
     span = (position + 1).clamp_max(width)
@@ -372,7 +351,7 @@ def local_to_slots(
     pages: int,
     out: torch.Tensor,
 ) -> None:
-    """:func:`dsv4x.common.indices.local_to_slots` in torch."""
+    """:func:`dsv4x.common.ops.indices.local_to_slots` in torch."""
     if block_table.numel() == 0:
         out.fill_(-1)
         return
@@ -655,11 +634,11 @@ def _selected(values: torch.Tensor, valid: torch.Tensor, k: int) -> torch.Tensor
 
 def _in_space(local: torch.Tensor, method: TopkMethod, space: dict[str, Any]) -> torch.Tensor:
     """Local indices, -1 for none, in the space of ``method``; -1 where there is none."""
-    if method.name == "RAGGED":
+    if method is TopkMethod.RAGGED:
         base = space["bases"].long()[:, None]
         moved = base + local
         return torch.where((local >= 0) & (base >= 0) & (moved < 2**31), moved, -1)
-    if method.name == "PAGED":
+    if method is TopkMethod.PAGED:
         table, size = space["block_table"].long(), space["page_size"]
         row = torch.arange(len(local), device=local.device)
         request = row // space["next_n"] if space["requests"] is None else space["requests"].long()

@@ -1,7 +1,12 @@
 """NVIDIA: FlashMLA, DeepGEMM, FlashInfer and Gluon kernels beside the portable ones, where CUDA is the backend."""
 
+from pathlib import Path
+
+from ..common.dispatch import costs
 from . import deep_gemm, flash_mla, flashinfer, flashinfer_topk, gluon
 from .deep_gemm import DEEP_GEMM
+
+costs.add_table("sm_90", Path(__file__).parent / "costs_sm_90.json")
 
 LIBRARIES = (flash_mla.FLASH_MLA, DEEP_GEMM, flashinfer.FLASHINFER)
 

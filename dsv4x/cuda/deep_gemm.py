@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from ..common import layouts
-from ..common.indexer import SPLIT_PAGES, encoding_of
-from ..common.layouts import ALIGNMENT, PagedCache
-from ..common.platform import platform
+from ..common.core import layouts
+from ..common.core.layouts import ALIGNMENT, PagedCache
+from ..common.core.platform import platform
+from ..common.core.vendor import TRITON, VendorLibrary
+from ..common.dispatch.registry import Kernel, Problem, register
+from ..common.ops.indexer import SPLIT_PAGES, encoding_of
 from ..common.portable import logits_us
-from ..common.registry import Kernel, Problem, register
-from ..common.vendor import TRITON, VendorLibrary
 
 DEEP_GEMM = VendorLibrary(
     "deep_gemm",

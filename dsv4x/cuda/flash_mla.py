@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from ..common import costs, layouts
-from ..common.layouts import PagedCache
-from ..common.platform import platform
-from ..common.registry import Kernel, Problem, register
-from ..common.sparse_mla import VALUE_DIM
-from ..common.vendor import TRITON, VendorLibrary
+from ..common.core import layouts
+from ..common.core.layouts import PagedCache
+from ..common.core.model import VALUE_DIM
+from ..common.core.platform import platform
+from ..common.core.vendor import TRITON, VendorLibrary
+from ..common.dispatch import costs
+from ..common.dispatch.registry import Kernel, Problem, register
 
 FLASH_MLA = VendorLibrary(
     "flash_mla",

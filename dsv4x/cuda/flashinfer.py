@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from ..common import encodings, layouts
-from ..common.layouts import PagedCache
-from ..common.registry import Kernel, Problem, refuse, register
-from ..common.sparse_mla import VALUE_DIM
-from ..common.vendor import VendorLibrary
+from ..common.core import encodings, layouts
+from ..common.core.layouts import PagedCache
+from ..common.core.model import VALUE_DIM
+from ..common.core.vendor import VendorLibrary
+from ..common.dispatch.registry import Kernel, Problem, refuse, register
 
 FLASHINFER = VendorLibrary(
     "flashinfer",

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from ..common.registry import Kernel, Problem, register
-from ..common.topk import TopkMethod, plain_order, put_in_space
+from ..common.core.spaces import TopkMethod
+from ..common.dispatch.registry import Kernel, Problem, register
+from ..common.ops.topk import plain_order, put_in_space
 from .flashinfer import FLASHINFER
 
 FUNCTION = "top_k_ragged_transform"

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ..common import costs
-from ..common.layouts import PagedCache
-from ..common.registry import Kernel, Problem, register
-from ..common.sparse_mla import VALUE_DIM
-from ..common.vendor import VendorLibrary
+from ..common.core.layouts import PagedCache
+from ..common.core.model import VALUE_DIM
+from ..common.core.vendor import VendorLibrary
+from ..common.dispatch import costs
+from ..common.dispatch.registry import Kernel, Problem, register
 
 GLUON = VendorLibrary(
     "triton.experimental.gluon.language.nvidia.hopper",
@@ -45,7 +45,7 @@ def prefill(
     trusted_indices: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Arguments as in :func:`dsv4x.sparse_mla_prefill`. q and kv whose rows are not aligned to 32 bytes are copied."""
-    from ..common.kernels.prefill_hopper import sparse_mla_prefill
+    from .hopper.prefill import sparse_mla_prefill
 
     if out is None:
         out = torch.empty(*q.shape[:2], VALUE_DIM, dtype=q.dtype, device=q.device)
@@ -75,7 +75,7 @@ def decode(
 
     With ``local``, which is the ``Local`` of the Triton kernel, extra indices are local entries.
     """
-    from ..common.kernels.decode_hopper import sparse_mla_decode
+    from .hopper.decode import sparse_mla_decode
 
     if out is None:
         out = torch.empty(*q.shape[:2], VALUE_DIM, dtype=q.dtype, device=q.device)
@@ -97,7 +97,7 @@ def _decode_reasons(problem: Problem) -> list[str]:
 
 
 def _decode_us(problem: Problem) -> float:
-    from ..common.kernels.config import num_splits
+    from ..common.kernels.decode_shapes import num_splits
 
     programs = problem.tokens * -(-problem.heads // _BLOCK_H)
     blocks = sum(-(-width // _DECODE_BLOCK) for width in (problem.width, problem.extra_width))

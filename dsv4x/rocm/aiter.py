@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..common import indices, layouts
-from ..common.errors import KernelNotSupported
-from ..common.layouts import PagedCache
-from ..common.platform import platform
-from ..common.registry import Kernel, Problem, find, register
-from ..common.sparse_mla import VALUE_DIM
-from ..common.vendor import VendorLibrary
+from ..common.core import layouts
+from ..common.core.errors import KernelNotSupported
+from ..common.core.layouts import PagedCache
+from ..common.core.model import VALUE_DIM
+from ..common.core.platform import platform
+from ..common.core.vendor import VendorLibrary
+from ..common.dispatch.registry import Kernel, Problem, find, register
+from ..common.ops import indices
 
 AITER = VendorLibrary(
     "aiter",

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from ..common import layouts
-from ..common.indexer import encoding_of
-from ..common.layouts import PagedCache
+from ..common.core import layouts
+from ..common.core.layouts import PagedCache
+from ..common.core.spaces import TopkMethod
+from ..common.core.vendor import TRITON, VendorLibrary
+from ..common.dispatch.registry import Kernel, Problem, register
+from ..common.ops.indexer import encoding_of
+from ..common.ops.topk import plain_order, put_in_space
 from ..common.portable import TRITON_LOGITS_RATES, logits_us
-from ..common.registry import Kernel, Problem, register
-from ..common.topk import TopkMethod, plain_order, put_in_space
-from ..common.vendor import TRITON, VendorLibrary
 
 ARCHS = ("gfx942", "gfx950")
 FLAVOURS = {"gfx942": "e4m3fnuz", "gfx950": "e4m3fn"}

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..layouts import CacheLayout, PagedCache, scale_carry
-from ..platform import platform
+from ..core.layouts import CacheLayout, PagedCache, scale_carry
+from ..core.platform import platform
 from .encodings import (
     e2m1_to_f32,
     e4m3fn_to_f32,

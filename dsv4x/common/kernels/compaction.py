@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..compaction import PASS_UNITS, WORD_BITS
 from .launch import jit
+from .limits import PASS_UNITS, WORD_BITS
 
 _BLOCK = 512
 _WORDS = 64

@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..layouts import PagedCache
-from ..platform import platform
-from .config import decode_config, num_splits
+from ..core.layouts import PagedCache
+from ..core.platform import platform
+from .decode_shapes import decode_config, num_splits
 from .entries import entry_format, load_entries
 from .indices import slots_of
 from .launch import Launcher

@@ -1,4 +1,4 @@
-"""The number formats of :mod:`dsv4x.common.encodings` for Triton kernels, bit for bit the same.
+"""The number formats of :mod:`dsv4x.common.core.encodings` for Triton kernels, bit for bit the same.
 
 FP8 and FP4 stand as bytes and are converted by integer and float16 arithmetic, because not every arch has the native
 types and Triton's own casts differ in how they saturate. Everything here is inlined into the kernels that use it.

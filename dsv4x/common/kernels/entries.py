@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from ..layouts import CacheLayout
+from ..core.layouts import CacheLayout
 from .encodings import e2m1_to_f32, e4m3fn_to_f32, e4m3fnuz_to_f32, ue8m0_to_f32
 from .portability import to_bf16
 

@@ -385,7 +385,7 @@ def build_swa_token_ids_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     low = tl.zeros([BLOCK], tl.int32)
     high = low + requests
-    for _ in range(0, steps):
+    for _ in range(steps):
         middle = (low + high) // 2
         after = tl.load(starts_ptr + middle + 1, mask=low < high, other=INT32_END - 1) <= row
         low = tl.where(after, middle + 1, low)

@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import encodings
-from ..layouts import PagedCache
-from ..platform import platform
+from ..core import encodings
+from ..core.layouts import PagedCache
+from ..core.platform import platform
 from .encodings import e2m1_to_f32, e4m3fn_to_f32, e4m3fnuz_to_f32, ue8m0_to_f32
 from .launch import Launcher, jit
 from .portability import INTERPRETED, dot, to_bf16

@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..platform import platform
+from ..core.platform import platform
 from .portability import to_bf16
-from .prefill_config import prefill_config
+from .prefill_shapes import prefill_config
 from .softmax import LOG2E, apply_sink, attend_block, finish, load_q
 
 

@@ -15,9 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..platform import platform
-from ..topk import TopkMethod, least_part
+from ..core.platform import platform
+from ..core.spaces import TopkMethod
 from .launch import Launcher, jit
+from .limits import least_part
 
 _INT_MAX = tl.constexpr(2**31 - 1)
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from . import checks, layouts
-from .layouts import PagedCache
-from .platform import platform
-from .registry import Problem, find, select
-from .topk import TopkMethod, check_space, launch_topk, put_in_space
+from ..core import checks, layouts
+from ..core.layouts import PagedCache
+from ..core.platform import platform
+from ..core.spaces import TopkMethod
+from ..dispatch.registry import Problem, find, select
+from .topk import check_space, launch_topk, put_in_space
 
 INDEX_DIM = 128
 """Values of an index q and K."""

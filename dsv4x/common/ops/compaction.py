@@ -17,15 +17,11 @@ from dataclasses import dataclass
 
 import torch
 
-from . import checks
+from ..core import checks
+from ..core.layouts import ALIGNMENT, PagedCache
+from ..dispatch.registry import Problem, select
+from ..kernels.limits import PASS_UNITS, WORD_BITS
 from .cache import dequantize_k_cache_paged
-from .layouts import ALIGNMENT, PagedCache
-from .registry import Problem, select
-
-PASS_UNITS = 1 << 26
-"""Units one pass over the indices looks for: more than one layer's pool has slots, and 16 MiB of scratch."""
-
-WORD_BITS = 32
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from . import indices
-from .costs import step_costs
-from .errors import BackendUnavailable, KernelNotSupported
-from .layouts import PagedCache
-from .registry import Kernel, Problem, candidates, select
-
-if TYPE_CHECKING:
-    from .attention import AttentionMetadata
-    from .prefill_chunk import SparsePrefillChunkCache
+from ..core.errors import BackendUnavailable, KernelNotSupported
+from ..core.layouts import PagedCache
+from ..dispatch.costs import step_costs
+from ..dispatch.registry import Kernel, Problem, candidates, select
+from ..ops import indices
+from .chunk import SparsePrefillChunkCache, chunk_of
+from .metadata import AttentionMetadata
 
 PATHS = ("direct", "gathered", "referenced")
 
@@ -126,7 +123,7 @@ def path_problems(
         ),
     }  # fmt: skip
     if topk_indices is not None:
-        block = (chunk or meta.chunk).referenced_block(extra_width) or tokens
+        block = (chunk or chunk_of(meta)).referenced_block(extra_width) or tokens
         rows = min(block * extra_width, sum(meta.compressed_counts)) + sum(meta.gather_counts)
         problems["referenced"] = Problem.on(
             "sparse_mla_prefill", q.device, tokens=min(block, tokens), heads=heads, width=width, entries=entries,
@@ -145,7 +142,7 @@ def _explain(
     chunk: SparsePrefillChunkCache | None,
     return_lse: bool,
 ) -> tuple[StepExplanation, list[Exception]]:
-    chunk = chunk or meta.chunk
+    chunk = chunk or chunk_of(meta)
     problems = path_problems(q, swa_cache, extra_cache, meta, topk_indices, chunk, return_lse)
     names: dict[str, str] = {}
     predicted: dict[str, float] = {}
@@ -174,7 +171,7 @@ def step_kernel(
     """The attention kernel of a path, and the step's predicted microseconds: the one named, or the step's fastest.
 
     A step may be faster with a kernel whose own time is longer, if that spares the step a launch. Raises as
-    :func:`~dsv4x.common.registry.select`.
+    :func:`~dsv4x.common.dispatch.registry.select`.
     """
     # Where none can run it, select says why.
     records = (candidates(problem) if kernel is None else []) or [select(problem, kernel)]

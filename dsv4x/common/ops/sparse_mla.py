@@ -6,20 +6,11 @@ from typing import Any
 
 import torch
 
-from . import checks
-from .layouts import PagedCache
-from .registry import Kernel, Problem, call_on, select
-
-VALUE_DIM = 512
-"""V is the first 512 values of K."""
-
-HEAD_DIMS = (512, 576)
-"""Values of K: DeepSeek-V4's, and V3.2's, whose 64 RoPE values are not part of V."""
-
-MAX_HEADS = 128
-
-MAX_SPLITS = 128
-"""Most parts a row's entries are split into."""
+from ..core import checks
+from ..core.layouts import PagedCache
+from ..core.model import HEAD_DIMS, MAX_HEADS, VALUE_DIM
+from ..dispatch.registry import Kernel, Problem, call_on, select
+from ..kernels.limits import MAX_SPLITS
 
 
 def sparse_mla_decode(

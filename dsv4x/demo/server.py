@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from . import (
+from .. import (
     AttentionMetadata,
     CacheLayout,
     PagedCache,
@@ -30,10 +30,10 @@ from . import (
     quantize_and_insert_k_cache,
     topk_method,
 )
-from .common.attention import sparse_mla_attention
-from .common.layer import Layer, Sequence
-from .common.registry import Problem
-from .common.routing import choose_step, path_problems, paths_of, step_kernel
+from ..common.dispatch.registry import Problem
+from ..common.step.attention import sparse_mla_attention
+from ..common.step.routes import choose_step, path_problems, paths_of, step_kernel
+from .layer import Layer, Sequence
 
 MAX_ERROR = 4e-3
 """Of the dense layer over the stored entries, relative: twice what rounding weights and output to bf16 costs."""
@@ -47,7 +47,7 @@ MAX_LSE_ERROR = 1e-4
 
 def readme() -> str:
     """dsv4x's README: from the checkout, or from the installed distribution, whose description it is."""
-    path = Path(__file__).resolve().parent.parent / "README.md"
+    path = Path(__file__).resolve().parents[2] / "README.md"
     return path.read_text() if path.exists() else importlib.metadata.metadata("dsv4x")["Description"]
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from . import checks, layouts
-from .layouts import PagedCache
-from .registry import Problem, select
+from ..core import checks, layouts
+from ..core.layouts import PagedCache
+from ..dispatch.registry import Problem, select
 
 CONVERT_ROWS = 1 << 16
 """Rows :func:`convert_cache` holds as bf16 at once: 64 MiB of 512 values each."""

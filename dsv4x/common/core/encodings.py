@@ -92,7 +92,7 @@ def decode_ue8m0(codes: torch.Tensor) -> torch.Tensor:
 def tile_scale_byte(amax: torch.Tensor, min_scale_byte: int, max_value: float = 448.0) -> torch.Tensor:
     """float32 amax of tiles, any shape -> int32 biased exponents of 2**ceil(log2(amax / max_value)), floored.
 
-    Exact: :func:`dsv4x.common.layouts.scale_carry` says how. The sign is ignored; not above 254 for any finite or
+    Exact: :func:`dsv4x.common.core.layouts.scale_carry` says how. The sign is ignored; not above 254 for any finite or
     infinite amax, and 255, which is ue8m0's NaN, for a NaN.
 
     Args:

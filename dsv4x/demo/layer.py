@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from . import encodings, reference
-from .layouts import DSV4, INDEXER_FP8, PagedCache
-from .platform import platform
-from .topk import TopkMethod
+from ..common import reference
+from ..common.core import encodings
+from ..common.core.layouts import DSV4, INDEXER_FP8, PagedCache
+from ..common.core.platform import platform
+from ..common.core.spaces import TopkMethod
 
 HEAD_DIM, ROPE_DIM = DSV4.head_dim, DSV4.rope_dim
 HIDDEN, INDEX_HEADS, INDEX_DIM = 128, 32, INDEXER_FP8.head_dim

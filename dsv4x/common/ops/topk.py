@@ -7,39 +7,20 @@ entries selects all of them whatever their logits, which is what lets short cont
 
 from __future__ import annotations
 
-import enum
 from typing import Any
 
 import torch
 
-from . import checks
-from .indices import check_pool, local_to_slots, local_to_workspace_rows
-from .registry import Problem, select
-
-_INT32_MAX = 2**31 - 1
-
-
-class TopkMethod(enum.Enum):
-    """The index space of a selection."""
-
-    LOCAL = 0
-    """An entry's number inside its request's compressed sequence."""
-    RAGGED = 1
-    """A row of a workspace in which requests follow one another: local + the row's base."""
-    PAGED = 2
-    """A slot: page * page_size + offset, the page from the request's block table."""
-
+from ..core import checks
+from ..core.spaces import INT32_MAX, TopkMethod, check_pool
+from ..dispatch.registry import Problem, select
+from .indices import local_to_slots, local_to_workspace_rows
 
 _METHODS = {
     "sparse_mla_attention": TopkMethod.LOCAL,
     "sparse_mla_prefill": TopkMethod.RAGGED,
     "sparse_mla_decode": TopkMethod.PAGED,
 }
-
-
-def least_part(k: int) -> int:
-    """Columns a program selects from at least, where several of them share a row that is long enough for two."""
-    return max(8192, 4 * k)
 
 
 def topk_method(op: str) -> TopkMethod:
@@ -106,7 +87,7 @@ def topk_transform(
     """
     checks.tensor("logits", logits, (None, None), torch.float32)
     rows, width, device = *logits.shape, logits.device
-    checks.integer("k", k, 1, _INT32_MAX)
+    checks.integer("k", k, 1, INT32_MAX)
     for name, value in (("lengths", lengths), ("row_starts", row_starts)):
         if value is not None:
             checks.tensor(name, value, (rows,), checks.INDEX_DTYPES, device)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..layouts import PagedCache
+from ..core.layouts import PagedCache
 from .encodings import e4m3fn_to_f32, e4m3fnuz_to_f32
 from .launch import jit
 from .portability import to_bf16

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from . import checks, conversions, registry
-from .errors import KernelNotSupported
-from .layouts import DSV4, FLAVOURS, CacheLayout, MLAKVCacheLayout, PagedCache
-from .platform import platform
+from ..core import checks, conversions
+from ..core.errors import KernelNotSupported
+from ..core.layouts import DSV4, FLAVOURS, CacheLayout, MLAKVCacheLayout, PagedCache
+from ..core.model import HEAD_DIMS
+from ..core.platform import platform
+from . import registry
 from .registry import Problem
-from .sparse_mla import HEAD_DIMS
 
 # bf16 stands behind FP8 because its bytes cost every decode step more than any conversion costs prefill once, and 4-bit
 # values behind both because they lose accuracy.

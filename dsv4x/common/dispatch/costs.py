@@ -14,7 +14,7 @@ from typing import Any
 from .registry import HIDDEN_HOST_US, Problem
 
 _BY_KIND = ("direct", "gathered")
-_TABLES = {"sm_90": Path(__file__).parent.parent / "cuda" / "costs_sm_90.json"}
+_TABLES: dict[str, Path] = {}
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,13 @@ class StepCosts:
 
 def _host(problem: Problem, step_us: float, kernel_us: float) -> float:
     return 0.0 if problem.capturing else step_us + kernel_us - HIDDEN_HOST_US
+
+
+def add_table(arch: str, path: Path) -> None:
+    """Say where the measured table of an arch is; a vendor's package does when it is imported."""
+    _TABLES[arch] = path
+    step_costs.cache_clear()
+    table_of.cache_clear()
 
 
 @functools.cache

@@ -21,11 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..layouts import PagedCache
-from ..platform import platform
-from .config import num_splits
-from .decode import Local, reduce_partials
-from .launch import Launcher
+from ...common.core.layouts import PagedCache
+from ...common.core.platform import platform
+from ...common.kernels.decode import Local, reduce_partials
+from ...common.kernels.decode_shapes import num_splits
+from ...common.kernels.launch import Launcher
 
 BLOCK_H = gl.constexpr(64)
 BLOCK_K = gl.constexpr(64)

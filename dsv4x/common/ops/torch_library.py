@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from . import cache, layouts, sparse_mla
-from .layouts import PagedCache
+from ..core import layouts
+from ..core.layouts import PagedCache
+from . import cache, sparse_mla
 
 _library = torch.library.Library("dsv4x", "DEF")
 

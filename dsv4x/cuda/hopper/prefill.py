@@ -21,8 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..platform import platform
-from .launch import Launcher
+from ...common.core.platform import platform
+from ...common.kernels.launch import Launcher
 
 # Triton 3.9 renamed it.
 _copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared

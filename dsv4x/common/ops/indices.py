@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import torch
 
-from . import checks, reference
-from .registry import Problem, select
+from ..core import checks
+from ..core.spaces import INT32_MAX, check_pool, token_positions
+from ..dispatch.registry import Problem, select
 
 ROW_ALIGNMENT = 128
 """Widths of combined rows are multiples of this: FlashMLA's prefill kernel needs it on SM90."""
-
-_INT32_MAX = 2**31 - 1
 
 
 def combined_topk_width(topk: int, window_size: int) -> int:
@@ -114,7 +113,7 @@ def combine_topk_swa_indices(
     width = combined_topk_width(topk, window_size)
     out_indices, out_lens = _combined_buffers(out_indices, out_lens, tokens, width, device)
     if checks.check_values_enabled():
-        _, position = positions or reference.token_positions(query_start_loc, seq_lens, tokens)
+        _, position = positions or token_positions(query_start_loc, seq_lens, tokens)
         visible = (position + 1) // compress_ratio
         span = visible.clamp_max(min(topk, topk_indices.shape[1]))
         checks.index_values("topk_indices", topk_indices, span, visible, "local entry")
@@ -171,24 +170,16 @@ def combine_swa_extra_indices(
     for name, lens in (("swa_lens", swa_lens), ("extra_lens", extra_lens)):
         if lens is not None:
             checks.tensor(name, lens, (tokens,), checks.INDEX_DTYPES, device)
-    checks.integer("s_kv_swa", s_kv_swa, 0, _INT32_MAX)
+    checks.integer("s_kv_swa", s_kv_swa, 0, INT32_MAX)
     width = combined_topk_width(extra_indices.shape[1], swa_indices.shape[1])
     out_indices, out_lens = _combined_buffers(out_indices, out_lens, tokens, width, device)
     if checks.check_values_enabled():
         checks.index_values("swa_indices", swa_indices, swa_lens, s_kv_swa, "workspace row")
-        checks.index_values("extra_indices", extra_indices, extra_lens, _INT32_MAX + 1 - s_kv_swa, "workspace row")
+        checks.index_values("extra_indices", extra_indices, extra_lens, INT32_MAX + 1 - s_kv_swa, "workspace row")
     record = select(Problem.on("combine_swa_extra_indices", device, tokens=tokens, width=width), kernel)
     if tokens:
         record.launch(device, swa_indices, swa_lens, extra_indices, extra_lens, s_kv_swa, out_indices, out_lens)
     return out_indices, out_lens
-
-
-def check_pool(page_size: object, pages: object, prefix: str = "") -> None:
-    """Check the size of a pool whose slots are int32; ``prefix`` stands before its arguments' names."""
-    page_size = checks.integer(f"{prefix}page_size", page_size, 1)
-    pages = checks.integer(f"{prefix}pages", pages, 0)
-    if page_size * pages > _INT32_MAX + 1:
-        raise ValueError(f"{prefix}pages: {pages} of {page_size} entries, need <= 2**31 entries: slots are int32")
 
 
 def window_slots(
@@ -230,7 +221,7 @@ def window_slots(
     checks.tensor("query_start_loc", query_start_loc, (requests + 1,), checks.INDEX_DTYPES, device)
     checks.tensor("block_table", block_table, (requests, None), torch.int32, device)
     check_pool(page_size, pages)
-    checks.integer("window_size", window_size, 1, _INT32_MAX)
+    checks.integer("window_size", window_size, 1, INT32_MAX)
     checks.integer("tokens", tokens, 0)
     out_indices = torch.empty(tokens, window_size, dtype=torch.int32, device=device)
     out_lens = torch.empty(tokens, dtype=torch.int32, device=device)
@@ -279,13 +270,13 @@ def build_swa_token_ids(
     checks.tensor("seq_lens", seq_lens, (None,), checks.INDEX_DTYPES)
     requests, device = seq_lens.shape[0], seq_lens.device
     checks.tensor("query_start_loc", query_start_loc, (requests + 1,), checks.INDEX_DTYPES, device)
-    checks.integer("window_size", window_size, 1, _INT32_MAX)
-    checks.integer("total", total, 0, _INT32_MAX)
+    checks.integer("window_size", window_size, 1, INT32_MAX)
+    checks.integer("total", total, 0, INT32_MAX)
     # Clamped, so that no garbage in 64 bits wraps below.
-    queries, lengths = query_start_loc.long().diff().clamp_max(_INT32_MAX), seq_lens.long().clamp(0, _INT32_MAX)
+    queries, lengths = query_start_loc.long().diff().clamp_max(INT32_MAX), seq_lens.long().clamp(0, INT32_MAX)
     first = torch.where(queries > 0, (lengths - queries - (window_size - 1)).clamp_min(0), lengths)
     starts = torch.zeros(requests + 1, dtype=torch.int32, device=device)
-    starts[1:] = (lengths - first).cumsum(0).clamp_max(_INT32_MAX)
+    starts[1:] = (lengths - first).cumsum(0).clamp_max(INT32_MAX)
     if checks.check_values_enabled() and int(starts[-1]) > total:
         raise ValueError(f"total: got {total}, need >= {int(starts[-1])} for these lengths")
     token_ids = torch.empty(total, dtype=torch.int32, device=device)
@@ -398,7 +389,7 @@ def slots_to_compact_slots(
     checks.tensor("slots", slots, (None, None) if dims == 2 else (None,), checks.INDEX_DTYPES)
     device = slots.device
     checks.tensor("page_map", page_map, (None,), torch.int32, device)
-    checks.integer("page_size", page_size, 1, _INT32_MAX)
+    checks.integer("page_size", page_size, 1, INT32_MAX)
     if checks.check_values_enabled():
         checks.index_values("slots", slots, None, page_map.shape[0] * page_size, "slot")
     out = torch.empty(slots.shape, dtype=torch.int32, device=device)
@@ -447,8 +438,8 @@ def dense_to_ragged(
     tokens, device = indices.shape[0], indices.device
     if lens is not None:
         checks.tensor("lens", lens, (tokens,), checks.INDEX_DTYPES, device)
-    checks.integer("capacity", capacity, 0, _INT32_MAX)
-    upper = _INT32_MAX + 1 if upper is None else checks.integer("upper", upper, 0, _INT32_MAX + 1)
+    checks.integer("capacity", capacity, 0, INT32_MAX)
+    upper = INT32_MAX + 1 if upper is None else checks.integer("upper", upper, 0, INT32_MAX + 1)
     if checks.check_values_enabled():
         checks.index_values("indices", indices, lens, upper, "index")
     values = torch.full((capacity,), -1, dtype=torch.int32, device=device)
@@ -487,7 +478,7 @@ def ragged_to_dense(
     checks.tensor("indptr", indptr, (None,), checks.INDEX_DTYPES, device)
     if not indptr.shape[0]:
         raise ValueError("indptr: shape is (0,), need at least its leading 0")
-    checks.integer("width", width, 0, _INT32_MAX)
+    checks.integer("width", width, 0, INT32_MAX)
     tokens = indptr.shape[0] - 1
     if checks.check_values_enabled():
         checks.ascending("indptr", indptr, values.shape[0])

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from . import checks, indices
-from .compaction import compaction_scratch_bytes
-from .registry import Kernel
-
-if TYPE_CHECKING:
-    from .attention import AttentionMetadata
+from ..core import checks
+from ..dispatch.registry import Kernel
+from ..ops import indices
+from ..ops.compaction import compaction_scratch_bytes
+from .metadata import AttentionMetadata
 
 ROW_BYTES = 1024
 """A workspace row: 512 bf16 values."""
@@ -255,6 +254,13 @@ class SparsePrefillChunkCache:
             local, meta.query_start_loc, meta.seq_lens, group.gather_lens, group.compressed_base,
             group.swa_base, meta.window_size, meta.compress_ratio, topk, group.slots, positions, *kept,
         )  # fmt: skip
+
+
+def chunk_of(meta: AttentionMetadata) -> SparsePrefillChunkCache:
+    """The gathered path's plan under the default cap, kept with the metadata, for callers that bring none."""
+    if "chunk" not in meta.kept:
+        meta.kept["chunk"] = SparsePrefillChunkCache().rebuild(meta)
+    return meta.kept["chunk"]
 
 
 def _versions(meta: AttentionMetadata) -> tuple[int, ...]:

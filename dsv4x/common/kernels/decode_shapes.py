@@ -11,8 +11,8 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..layouts import CacheLayout
-from ..sparse_mla import MAX_SPLITS
+from ..core.layouts import CacheLayout
+from .limits import MAX_SPLITS
 
 
 @dataclass(frozen=True)

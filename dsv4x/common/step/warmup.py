@@ -11,15 +11,20 @@ from typing import Any
 
 import torch
 
-from . import checks, indexer, registry
-from .attention import COMPRESS_RATIOS, AttentionMetadata, sparse_mla_attention
-from .cache import quantize_and_insert_k_cache
-from .errors import BackendUnavailable, KernelNotSupported
-from .layouts import PagedCache
-from .platform import platform
-from .routing import PATHS, explain_step, path_problems
-from .sparse_mla import VALUE_DIM, sparse_mla_decode, sparse_mla_prefill
-from .topk import TopkMethod, least_part
+from ..core import checks
+from ..core.errors import BackendUnavailable, KernelNotSupported
+from ..core.layouts import PagedCache
+from ..core.model import VALUE_DIM
+from ..core.platform import platform
+from ..core.spaces import TopkMethod
+from ..dispatch import registry
+from ..kernels.limits import least_part
+from ..ops import indexer
+from ..ops.cache import quantize_and_insert_k_cache
+from ..ops.sparse_mla import sparse_mla_decode, sparse_mla_prefill
+from .attention import sparse_mla_attention
+from .metadata import COMPRESS_RATIOS, AttentionMetadata
+from .routes import PATHS, explain_step, path_problems
 
 # A kernel predicted to take up to this many times the fastest one's time may be the fastest for another batch.
 _CLOSE = 2.0
@@ -115,7 +120,7 @@ def warmup(
 
 def _run_reductions(device: torch.device, heads: int) -> None:
     """Every shape of the reduction of splits: how many a batch has follows from its tokens and widths."""
-    from .kernels.decode import REDUCTIONS, reduce_partials
+    from ..kernels.decode import REDUCTIONS, reduce_partials
 
     out = torch.empty(1, heads, VALUE_DIM, dtype=torch.bfloat16, device=device)
     lse = torch.empty(1, heads, device=device)
@@ -309,7 +314,11 @@ def _compiled() -> set[tuple[str, str]]:
     triton = sys.modules.get("triton")
     if triton is None:
         return set()
-    modules = [module for name, module in list(sys.modules.items()) if name.startswith(f"{__package__}.kernels.")]
+    modules = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith(("dsv4x.common.kernels.", "dsv4x.cuda.hopper."))
+    ]
     functions = {id(f): f for m in modules for f in vars(m).values() if isinstance(f, triton.runtime.JITFunction)}
     return {
         (function.__name__, str(key))

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from . import conversions
-from .errors import BackendUnavailable, KernelNotSupported
-from .layouts import CacheSpec
-from .platform import platform
-from .vendor import VendorLibrary
+from ..core import conversions
+from ..core.errors import BackendUnavailable, KernelNotSupported
+from ..core.layouts import CacheSpec
+from ..core.platform import platform
+from ..core.vendor import VendorLibrary
 
 # Triton reads it once too, when a kernel is defined.
 _INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,1 @@
+"""Gluon kernels of sm_90. Importing a module here imports triton."""

@@ -1,0 +1,1 @@
+"""A DSv4-shaped layer over a text, served in mixed batches and checked."""
