@@ -33,9 +33,11 @@ def combined(
         packed = []
         if owner is not None:
             r, p = owner
-            for local in row[: min((p + 1) // ratio, topk, len(row))]:
-                exists = 0 <= local < (p + 1) // ratio
-                packed.append(compressed_base[r] + local if exists else -1)
+            for local in row[:topk]:
+                value = compressed_base[r] + local
+                backed = slots is None or (0 <= value < len(slots) and slots[value] >= 0)
+                if 0 <= local < (p + 1) // ratio and backed:
+                    packed.append(value)
             gathered = range(seq_lens[r] - gather_lens[r], seq_lens[r])
             for x in range(p + 1 - min(p + 1, window), p + 1):
                 packed.append(swa_base[r] + gathered.index(x) if x in gathered else -1)
@@ -142,26 +144,26 @@ def test_combined_rows_follow_the_definition(name, index_dtype, kernel_device, r
     run_combined(case, kernel_device, index_dtype)
 
 
-def test_a_hole_keeps_its_place_and_gets_no_base(kernel_device):
-    # A peer adds the request's base to -1 and reads the previous request's last row.
+def test_holes_get_no_base_and_cost_no_entry_behind_them(kernel_device):
+    # One peer adds the request's base to -1 and reads the previous request's last row; others stop too early.
     case = ([[-1, 2, -1, 0, -1]], [0, 1], [20], [4], [1000], [2000], 4, 4, 5)
     got, lens = run_combined(case, kernel_device)
-    assert got[0, :9].tolist() == [-1, 1002, -1, 1000, -1, 2000, 2001, 2002, 2003]
-    assert lens.tolist() == [9]
+    assert got[0, :7].tolist() == [1002, 1000, 2000, 2001, 2002, 2003, -1]
+    assert lens.tolist() == [6]
 
 
-def test_a_base_that_leads_past_int32_makes_holes(kernel_device):
+def test_a_base_that_leads_past_int32_makes_no_entry(kernel_device):
     kernel, device = kernel_device
     vectors = ([0, 1], [20], [4], [2**31 - 2], [-2])
     got, lens = dsv4x.combine_topk_swa_indices(
         int32([[0, 1, 2, 3, 4]]).to(device), *(torch.tensor(v, device=device) for v in vectors), 4, 4, 5, kernel=kernel
     )
-    assert got[0, :9].tolist() == [2**31 - 2, 2**31 - 1, -1, -1, -1, -1, -1, 0, 1]
-    assert lens.tolist() == [9]
+    assert got[0, :7].tolist() == [2**31 - 2, 2**31 - 1, -1, -1, 0, 1, -1]
+    assert lens.tolist() == [6]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 40, 400])
-def test_rows_that_no_page_backs_become_holes(rows, kernel_device, rng):
+def test_rows_that_no_page_backs_are_no_entries(rows, kernel_device, rng):
     """A workspace row without a slot was never written; nor was any row past the workspace."""
     case = make_case(rng, [3, 2, 1], [30, 40, 7], columns=9, topk=9, window=16, ratio=4, padding=1)
     slots = torch.where(torch.rand(rows, generator=rng) < 0.3, -1, torch.arange(rows)).tolist()

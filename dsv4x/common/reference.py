@@ -14,6 +14,7 @@ import torch
 
 from .core import encodings
 from .core.layouts import CacheLayout, PagedCache
+from .core.refill import CombineCall, GatherCall, StepCall
 from .core.spaces import TopkMethod, token_positions
 
 _VALUE_DIM = 512
@@ -95,10 +96,10 @@ def gather_workspace(
     dequantize_k_cache_paged(swa_cache, slots[extra_rows:], out[extra_rows:], swa_k_scale)
 
 
-def gather_and_combine(gather: tuple[Any, ...], combine: tuple[Any, ...]) -> None:
+def gather_and_combine(gather: tuple[Any, ...], combine: CombineCall) -> None:
     """:func:`gather_workspace` and :func:`combine_topk_swa_indices`, of their arguments."""
     gather_workspace(*gather)
-    combine_topk_swa_indices(*combine)
+    combine_topk_swa_indices(combine)
 
 
 def quantize_and_insert_k_cache(k: torch.Tensor, cache: PagedCache, slots: torch.Tensor, k_scale: float = 1.0) -> None:
@@ -280,47 +281,40 @@ def sparse_mla_prefill(
     return _attend_chunks(q, gather, indices.shape[1], attn_sink, scale, dtype)
 
 
-def combine_topk_swa_indices(
-    topk_indices: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    gather_lens: torch.Tensor,
-    compressed_base: torch.Tensor,
-    swa_base: torch.Tensor,
-    window_size: int,
-    compress_ratio: int,
-    topk: int,
-    row_slots: torch.Tensor | None,
-    positions: tuple[torch.Tensor, torch.Tensor] | None,
-    out_indices: torch.Tensor,
-    out_lens: torch.Tensor,
-) -> None:
+def combine_topk_swa_indices(call: CombineCall) -> None:
     """One row after another, as the definition reads."""
-    request, position = positions or token_positions(query_start_loc, seq_lens, topk_indices.shape[0])
-    host = [x.tolist() for x in (topk_indices, seq_lens, gather_lens, compressed_base, swa_base, request, position)]
-    locals_, seq, gathered, comp_base, win_base, owners, at = host
-    rows = torch.full(out_indices.shape, -1, dtype=torch.int64)
-    lens = torch.zeros(out_lens.shape, dtype=torch.int64)
+    tokens = call.topk_indices.shape[0]
+    request, position = call.positions or token_positions(call.query_start_loc, call.seq_lens, tokens)
+    locals_, owners, at = (x.tolist() for x in (call.topk_indices, request, position))
+    vectors = (call.seq_lens, call.gather_lens, call.compressed_base, call.swa_base)
+    seq, gathered, compressed_base, swa_base = (x.tolist() for x in vectors)
+    held = None if call.compressed_lens is None else call.compressed_lens.tolist()
+    spans = [call.topk_indices.shape[1]] * tokens if call.topk_lens is None else call.topk_lens.tolist()
+    slots = None if call.row_slots is None else call.row_slots.tolist()
+
+    def backed(row: int) -> bool:
+        # A base in 64 bits may lead past what a row number can be.
+        return 0 <= row < 2**31 and (slots is None or (row < len(slots) and slots[row] >= 0))
+
+    rows = torch.full(call.out_indices.shape, -1, dtype=torch.int64)
+    lens = torch.zeros(call.out_lens.shape, dtype=torch.int64)
     for t, (r, p) in enumerate(zip(owners, at)):
-        if r < 0:
+        if r < 0 or p < 0:
             continue
-        visible = (p + 1) // compress_ratio
-        span = min(visible, topk, topk_indices.shape[1])
-        row = [comp_base[r] + e if 0 <= e < visible else -1 for e in locals_[t][:span]]
+        visible = (p + 1) // call.compress_ratio
+        if held is not None:
+            visible = min(visible, held[r])
+        span = max(0, min(spans[t], call.topk, call.topk_indices.shape[1]))
+        row = [compressed_base[r] + e for e in locals_[t][:span] if 0 <= e < visible]
+        row = [value for value in row if backed(value)]
         first_gathered = seq[r] - gathered[r]
-        for x in range(max(0, p - window_size + 1), p + 1):
-            row.append(win_base[r] + x - first_gathered if x >= first_gathered else -1)
+        for x in range(max(0, p - call.window_size + 1), p + 1):
+            value = swa_base[r] + x - first_gathered
+            row.append(value if x >= first_gathered and backed(value) else -1)
         rows[t, : len(row)] = torch.tensor(row, dtype=torch.int64)
         lens[t] = len(row)
-    # A base in 64 bits may lead past what a row number can be.
-    rows[(rows < 0) | (rows >= 2**31)] = -1
-    if row_slots is not None:
-        slots = row_slots.cpu()
-        there = (rows >= 0) & (rows < len(slots))
-        there[there.clone()] = slots[rows[there]] >= 0
-        rows[~there] = -1
-    out_indices.copy_(rows)
-    out_lens.copy_(lens)
+    call.out_indices.copy_(rows)
+    call.out_lens.copy_(lens)
 
 
 def window_slots(
@@ -688,3 +682,88 @@ def topk_merge(
     if out_values is not None:
         out_values.copy_(values.gather(1, at))
     out.copy_(_in_space(torch.where(chosen >= 0, ids.long().gather(1, at), -1), method, space))
+
+
+def fill_step(call: StepCall) -> None:
+    """What :func:`dsv4x.common.kernels.step.fill_step` writes, in torch."""
+    tokens = call.request.shape[0]
+    lengths = call.seq_lens.clamp(0, call.max_seq_len)
+    request, position = token_positions(call.query_start_loc, lengths, tokens)
+    call.request.copy_(request)
+    call.position.copy_(position)
+    if call.fresh:
+        call.clamped.zero_()
+    call.clamped.add_(((call.query_start_loc.diff() > 0) & (call.seq_lens > call.max_seq_len)).sum())
+    if call.swa_indices is not None and call.swa_lens is not None and call.swa_block_table is not None:
+        window_slots(
+            call.query_start_loc, lengths, call.swa_block_table, call.swa_page_size, call.swa_pages,
+            call.swa_indices, call.swa_lens,
+        )  # fmt: skip
+    for kind in call.kinds:
+        kind.visible.copy_((position + 1) // kind.compress_ratio)
+        kind.lens.copy_(kind.visible.clamp_max(kind.most))
+        if kind.rows is not None:
+            every = torch.arange(kind.rows.shape[1], dtype=torch.int32, device=call.request.device)
+            local_to_slots(
+                every.expand(kind.rows.shape), call.request, kind.lens, kind.block_table, kind.page_size, kind.pages,
+                kind.rows,
+            )  # fmt: skip
+
+
+def plan_gather(call: GatherCall) -> None:
+    """What :func:`dsv4x.common.kernels.step.plan_gather` writes, in torch."""
+    lengths = call.seq_lens.clamp(0, call.max_seq_len).long()
+    queries = call.query_start_loc.diff().long()
+    request = torch.arange(lengths.shape[0], device=lengths.device)
+    for kind in call.kinds:
+        gathers = (queries > 0) & (request >= kind.first) & (request < kind.end)
+        entries = lengths // kind.compress_ratio if kind.compress_ratio else torch.zeros_like(lengths)
+        raw = torch.minimum(lengths, queries + call.window_size - 1)
+        kind.slots.fill_(-1)
+        parts = (
+            (entries, 0, kind.compressed_rows, kind.block_table, kind.page_size, kind.pages),
+            (
+                raw, kind.compressed_rows, kind.slots.shape[0], call.swa_block_table, call.swa_page_size,
+                call.swa_pages,
+            ),
+        )  # fmt: skip
+        for part, (counts, first_row, end_row, table, page_size, pages) in enumerate(parts):
+            counts = torch.where(gathers, counts, 0)
+            ends = (first_row + counts.cumsum(0)).clamp_max(end_row)
+            begins = (first_row + counts.cumsum(0) - counts).clamp_max(end_row)
+            kind.requests[2 * part] = begins
+            kind.requests[2 * part + 1] = ends - begins
+            owner = torch.repeat_interleave(request, ends - begins)
+            row = torch.arange(owner.shape[0], device=owner.device)
+            local = row + first_row - begins[owner]
+            if part:
+                local = local + (lengths - (ends - begins))[owner]
+            slots = torch.empty(owner.shape[0], 1, dtype=torch.int32, device=owner.device)
+            local_to_slots(local[:, None], owner, local + 1, table, page_size, pages, slots)
+            kind.slots[first_row : first_row + owner.shape[0]] = slots[:, 0]
+        kind.requests[4] = lengths
+
+
+def pack_slots(
+    indices: torch.Tensor,
+    spans: torch.Tensor | None,
+    local: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int] | None,
+    capacity: int,
+    page_size: int,
+    out: torch.Tensor,
+    lens: torch.Tensor,
+) -> None:
+    """What :func:`dsv4x.common.kernels.step.pack_slots` writes, in torch."""
+    slots = indices.clone()
+    if spans is not None:
+        slots[torch.arange(slots.shape[1], device=slots.device) >= spans[:, None]] = -1
+    if local is None:
+        slots[slots >= capacity] = -1
+    else:
+        request, visible, table, pages = local
+        local_to_slots(slots, request, visible, table, page_size, pages, slots)
+    entry = slots >= 0
+    order = torch.argsort((~entry).int(), dim=1, stable=True)
+    out.fill_(-1)
+    out[:, : slots.shape[1]] = torch.where(entry, slots, -1).gather(1, order)
+    lens.copy_(entry.sum(1))

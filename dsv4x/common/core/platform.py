@@ -138,3 +138,8 @@ def detect() -> Platform:
 
 
 platform = detect()
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on ``device`` now is captured into a graph instead of run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -7,6 +7,7 @@ from typing import Any
 
 import triton.language as tl
 
+from ..core.refill import CombineCall
 from .cache import gather_launch, gather_rows
 from .indices import combine_launch, combine_row
 from .launch import Launcher, jit
@@ -16,7 +17,7 @@ from .launch import Launcher, jit
 def gather_combine_kernel(
     extra_ptr, swa_ptr, slots_ptr, out_ptr,
     topk_ptr, query_start_loc_ptr, seq_lens_ptr, gather_lens_ptr, compressed_base_ptr, swa_base_ptr, row_slots_ptr,
-    request_ptr, position_ptr, out_indices_ptr, out_lens_ptr,
+    request_ptr, position_ptr, spans_ptr, compressed_lens_ptr, out_indices_ptr, out_lens_ptr,
     extra_k_scale, swa_k_scale, extra_rows, rows,
     extra_capacity, extra_page_size, extra_page_stride, swa_capacity, swa_page_size, swa_page_stride, out_stride,
     requests, topk, window_size, compress_ratio, width, row_slots, topk_stride, indices_stride, gathering,
@@ -24,7 +25,8 @@ def gather_combine_kernel(
     EXTRA: tl.constexpr,
     SWA_BLOCK: tl.constexpr, SWA_TILES: tl.constexpr, SWA_ROPE: tl.constexpr, SWA_WIDE: tl.constexpr,
     SWA: tl.constexpr,
-    HAS_ROW_SLOTS: tl.constexpr, HAS_POSITIONS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_ROW_SLOTS: tl.constexpr, HAS_POSITIONS: tl.constexpr, HAS_SPANS: tl.constexpr,
+    HAS_COMPRESSED_LENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The first ``gathering`` programs gather, each of the others combines one token's row."""
     program = tl.program_id(0)
@@ -38,24 +40,24 @@ def gather_combine_kernel(
     else:
         combine_row(
             program - gathering, topk_ptr, query_start_loc_ptr, seq_lens_ptr, gather_lens_ptr, compressed_base_ptr,
-            swa_base_ptr, row_slots_ptr, request_ptr, position_ptr, out_indices_ptr, out_lens_ptr,
-            requests, topk, window_size, compress_ratio, width, row_slots, topk_stride, indices_stride,
-            HAS_ROW_SLOTS, HAS_POSITIONS, BLOCK,
+            swa_base_ptr, row_slots_ptr, request_ptr, position_ptr, spans_ptr, compressed_lens_ptr, out_indices_ptr,
+            out_lens_ptr, requests, topk, window_size, compress_ratio, width, row_slots, topk_stride, indices_stride,
+            HAS_ROW_SLOTS, HAS_POSITIONS, HAS_SPANS, HAS_COMPRESSED_LENS, BLOCK,
         )  # fmt: skip
 
 
 _launch = Launcher(gather_combine_kernel)
 
 
-def gather_and_combine(gather: tuple[Any, ...], combine: tuple[Any, ...]) -> None:
+def gather_and_combine(gather: tuple[Any, ...], combine: CombineCall) -> None:
     """Launch over the rows of both.
 
     Args:
         gather: the arguments of :func:`.cache.gather_workspace`, ``extra_cache`` not None.
-        combine: those of :func:`.indices.combine_topk_swa_indices`.
+        combine: what :func:`.indices.combine_topk_swa_indices` takes.
     """
     gathering, caches, gather_numbers, formats, warps = gather_launch(*gather)
-    tokens, rows, combine_numbers, flags, _ = combine_launch(*combine)
+    tokens, rows, combine_numbers, flags, _ = combine_launch(combine)
     _launch(
         gathering + tokens, (*caches, *rows), (*gather_numbers, *combine_numbers, gathering), (*formats, *flags), warps
     )

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..core.refill import CombineCall
 from .launch import Launcher, jit
 
 # The first number that is no int32: rows and slots are computed in int64 and must stay below it.
@@ -109,6 +110,8 @@ def combine_row(
     row_slots_ptr,
     request_ptr,
     position_ptr,
+    spans_ptr,
+    compressed_lens_ptr,
     out_ptr,
     lens_ptr,
     requests,
@@ -121,6 +124,8 @@ def combine_row(
     out_stride,
     HAS_ROW_SLOTS: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
+    HAS_SPANS: tl.constexpr,
+    HAS_COMPRESSED_LENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The index row and span of one query token."""
@@ -135,23 +140,37 @@ def combine_row(
     first_gathered = seq_len - tl.load(gather_lens_ptr + request, mask=owned, other=0).to(tl.int32)
     compressed_base = tl.load(compressed_base_ptr + request, mask=owned, other=0).to(tl.int64)
     swa_base = tl.load(swa_base_ptr + request, mask=owned, other=0).to(tl.int64)
-    span = tl.minimum(visible, topk)
+    span = tl.cast(topk, tl.int32)
+    if HAS_SPANS:
+        span = tl.minimum(tl.maximum(tl.load(spans_ptr + token), 0), span)
+    span = tl.where(visible > 0, span, 0)
+    held = visible
+    if HAS_COMPRESSED_LENS:
+        held = tl.minimum(held, tl.load(compressed_lens_ptr + request, mask=owned, other=0))
     window = tl.minimum(position + 1, window_size)
-    row = token.to(tl.int64)
-    for start in range(0, width, BLOCK):
+    out = out_ptr + token.to(tl.int64) * out_stride
+    topk_row = topk_ptr + token.to(tl.int64) * topk_stride
+    packed = 0
+    for start in range(0, span, BLOCK):
         offset = start + tl.arange(0, BLOCK)
-        local = tl.load(topk_ptr + row * topk_stride + offset, mask=offset < span, other=-1).to(tl.int64)
-        top = tl.where((local >= 0) & (local < visible), compressed_base + local, -1)
-        raw = position - window + 1 + offset - span
-        swa = tl.where(raw >= first_gathered, swa_base + raw - first_gathered, -1)
-        value = tl.where(offset < span, top, tl.where(offset < span + window, swa, -1))
+        local = tl.load(topk_row + offset, mask=offset < span, other=-1).to(tl.int64)
+        value = compressed_base + local
         # A base in 64 bits may lead past what a row number can be.
-        value = tl.where((value >= 0) & (value < INT32_END), value, -1)
+        entry = (local >= 0) & (local < held) & (value >= 0) & (value < INT32_END)
         if HAS_ROW_SLOTS:
-            slot = tl.load(row_slots_ptr + value, mask=(value >= 0) & (value < rows), other=-1)
-            value = tl.where(slot >= 0, value, -1)
-        tl.store(out_ptr + row * out_stride + offset, value.to(tl.int32), mask=offset < width)
-    tl.store(lens_ptr + token, span + window)
+            entry = entry & (tl.load(row_slots_ptr + value, mask=entry & (value < rows), other=-1) >= 0)
+        at = packed + tl.cumsum(entry.to(tl.int32), 0) - 1
+        tl.store(out + at, value.to(tl.int32), mask=entry)
+        packed += tl.sum(entry.to(tl.int32), 0)
+    for start in range(0, width - packed, BLOCK):
+        offset = start + tl.arange(0, BLOCK)
+        raw = position - window + 1 + offset
+        value = swa_base + raw - first_gathered
+        entry = (offset < window) & (raw >= first_gathered) & (value >= 0) & (value < INT32_END)
+        if HAS_ROW_SLOTS:
+            entry = entry & (tl.load(row_slots_ptr + value, mask=entry & (value < rows), other=-1) >= 0)
+        tl.store(out + packed + offset, tl.where(entry, value, -1).to(tl.int32), mask=packed + offset < width)
+    tl.store(lens_ptr + token, packed + window)
 
 
 @jit
@@ -165,6 +184,8 @@ def combine_kernel(
     row_slots_ptr,
     request_ptr,
     position_ptr,
+    spans_ptr,
+    compressed_lens_ptr,
     out_ptr,
     lens_ptr,
     requests,
@@ -177,6 +198,8 @@ def combine_kernel(
     out_stride,
     HAS_ROW_SLOTS: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
+    HAS_SPANS: tl.constexpr,
+    HAS_COMPRESSED_LENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     combine_row(
@@ -190,6 +213,8 @@ def combine_kernel(
         row_slots_ptr,
         request_ptr,
         position_ptr,
+        spans_ptr,
+        compressed_lens_ptr,
         out_ptr,
         lens_ptr,
         requests,
@@ -202,6 +227,8 @@ def combine_kernel(
         out_stride,
         HAS_ROW_SLOTS,
         HAS_POSITIONS,
+        HAS_SPANS,
+        HAS_COMPRESSED_LENS,
         BLOCK,
     )
 
@@ -459,37 +486,33 @@ def local_to_slots(local, request, limits, block_table, page_size, pages, out):
     )
 
 
-def combine_topk_swa_indices(
-    topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
-    window_size, compress_ratio, topk, row_slots, positions, out_indices, out_lens,
-):  # fmt: skip
-    """Launch over the rows of ``topk_indices``."""
-    _launch_combine(
-        *combine_launch(
-            topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
-            window_size, compress_ratio, topk, row_slots, positions, out_indices, out_lens,
-        )
-    )  # fmt: skip
+def combine_topk_swa_indices(call: CombineCall):
+    """Launch over the rows of ``call.topk_indices``."""
+    _launch_combine(*combine_launch(call))
 
 
-def combine_launch(
-    topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
-    window_size, compress_ratio, topk, row_slots, positions, out_indices, out_lens,
-):  # fmt: skip
+def combine_launch(call: CombineCall):
     """What :class:`Launcher` takes to run :func:`combine_kernel`."""
-    tokens, width = out_indices.shape
-    request, position = positions if positions is not None else (out_lens, out_lens)
+    tokens, width = call.out_indices.shape
+    unused = call.out_lens
+    request, position = call.positions if call.positions is not None else (unused, unused)
     return (
         tokens,
         (
-            topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
-            row_slots if row_slots is not None else out_indices, request, position, out_indices, out_lens,
+            call.topk_indices, call.query_start_loc, call.seq_lens, call.gather_lens, call.compressed_base,
+            call.swa_base, unused if call.row_slots is None else call.row_slots, request, position,
+            unused if call.topk_lens is None else call.topk_lens,
+            unused if call.compressed_lens is None else call.compressed_lens, call.out_indices, call.out_lens,
         ),
         (
-            seq_lens.shape[0], min(topk, topk_indices.shape[1]), window_size, compress_ratio, width,
-            row_slots.shape[0] if row_slots is not None else 0, topk_indices.stride(0), out_indices.stride(0),
+            call.seq_lens.shape[0], min(call.topk, call.topk_indices.shape[1]), call.window_size, call.compress_ratio,
+            width, 0 if call.row_slots is None else call.row_slots.shape[0], call.topk_indices.stride(0),
+            call.out_indices.stride(0),
         ),
-        (row_slots is not None, positions is not None, 512),
+        (
+            call.row_slots is not None, call.positions is not None, call.topk_lens is not None,
+            call.compressed_lens is not None, 512,
+        ),
         4,
     )  # fmt: skip
 

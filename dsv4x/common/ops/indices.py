@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from ..core import checks
+from ..core.refill import CombineCall
 from ..core.spaces import INT32_MAX, check_pool, token_positions
 from ..dispatch.registry import Problem, select
 
@@ -65,9 +66,10 @@ def combine_topk_swa_indices(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One workspace index row a query token: ``[top-k rebased | window rebased | -1 ...]``, front-packed.
 
-    A query at position p sees ``span = min((p+1) // compress_ratio, topk, K)`` leading entries of its top-k row and
-    the ``min(p+1, window_size)`` raw tokens up to its own. Holes keep their place. A local index that its query may
-    not see (negative, or >= (p+1) // compress_ratio) becomes -1, as does a window token that was not gathered.
+    A query at position p sees the first ``min(topk, K)`` entries of its top-k row and the ``min(p+1, window_size)`` raw
+    tokens up to its own. A local index that its query may not see (negative, or >= (p+1) // compress_ratio) is no entry,
+    and neither is one without a workspace row: they are left out, and what follows moves up. A window token that was
+    not gathered keeps its place as -1.
 
     Args:
         topk_indices: int32 ``[T, K]``, index space *local* (compressed entries); K may be 0.
@@ -80,8 +82,8 @@ def combine_topk_swa_indices(
         window_size, compress_ratio, topk: the layer's; ``topk=0`` for a layer with only a window.
         out_indices: int32 ``[T, >= combined_topk_width(topk, window_size)]``, a multiple of 128 wide, or None.
         out_lens: int32 ``[T]`` or None.
-        row_slots: int32 ``[S]``, the slot each workspace row was gathered from; an index of a row whose slot is -1, and
-            of a row past S, becomes -1. None: every row is there.
+        row_slots: int32 ``[S]``, the slot each workspace row was gathered from; a row whose slot is -1, and a row past
+            S, is not there. None: every row is there.
         positions: int32 ``([T], [T])``, each row's request and position (-1, -1 for none), which spares finding them
             and lets the rows be any part of a batch; ``query_start_loc`` is not looked at then.
         kernel: ``"triton"`` or ``"reference"``; None picks.
@@ -95,7 +97,7 @@ def combine_topk_swa_indices(
             local index its query may not see, with its row.
         KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
 
-    Source: the op of this name in vLLM, with bases as arguments and holes kept.
+    Source: the op of this name in vLLM, with bases as arguments; there entries behind a leading -1 may be lost.
     """
     checks.tensor("topk_indices", topk_indices, (None, None), torch.int32)
     tokens, device = topk_indices.shape[0], topk_indices.device
@@ -115,14 +117,14 @@ def combine_topk_swa_indices(
     if checks.check_values_enabled():
         _, position = positions or token_positions(query_start_loc, seq_lens, tokens)
         visible = (position + 1) // compress_ratio
-        span = visible.clamp_max(min(topk, topk_indices.shape[1]))
-        checks.index_values("topk_indices", topk_indices, span, visible, "local entry")
+        checks.index_values("topk_indices", topk_indices[:, :topk], None, visible, "local entry")
     record = select(Problem.on("combine_topk_swa_indices", device, tokens=tokens, width=width), kernel)
     if tokens:
-        record.launch(
-            device, topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
+        call = CombineCall(
+            topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
             window_size, compress_ratio, topk, row_slots, positions, out_indices, out_lens,
         )  # fmt: skip
+        record.launch(device, call)
     return out_indices, out_lens
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ..core import checks
-from ..dispatch.registry import Kernel
+from ..core.model import TOPK
+from ..core.refill import CombineCall, GatherCall, GatherKind
+from ..core.spaces import INT32_MAX
+from ..dispatch.registry import Kernel, Problem, call_on, select
 from ..ops import indices
 from ..ops.compaction import compaction_scratch_bytes
-from .metadata import AttentionMetadata
+from .metadata import AttentionMetadata, StepMetadata
 
 ROW_BYTES = 1024
 """A workspace row: 512 bf16 values."""
@@ -20,19 +23,21 @@ DEFAULT_WORKSPACE_BYTES = 256 << 20
 """The workspace cap where none is given."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """A run of requests that share one filling of the workspace.
 
     Attributes:
         requests, tokens: the run, as slices of the batch's requests and query tokens.
         slots: int32 ``[S]``, each workspace row's slot: of the extra cache before row C, of the window's from there on.
-            A page that is not in its pool gives -1, and its row is never written.
+            -1 where the device's lengths need no row, or its page is not in the pool; such a row is never written.
         compressed_rows: C.
         compressed_base, swa_base: int32 ``[R]``, each of the batch's requests' first row of either kind; only the
             group's own mean anything.
-        gather_lens: int32 ``[R]``, trailing raw tokens of each request that are gathered.
-        entries: compressed entries of the group's longest request.
+        compressed_lens, gather_lens: int32 ``[R]``, compressed entries and trailing raw tokens of each request that are
+            gathered; 0 outside the group.
+        seq_lens: int32 ``[R]``, raw tokens of each request, none past the bound.
+        entries: compressed entries of the group's longest request, at most.
         blocks: the group's tokens again, in the blocks whose index rows fit beside the rows.
     """
 
@@ -41,8 +46,10 @@ class Group:
     slots: torch.Tensor
     compressed_rows: int
     compressed_base: torch.Tensor
+    compressed_lens: torch.Tensor
     swa_base: torch.Tensor
     gather_lens: torch.Tensor
+    seq_lens: torch.Tensor
     entries: int
     blocks: tuple[slice, ...]
 
@@ -57,13 +64,13 @@ class Window:
 
     Attributes:
         slots: int32 ``[W]``, the window cache's slot of each workspace row, as in :class:`Group`.
-        indices: int32 ``[T, >= window_size]`` workspace rows, -1 padded.
-        lens: int32 ``[T]`` spans.
+        indices: int32 ``[T, any]`` workspace rows, -1 padded.
+        lens: int32 ``[T]`` spans, or None for the whole width.
     """
 
     slots: torch.Tensor
     indices: torch.Tensor
-    lens: torch.Tensor
+    lens: torch.Tensor | None
 
     @property
     def rows(self) -> int:
@@ -79,11 +86,10 @@ class SparsePrefillChunkCache:
     many. Nothing that a layer brings (caches' bytes, top-k, q) is kept. A request whose rows alone pass the cap cannot
     be gathered; :attr:`fits` says so, and another path reads it. The ``referenced`` path is cut by tokens alone.
 
-    ``plans`` is where :func:`~dsv4x.sparse_mla_attention` keeps what it decided for layers of a shape.
+    Room is kept for what the host allows the lengths to be; what is gathered follows from the lengths on the device.
 
-    It is good until :meth:`rebuild` or :meth:`close`. Using it with metadata it was not built for, or after a length
-    or a block table changed in place, is an error, but for tensors made under ``torch.inference_mode``, whose changes
-    torch does not count; nothing is recognised by its address.
+    It is good until :meth:`rebuild` or :meth:`close`. Using it with metadata it was not built for, or after the metadata
+    was refilled, is an error; nothing is recognised by its address.
 
     Args:
         max_bytes: the cap on workspace and index rows together.
@@ -98,33 +104,57 @@ class SparsePrefillChunkCache:
         self.max_bytes, self._workspace = max_bytes, workspace
         self._meta: AttentionMetadata | None = None
         self._versions: tuple[int, ...] = ()
-        self._groups: tuple[Group, ...] | None = None
-        self._spans: list[tuple[int, int, int]] | None = None
-        self._shared: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._window: Window | None = None
-        self._index_rows: tuple[torch.Tensor, torch.Tensor] | None = None
-        self.plans: dict[tuple[Any, ...], Any] = {}
+        self.close()
 
     def rebuild(self, meta: AttentionMetadata) -> SparsePrefillChunkCache:
         """Plan for another chunk. What was planned before is dropped; tensors are built on first use."""
+        if not isinstance(meta, AttentionMetadata):
+            raise TypeError(f"meta: got {type(meta).__name__}, need a dsv4x.AttentionMetadata")
         if self._workspace is not None and self._workspace.device != meta.seq_lens.device:
             raise ValueError(f"workspace: on {self._workspace.device}, need {meta.seq_lens.device}")
         self.close()
-        self._meta, self._versions = meta, _versions(meta)
-        self._spans = _split(meta, self.max_bytes, None if self._workspace is None else self._workspace.shape[0])
+        self._meta, self._versions = meta, meta.step.versions
+        self.reserve(TOPK if meta.topk is None else meta.topk)
         return self
 
     def close(self) -> None:
         """Drop what was planned; the next use is an error until :meth:`rebuild`."""
-        self._meta = self._groups = self._spans = self._shared = self._window = self._index_rows = None
-        self.plans = {}
+        self._meta = None
+        self._topk = 0
+        self._spans: list[tuple[int, int, int]] | None = None
+        self._drop()
+
+    def _drop(self) -> None:
+        self._groups: tuple[Group, ...] | None = None
+        self._shared: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._window: Window | None = None
+        self._index_rows: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._row_of_slot: dict[Group, torch.Tensor] = {}
+
+    def reserve(self, topk: int) -> None:
+        """Cut the chunk for layers whose top-k rows are ``topk`` wide; what it is cut for already stays as it is."""
+        if self._spans is None or topk != self._topk:
+            self._drop()
+            self._topk = topk
+            self._spans = self._split()
+
+    @property
+    def meta(self) -> AttentionMetadata:
+        """The metadata it was built for. Raises ValueError where there is none."""
+        if self._meta is None:
+            raise ValueError("chunk: built for nothing, need rebuild(meta)")
+        return self._meta
+
+    @property
+    def limits(self) -> tuple[int, int | None]:
+        """All that its cuts depend on beside the metadata: the cap in bytes, and the rows of the caller's workspace."""
+        return self.max_bytes, None if self._workspace is None else self._workspace.shape[0]
 
     def check(self, meta: AttentionMetadata) -> None:
         """Raise ValueError unless it was built for ``meta`` as it is now."""
-        if self._meta is not meta:
-            seen = "other metadata" if self._meta is not None else "nothing"
-            raise ValueError(f"chunk: built for {seen}, need rebuild(meta) for this metadata")
-        if self._versions != _versions(meta):
+        if self.meta is not meta:
+            raise ValueError("chunk: built for other metadata, need rebuild(meta) for this metadata")
+        if self._versions != meta.step.current_versions():
             raise ValueError("chunk: a length or a block table changed in place since rebuild, need rebuild(meta)")
 
     @property
@@ -135,17 +165,14 @@ class SparsePrefillChunkCache:
     @property
     def workspace_rows(self) -> int:
         """Rows the largest filling of the workspace takes."""
-        assert self._meta is not None
-        return max((_rows(self._meta, a, b) for a, b, _ in self._spans or ()), default=0)
+        return max((self._rows(a, b) for a, b, _ in self._spans or ()), default=0)
 
     @property
     def workspace_bytes(self) -> int:
         """Bytes of workspace and index rows a layer's call takes at its peak."""
-        meta = self._meta
-        assert meta is not None
         return max(
             (
-                _rows(meta, a, b) * ROW_BYTES + min(block, _count(_tokens(meta, a, b))) * _index_bytes(meta, a, b)
+                self._rows(a, b) * ROW_BYTES + min(block, _count(self._tokens(a, b))) * self._index_bytes(a, b)
                 for a, b, block in self._spans or ()
             ),
             default=0,
@@ -155,93 +182,111 @@ class SparsePrefillChunkCache:
     def groups(self) -> tuple[Group, ...]:
         """The chunk in fillings of the workspace, built on first use."""
         if self._groups is None:
-            assert self._meta is not None
-            assert self._spans is not None
-            self._groups = tuple(_group(self._meta, *span) for span in self._spans)
+            plan_groups([self])
+        assert self._groups is not None
         return self._groups
 
     @property
     def window(self) -> Window:
-        """The window rows of the ``referenced`` path, built on first use."""
+        """The window rows of the whole chunk, built on first use."""
         if self._window is None:
-            meta = self._meta
-            assert meta is not None
-            slots = _ragged_slots(
-                meta.swa_block_table, meta.seq_lens - meta.gathered, meta.gathered, sum(meta.gather_counts),
-                meta.swa_page_size, meta.swa_pages,
-            )  # fmt: skip
-            rows, lens = indices.combine_topk_swa_indices(
-                meta.position[:, None][:, :0], meta.query_start_loc, meta.seq_lens, meta.gathered,
-                torch.zeros_like(meta.gathered), _exclusive_sum(meta.gathered), meta.window_size, meta.compress_ratio,
-                0, row_slots=slots, positions=(meta.request, meta.position),
-            )  # fmt: skip
-            self._window = Window(slots, rows, lens)
+            meta = self.meta
+            if meta.swa_block_table is None:
+                self._window = _listed_window(meta)
+            else:
+                requests = meta.seq_lens.shape[0]
+                kind = _gather_kind(meta, 0, requests, 0, self.window_rows)._replace(compress_ratio=0)
+                _plan_gather(meta.step, [kind])
+                group = _group(self, kind, max(1, meta.num_tokens))
+                self._window = Window(group.slots, *self.group_window(group, slice(0, meta.num_tokens)))
         return self._window
+
+    def group_window(self, group: Group, block: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows and spans of one block's windows, counted from the group's row ``compressed_rows``."""
+        meta, first = self.meta, group.compressed_rows
+        if meta.swa_block_table is None:
+            lens = self.window.lens
+            return self.window.indices[block], None if lens is None else lens[block]
+        tokens, device = _count(block), meta.seq_lens.device
+        call = self._call(group, block, meta.position[block, None][:, :0], 0)._replace(
+            swa_base=group.swa_base - first,
+            row_slots=group.slots[first:],
+            out_indices=torch.empty(
+                tokens, indices.combined_topk_width(0, meta.window_size), dtype=torch.int32, device=device
+            ),
+            out_lens=torch.empty(tokens, dtype=torch.int32, device=device),
+        )
+        if tokens:
+            problem = Problem.on("combine_topk_swa_indices", device, tokens=tokens, width=call.out_indices.shape[1])
+            call_on(device, select(problem).run, call)
+        return call.out_indices, call.out_lens
 
     def referenced_block(self, width: int) -> int:
         """Tokens the ``referenced`` path takes at once, with top-k rows of ``width``; 0 when not one fits."""
-        meta = self._meta
-        assert meta is not None
-        compressed, windows = sum(meta.compressed_counts), sum(meta.gather_counts)
-        window_bytes = windows * (ROW_BYTES + 4) + meta.num_tokens * _index_row_bytes(0, meta.window_size)
+        meta = self.meta
+        compressed, windows = sum(meta.compressed_bounds()), self.window_rows
+        window_bytes = windows * (ROW_BYTES + 4) + meta.num_tokens * _index_row_bytes(0, self._window_width)
         slots = meta.extra_pages * meta.extra_page_size
         left = self.max_bytes - window_bytes - compaction_scratch_bytes(slots)
         room = left if self._workspace is None else min(left, (self._workspace.shape[0] - windows) * ROW_BYTES)
         # A listed row's slot; an index's slot and its remapped row; the combined index row.
         row = ROW_BYTES + 4
-        token = 8 * width + _index_row_bytes(width, meta.window_size)
+        token = 8 * width + _index_row_bytes(width, self._window_width)
         if compressed * row + meta.num_tokens * token <= left and compressed * ROW_BYTES <= room:
             return max(1, meta.num_tokens)
         return max(0, min(meta.num_tokens, left // (width * row + token), room // max(1, width * ROW_BYTES)))
 
     def referenced_blocks(self, width: int) -> list[slice]:
         """The chunk's tokens in blocks of :meth:`referenced_block`."""
-        assert self._meta is not None
-        tokens, step = self._meta.num_tokens, self.referenced_block(width)
+        tokens, step = self.meta.num_tokens, self.referenced_block(width)
         return [slice(t, min(t + step, tokens)) for t in range(0, tokens, step)]
 
     def referenced_rows(self, width: int) -> int:
         """Workspace rows a block's referenced entries may take."""
-        assert self._meta is not None
-        return min(self.referenced_block(width) * width, sum(self._meta.compressed_counts))
+        return min(self.referenced_block(width) * width, sum(self.meta.compressed_bounds()))
+
+    @property
+    def window_rows(self) -> int:
+        """Workspace rows of the whole chunk's windows, at most."""
+        meta = self.meta
+        if meta.swa_block_table is None:
+            return _listed_rows(meta)
+        return sum(self._window_bounds(0, meta.seq_lens.shape[0]))
 
     def workspace(self, rows: int) -> torch.Tensor:
         """bf16 ``[rows, 512]`` to gather into, not filled."""
         if self._workspace is not None:
             return self._workspace[:rows]
-        assert self._meta is not None
-        return torch.empty(rows, 512, dtype=torch.bfloat16, device=self._meta.seq_lens.device)
+        return torch.empty(rows, 512, dtype=torch.bfloat16, device=self.meta.seq_lens.device)
 
-    def index_rows(
-        self, group: Group, block: slice, topk_indices: torch.Tensor | None, combine: Kernel
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Workspace rows and spans of one block's tokens; kept for the layers where no indexer chooses them.
+    def index_rows(self, group: Group, block: slice, combine: Kernel) -> tuple[torch.Tensor, torch.Tensor]:
+        """Workspace rows and spans of one block's tokens, of a kind without an indexer; kept for its other layers.
 
         ``combine`` is the kernel of ``combine_topk_swa_indices`` that makes them, on the current device.
         """
-        if topk_indices is None and self._shared is not None:
+        if self._shared is not None:
             return self._shared
-        arguments = self.combining(group, block, topk_indices)
-        combine.run(*arguments)
-        rows, lens = arguments[-2:]
+        call = self.combining(group, block, None, None)
+        combine.run(call)
         # Only where it is the whole chunk: kept rows count against the cap too.
-        assert self._meta is not None
-        if topk_indices is None and _count(block) == self._meta.num_tokens:
-            self._shared = (rows, lens)
-        return rows, lens
+        if _count(block) == self.meta.num_tokens:
+            self._shared = (call.out_indices, call.out_lens)
+        return call.out_indices, call.out_lens
 
-    def combining(self, group: Group, block: slice, topk_indices: torch.Tensor | None) -> tuple[Any, ...]:
-        """What the kernels of ``combine_topk_swa_indices`` take for one block's tokens: rows and spans come last."""
-        meta = self._meta
-        assert meta is not None
-        tokens, device = _count(block), meta.seq_lens.device
-        whole = tokens == meta.num_tokens
+    def combining(
+        self, group: Group, block: slice, topk_indices: torch.Tensor | None, topk_lens: torch.Tensor | None
+    ) -> CombineCall:
+        """What makes one block's index rows: of its window, and of top-k or, without it, of every visible entry."""
+        tokens, device = _count(block), self.meta.seq_lens.device
+        whole = tokens == self.meta.num_tokens
         if topk_indices is None:
             every = torch.arange(group.entries, dtype=torch.int32, device=device)
-            local, topk = every.expand(tokens, group.entries), group.entries
+            local = every.expand(tokens, group.entries)
         else:
-            local, topk = topk_indices if whole else topk_indices[block], min(topk_indices.shape[1], meta.topk)
-        width = indices.combined_topk_width(topk, meta.window_size)
+            local = topk_indices if whole else topk_indices[block]
+            topk_lens = topk_lens if whole or topk_lens is None else topk_lens[block]
+        topk = local.shape[1]
+        width = indices.combined_topk_width(topk, self._window_width)
         kept = self._index_rows if whole else None
         if kept is None or kept[0].shape[1] != width:
             rows = torch.empty(tokens, width, dtype=torch.int32, device=device)
@@ -249,11 +294,100 @@ class SparsePrefillChunkCache:
             if whole:
                 # For the next layer to overwrite: allocating costs the host, and the cap counts them already.
                 self._index_rows = kept
+        call = self._call(group, block, local, topk)
+        return call._replace(out_indices=kept[0], out_lens=kept[1], topk_lens=topk_lens)
+
+    def _call(self, group: Group, block: slice, local: torch.Tensor, topk: int) -> CombineCall:
+        meta = self.meta
+        whole = _count(block) == meta.num_tokens
         positions = (meta.request, meta.position) if whole else (meta.request[block], meta.position[block])
-        return (
-            local, meta.query_start_loc, meta.seq_lens, group.gather_lens, group.compressed_base,
-            group.swa_base, meta.window_size, meta.compress_ratio, topk, group.slots, positions, *kept,
+        return CombineCall(
+            local, meta.query_start_loc, group.seq_lens, group.gather_lens, group.compressed_base, group.swa_base,
+            meta.window_size, meta.compress_ratio, topk, group.slots, positions, positions[0], positions[0], None,
+            group.compressed_lens,
         )  # fmt: skip
+
+    def row_of_slot(self, group: Group) -> torch.Tensor:
+        """int32 ``[slots of the compressed pool]``: the group's workspace row of each, -1 where it was not gathered."""
+        if group not in self._row_of_slot:
+            meta = self.meta
+            device, pool = meta.seq_lens.device, meta.extra_pages * meta.extra_page_size
+            rows = torch.arange(group.compressed_rows, dtype=torch.int32, device=device)
+            slots = group.slots[: group.compressed_rows].long()
+            # One place more takes what has no slot.
+            table = torch.full((pool + 1,), -1, dtype=torch.int32, device=device)
+            self._row_of_slot[group] = table.index_copy_(0, torch.where(slots < 0, pool, slots), rows)[:pool]
+        return self._row_of_slot[group]
+
+    @property
+    def _window_width(self) -> int:
+        return self.meta.swa_indices.shape[1]
+
+    def _window_bounds(self, first: int, end: int) -> list[int]:
+        return self.meta.window_bounds()[first:end]
+
+    def _rows(self, first: int, end: int) -> int:
+        windows = self.window_rows if self.meta.swa_block_table is None else sum(self._window_bounds(first, end))
+        return sum(self.meta.compressed_bounds()[first:end]) + windows
+
+    def _index_bytes(self, first: int, end: int) -> int:
+        """Bytes of one token's index row and span, in a group of these requests."""
+        entries = self._topk if self.meta.selects else max(self.meta.compressed_bounds()[first:end], default=0)
+        return _index_row_bytes(entries, self._window_width)
+
+    def _tokens(self, first: int, end: int) -> slice:
+        """The query tokens of some requests. Padding belongs to none; it goes with the last."""
+        meta, host = self.meta, self.meta.step.host
+        if host is None:
+            return slice(0, meta.num_tokens)
+        starts = host.starts
+        return slice(starts[first] if first else 0, meta.num_tokens if end == len(host.query_lens) else starts[end])
+
+    def _split(self) -> list[tuple[int, int, int]] | None:
+        """``(first request, end, tokens a block)`` of each group, in order; None where a request does not fit at all.
+
+        As many requests as fit with their index rows whole go together. One that does not fit alone has its index rows
+        cut. Where the host does not know whose tokens are whose, or the window's rows are the server's, it is one group.
+        """
+        meta = self.meta
+        requests, max_rows = meta.seq_lens.shape[0], self.limits[1]
+        if meta.step.host is None and meta.step.max_seq_len == INT32_MAX:
+            return None
+        rows_of = {
+            name: [0, *itertools.accumulate(bounds)]
+            for name, bounds in (("compressed", meta.compressed_bounds()), ("window", meta.window_bounds()))
+        }
+
+        def rows(first: int, end: int) -> int:
+            windows = rows_of["window"][end] - rows_of["window"][first]
+            if meta.swa_block_table is None:
+                windows = self.window_rows
+            return rows_of["compressed"][end] - rows_of["compressed"][first] + windows
+
+        def fits(first: int, end: int, tokens: int) -> bool:
+            needed = rows(first, end)
+            if max_rows is not None and needed > max_rows:
+                return False
+            return needed * ROW_BYTES + tokens * self._index_bytes(first, end) <= self.max_bytes
+
+        if fits(0, requests, meta.num_tokens):
+            return [(0, requests, max(1, meta.num_tokens))]
+        one_group = meta.step.host is None or meta.swa_block_table is None
+        spans: list[tuple[int, int, int]] = []
+        first = 0
+        # Padding alone, without a request, is a group too.
+        while first < requests or not spans:
+            end = requests if one_group else min(first + 1, requests)
+            while end < requests and fits(first, end + 1, _count(self._tokens(first, end + 1))):
+                end += 1
+            tokens = max(1, _count(self._tokens(first, end)))
+            if not fits(first, end, tokens):
+                if not fits(first, end, 1):
+                    return None
+                tokens = (self.max_bytes - rows(first, end) * ROW_BYTES) // self._index_bytes(first, end)
+            spans.append((first, end, tokens))
+            first = end
+        return spans
 
 
 def chunk_of(meta: AttentionMetadata) -> SparsePrefillChunkCache:
@@ -263,111 +397,81 @@ def chunk_of(meta: AttentionMetadata) -> SparsePrefillChunkCache:
     return meta.kept["chunk"]
 
 
-def _versions(meta: AttentionMetadata) -> tuple[int, ...]:
-    tensors = (meta.query_start_loc, meta.seq_lens, meta.swa_block_table, meta.extra_block_table)
-    # torch counts no changes of what was made under inference_mode.
-    return tuple(-1 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors)
+def plan_groups(chunks: list[SparsePrefillChunkCache]) -> None:
+    """Make the groups of chunks of one step: two launches for each two groups, whatever chunk they are of."""
+    waiting = []
+    for chunk in chunks:
+        meta, kinds = chunk.meta, []
+        for first, end, _ in chunk._spans or ():
+            compressed = sum(meta.compressed_bounds()[first:end])
+            windows = 0 if meta.swa_block_table is None else sum(meta.window_bounds()[first:end])
+            kinds.append(_gather_kind(meta, first, end, compressed, windows))
+        waiting.append(kinds)
+    every = [kind for kinds in waiting for kind in kinds]
+    for at in range(0, len(every), 2):
+        _plan_gather(chunks[0].meta.step, every[at : at + 2])
+    for chunk, kinds in zip(chunks, waiting):
+        chunk._groups = tuple(
+            _group(chunk, kind, block) for kind, (_, _, block) in zip(kinds, chunk._spans or ())
+        )  # fmt: skip
 
 
-def _tokens(meta: AttentionMetadata, first: int, end: int) -> slice:
-    """The query tokens of some requests. Padding belongs to none; it goes with the last."""
-    starts = meta.host_starts
-    return slice(starts[first] if first else 0, meta.num_tokens if end == len(meta.host_query_lens) else starts[end])
+def _group(chunk: SparsePrefillChunkCache, kind: GatherKind, block: int) -> Group:
+    meta, requests = chunk.meta, slice(kind.first, kind.end)
+    tokens = chunk._tokens(kind.first, kind.end)
+    slots = kind.slots
+    if meta.swa_block_table is None:
+        slots = torch.cat([slots, chunk.window.slots])
+    compressed_base, compressed_lens, swa_base, gather_lens, seq_lens = kind.requests.unbind()
+    return Group(
+        requests, tokens, slots, kind.compressed_rows, compressed_base, compressed_lens, swa_base, gather_lens,
+        seq_lens, max(meta.compressed_bounds()[requests], default=0),
+        tuple(slice(t, min(t + block, tokens.stop)) for t in range(tokens.start, tokens.stop, block)),
+    )  # fmt: skip
+
+
+def _gather_kind(meta: AttentionMetadata, first: int, end: int, compressed: int, windows: int) -> GatherKind:
+    requests, device = meta.seq_lens.shape[0], meta.seq_lens.device
+    table = meta.extra_block_table if meta.extra_block_table is not None else meta.swa_block_table
+    assert table is not None
+    return GatherKind(
+        first, end, meta.compress_ratio if meta.compressed else 0, table, meta.extra_page_size or 1, meta.extra_pages,
+        compressed, torch.empty(5, requests, dtype=torch.int32, device=device),
+        torch.empty(compressed + windows, dtype=torch.int32, device=device),
+    )  # fmt: skip
+
+
+def _plan_gather(step: StepMetadata, kinds: list[GatherKind]) -> None:
+    table = kinds[0].block_table if step.swa_block_table is None else step.swa_block_table
+    call = GatherCall(
+        step.query_start_loc, step.seq_lens, step.max_seq_len, table, step.swa_page_size, step.swa_pages,
+        step.window_size, tuple(kinds),
+    )  # fmt: skip
+    device = step.seq_lens.device
+    record = select(Problem.on("plan_gather", device, tokens=sum(kind.slots.shape[0] for kind in kinds)))
+    call_on(device, record.run, call)
+
+
+def _listed_rows(meta: AttentionMetadata) -> int:
+    return min(meta.swa_indices.numel(), meta.swa_pages * meta.swa_page_size)
+
+
+def _listed_window(meta: AttentionMetadata) -> Window:
+    """Window rows that the server brought as slots, each once."""
+    device, capacity, pool = meta.seq_lens.device, _listed_rows(meta), meta.swa_pages * meta.swa_page_size
+    listed = torch.full((capacity,), -1, dtype=torch.int32, device=device)
+    rows = torch.full(meta.swa_indices.shape, -1, dtype=torch.int32, device=device)
+    count = torch.zeros(1, dtype=torch.int32, device=device)
+    tokens, width = rows.shape
+    record = select(Problem.on("list_referenced", device, tokens=tokens, width=width))
+    if rows.numel() and pool:
+        call_on(device, record.run, meta.swa_indices, meta.swa_lens, pool, 1, listed, rows, count)
+    return Window(listed, rows, meta.swa_lens)
 
 
 def _count(tokens: slice) -> int:
     return tokens.stop - tokens.start
 
 
-def _rows(meta: AttentionMetadata, first: int, end: int) -> int:
-    return sum(meta.compressed_counts[first:end]) + sum(meta.gather_counts[first:end])
-
-
-def _index_bytes(meta: AttentionMetadata, first: int, end: int) -> int:
-    """Bytes of one token's index row and span, in a group of these requests."""
-    topk = meta.topk if meta.compress_ratio == 4 else max(meta.compressed_counts[first:end], default=0)
-    return _index_row_bytes(topk, meta.window_size)
-
-
 def _index_row_bytes(extra_width: int, window_size: int) -> int:
     return 4 * indices.combined_topk_width(extra_width, window_size) + 4
-
-
-def _split(meta: AttentionMetadata, max_bytes: int, max_rows: int | None) -> list[tuple[int, int, int]] | None:
-    """``(first request, end, tokens a block)`` of each group, in order; None where a request does not fit at all.
-
-    As many requests as fit with their index rows whole go together. One that does not fit alone has its index rows cut.
-    """
-    requests = len(meta.host_query_lens)
-    spans: list[tuple[int, int, int]] = []
-
-    def fits(first: int, end: int, tokens: int) -> bool:
-        rows = _rows(meta, first, end)
-        if max_rows is not None and rows > max_rows:
-            return False
-        return rows * ROW_BYTES + tokens * _index_bytes(meta, first, end) <= max_bytes
-
-    if fits(0, requests, meta.num_tokens):
-        return [(0, requests, max(1, meta.num_tokens))]
-    first = 0
-    # Padding alone, without a request, is a group too.
-    while first < requests or not spans:
-        end = min(first + 1, requests)
-        while end < requests and fits(first, end + 1, _count(_tokens(meta, first, end + 1))):
-            end += 1
-        tokens = max(1, _count(_tokens(meta, first, end)))
-        if not fits(first, end, tokens):
-            if not fits(first, end, 1):
-                return None
-            left = max_bytes - _rows(meta, first, end) * ROW_BYTES
-            tokens = left // _index_bytes(meta, first, end)
-        spans.append((first, end, tokens))
-        first = end
-    return spans
-
-
-def _group(meta: AttentionMetadata, first: int, end: int, block: int) -> Group:
-    tokens = _tokens(meta, first, end)
-    inside = slice(first, end)
-    compressed = meta.compressed[inside]
-    gathered = meta.gathered[inside]
-    compressed_rows, swa_rows = sum(meta.compressed_counts[inside]), sum(meta.gather_counts[inside])
-    slots = _ragged_slots(
-        meta.swa_block_table[inside], meta.seq_lens[inside] - gathered, gathered, swa_rows,
-        meta.swa_page_size, meta.swa_pages,
-    )  # fmt: skip
-    if meta.extra_block_table is not None:
-        first_entry = torch.zeros_like(compressed)
-        compressed_slots = _ragged_slots(
-            meta.extra_block_table[inside], first_entry, compressed, compressed_rows,
-            meta.extra_page_size, meta.extra_pages,
-        )  # fmt: skip
-        slots = torch.cat([compressed_slots, slots])
-    compressed_base, swa_base = torch.zeros_like(meta.compressed), torch.zeros_like(meta.gathered)
-    compressed_base[inside] = _exclusive_sum(compressed)
-    swa_base[inside] = _exclusive_sum(gathered) + compressed_rows
-    blocks = tuple(slice(t, min(t + block, tokens.stop)) for t in range(tokens.start, tokens.stop, block))
-    return Group(
-        inside, tokens, slots, compressed_rows, compressed_base, swa_base, meta.gathered,
-        max(meta.compressed_counts[inside], default=0), blocks,
-    )  # fmt: skip
-
-
-def _exclusive_sum(counts: torch.Tensor) -> torch.Tensor:
-    return counts.cumsum(0, dtype=torch.int32) - counts
-
-
-def _ragged_slots(
-    block_table: torch.Tensor,
-    first: torch.Tensor,
-    counts: torch.Tensor,
-    total: int,
-    page_size: int,
-    pages: int,
-) -> torch.Tensor:
-    """Slots of entries ``first[i] ... first[i] + counts[i] - 1`` of every request, int32 ``[total]``."""
-    request = torch.repeat_interleave(counts.long(), output_size=total)
-    row = torch.arange(total, dtype=torch.int32, device=counts.device)
-    local = row - _exclusive_sum(counts)[request] + first[request]
-    limits = (first + counts)[request]
-    return indices.local_to_slots(local[:, None], request.int(), limits, block_table, page_size, pages)[:, 0]

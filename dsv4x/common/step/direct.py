@@ -1,0 +1,123 @@
+"""The direct path: the decode op over paged caches, read in place."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from ..core.calls import DecodeCall, Local, Scope
+from ..core.model import LayerKind
+from ..dispatch.costs import step_costs
+from ..dispatch.registry import Kernel, Problem, select
+from ..ops.sparse_mla import attend
+from .chunk import SparsePrefillChunkCache
+from .metadata import AttentionMetadata
+from .plan import Layer, Result, Step, StepPlan
+from .results import Results
+
+ROW_ALIGNMENT = 64
+"""Widths of the slot rows made of top-k are multiples of this, which every decode kernel takes as it is."""
+
+
+class Direct:
+    """Reads pages in place, whatever the number of tokens."""
+
+    name: ClassVar[str] = "direct"
+
+    def has(self, kind: LayerKind) -> bool:
+        return True
+
+    def problem(self, step: Step) -> Problem:
+        return Problem.on(
+            "sparse_mla_decode", step.device, tokens=step.tokens, heads=step.heads,
+            width=step.meta.swa_indices.shape[1], extra_width=step.extra_width, entries=step.entries,
+            caches=step.caches, lse=step.lse,
+        )  # fmt: skip
+
+    def refusal(self, step: Step, problem: Problem) -> str:
+        return ""
+
+    def predicted_us(self, step: Step, problem: Problem, kernel: Kernel) -> float:
+        costs, remapped = step_costs(problem.arch), step.local and not step.slots
+        return costs.direct_us(
+            kernel.predicted_us(problem), kernel.host_us(problem), problem, remapped and not kernel.remaps
+        )
+
+    def helpers(self, step: Step, problem: Problem, kernel: Kernel) -> dict[str, Kernel]:
+        if not step.local or step.slots or kernel.remaps:
+            return {}
+        return {"pack_slots": select(Problem.on("pack_slots", step.device, tokens=step.tokens, width=step.topk))}
+
+    def run(self, plan: StepPlan, layer: Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache) -> Result:
+        blocks = meta.direct_blocks
+        results = Results(layer, len(blocks))
+        for block in blocks:
+            results.add(block, attend(plan.attend, self._call(plan, layer, meta, block, results)))
+        return results.all()
+
+    def _call(
+        self, plan: StepPlan, layer: Layer, meta: AttentionMetadata, block: slice, results: Results
+    ) -> DecodeCall:
+        q, swa_indices, swa_lens, extra_lens = layer.q, meta.swa_indices, meta.swa_lens, meta.extra_lens
+        if not results.whole:
+            # Only rows of every visible entry are cut, which are then made a block at a time.
+            assert extra_lens is not None
+            q, swa_indices, extra_lens = q[block], swa_indices[block], extra_lens[block]
+            swa_lens = None if swa_lens is None else swa_lens[block]
+        extra, local, trusted = None, None, meta.step.makes_windows
+        if layer.extra_cache is not None:
+            if not meta.selects:
+                indices = meta.extra_indices
+                indices = meta.slot_rows(block) if indices is None else indices
+                extra = Scope(layer.extra_cache, indices, extra_lens, layer.extra_k_scale)
+            elif layer.topk_slots is not None:
+                extra, trusted = Scope(layer.extra_cache, layer.topk_slots, layer.topk_lens, layer.extra_k_scale), False
+            else:
+                assert layer.topk_indices is not None
+                entries = local_of(meta)
+                if plan.attend.remaps:
+                    local = entries
+                    extra = Scope(layer.extra_cache, layer.topk_indices, layer.topk_lens, layer.extra_k_scale)
+                else:
+                    slots, lens = packed_slots(plan, layer, entries, meta.extra_page_size)
+                    extra = Scope(layer.extra_cache, slots, lens, layer.extra_k_scale)
+        return DecodeCall(
+            q, Scope(layer.swa_cache, swa_indices, swa_lens, layer.swa_k_scale), extra, layer.attn_sink,
+            layer.softmax_scale, results.buffer(block), layer.heads, layer.return_lse, local,
+            entries=meta.entries or 0, trusted=trusted, schedule=_schedule(meta, block),
+        )  # fmt: skip
+
+
+def local_of(meta: AttentionMetadata) -> Local:
+    """What makes slots of a step's local entries."""
+    assert meta.visible is not None
+    assert meta.extra_block_table is not None
+    return Local(meta.request, meta.visible, meta.extra_block_table, meta.extra_pages)
+
+
+def packed_slots(
+    plan: StepPlan, layer: Layer, local: Local | None, page_size: int, tokens: slice | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slots of a layer's top-k, packed to the front of its rows, and spans."""
+    rows = layer.topk_indices if local is not None else layer.topk_slots
+    assert rows is not None
+    assert layer.extra_cache is not None
+    spans = layer.topk_lens
+    if tokens is not None:
+        rows, spans = rows[tokens], None if spans is None else spans[tokens]
+        if local is not None:
+            local = local._replace(request=local.request[tokens], visible=local.visible[tokens])
+    width = max(1, -(-rows.shape[1] // ROW_ALIGNMENT)) * ROW_ALIGNMENT
+    slots = torch.empty(rows.shape[0], width, dtype=torch.int32, device=rows.device)
+    lens = torch.empty(rows.shape[0], dtype=torch.int32, device=rows.device)
+    plan.helpers["pack_slots"].run(rows, spans, local, layer.extra_cache.capacity, page_size, slots, lens)
+    return slots, lens
+
+
+def _schedule(meta: AttentionMetadata, block: slice) -> dict[Any, Any]:
+    """Where a kernel keeps, for the step's other layers, what follows from the lengths alone."""
+    kept = meta.kept.get(("schedule", block.start))
+    if kept is None:
+        kept = meta.kept["schedule", block.start] = {"captured": meta.step.captured}
+    return kept
