@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import slow
 import torch
+from calling import decode_call
 from tolerances import check_close, check_decode, check_prefill
 
 import dsv4x
 from dsv4x import platform, reference
+from dsv4x.common.core.calls import Local
 from dsv4x.common.core.layouts import DSV4, PagedCache
 from dsv4x.common.dispatch import registry
 
@@ -463,12 +465,10 @@ def test_local_entries_are_made_slots_of_in_the_kernel(kernel, device, split_k, 
     reference.local_to_slots(local, request, visible, table, 4, pages, wanted["extra_indices"])
     assert (wanted["extra_indices"] >= 0).sum() > 50
     wanted = reference.sparse_mla_decode(**wanted, dtype=torch.float64)
-    case = on_device(case | {"extra_indices": local, "local": (request, visible, table, pages)}, device)
-    case["local"] = tuple(on_device(x, device) for x in case["local"])
-    case |= {"softmax_scale": 512**-0.5, "out": None} | ({} if split_k is None else {"split_k": split_k})
-    names = ("q", "swa_cache", "swa_indices", "swa_lens", "extra_cache", "extra_indices", "extra_lens", "attn_sink")
-    inputs = [case.pop(name) for name in (*names, "softmax_scale", "out")]
-    check_decode(*record.run(*inputs, **case), *on_device(dict(enumerate(wanted)), device).values())
+    case = on_device(case | {"extra_indices": local}, device)
+    there = Local(*(on_device(x, device) for x in (request, visible, table)), pages)
+    result = record.run(decode_call(**case, local=there, split_k=split_k))
+    check_decode(*result, *on_device(dict(enumerate(wanted)), device).values())
 
 
 def test_kernels_that_split_as_they_like_refuse_fixed_splits(decode_case):

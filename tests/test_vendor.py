@@ -3,10 +3,10 @@
 import dataclasses
 import inspect
 import sys
-import types
 
 import pytest
 import torch
+from calling import decode_call, prefill_call
 from tolerances import check_decode, check_prefill
 
 import dsv4x
@@ -310,7 +310,7 @@ def prefill_case(index_rows, rng):
 
 
 def run_decode(case, out=None, **keywords):
-    got, lse = flash_mla.decode(*case.values(), 512**-0.5, out, **keywords)
+    got, lse = flash_mla.decode(decode_call(**case, out=out, **keywords))
     want = reference.sparse_mla_decode(**case, softmax_scale=512**-0.5, dtype=torch.float64)
     check_decode(got, lse, *want)
     assert lse.is_contiguous()
@@ -319,7 +319,7 @@ def run_decode(case, out=None, **keywords):
 
 
 def run_prefill(case, out=None, **keywords):
-    got, lse = flash_mla.prefill(*case.values(), 512**-0.5, out, **keywords)
+    got, lse = flash_mla.prefill(prefill_call(**case, out=out, **keywords))
     check_prefill(got, lse, *reference.sparse_mla_prefill(**case, dtype=torch.float64))
     assert lse.is_contiguous()
     assert got is out if out is not None else got.is_contiguous()
@@ -423,12 +423,10 @@ def test_other_lengths_take_another_schedule(one_double, decode_case):
 
 def test_a_captured_call_keeps_no_scheduler(one_double, monkeypatch):
     """A replay must plan for the lengths it then finds, not for those of the eager step that shared the dict."""
-    cache, indices = PagedCache.zeros(1, layouts.DSV4, 64), torch.zeros(4, 64, dtype=torch.int32)
-    q = types.SimpleNamespace(shape=(4, 64, 512), device=torch.device("cuda:0"), is_cuda=True)
     schedule = {}
 
     def scheduler():
-        return flash_mla._scheduler(schedule, q, cache, indices, None, None, 0)
+        return flash_mla._scheduler(schedule, torch.device("cuda:0"), (0, (4, 64, 512), 64, 64))
 
     eager = scheduler()
     assert scheduler() is eager

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..core import checks
+from ..core.calls import AttentionCall, DecodeCall, PrefillCall, Result, Scope, output
 from ..core.layouts import PagedCache
 from ..core.model import HEAD_DIMS, MAX_HEADS, VALUE_DIM
 from ..dispatch.registry import Kernel, Problem, call_on, select
@@ -97,43 +98,21 @@ def sparse_mla_decode(
     if check_values:
         checks.finite_rows("q", q, [lens for *_, lens in scopes])
     out = check_rest(q, attn_sink, out)
-    problem = Problem.on(
-        "sparse_mla_decode",
-        q.device,
-        tokens=tokens,
-        heads=q.shape[1],
-        head_dim=q.shape[2],
-        width=swa_indices.shape[1],
-        extra_width=extra_indices.shape[1] if extra_indices is not None else 0,
-        caches=tuple(cache.spec for _, cache, _, _ in scopes),
-        lse=return_lse,
-        split_k=split_k or 0,
-    )
-    scale = scale_of(softmax_scale, q.shape[2])
-    record = select(problem, kernel)
-    if tokens == 0:
-        return _empty(q, out, return_lse)
-    return call_on(
-        q.device,
-        attend,
-        record,
+    made = [Scope(cache, indices, lens, k_scales[name]) for name, cache, indices, lens in scopes]
+    call = DecodeCall(
         q,
-        swa_cache,
-        swa_indices,
-        swa_lens,
-        extra_cache,
-        extra_indices,
-        extra_lens,
+        made[0],
+        made[1] if len(made) > 1 else None,
         attn_sink,
-        scale,
+        scale_of(softmax_scale, q.shape[2]),
         out,
-        trusted_indices=trusted_indices,
-        schedule=schedule,
-        swa_k_scale=k_scales["swa"],
-        extra_k_scale=k_scales["extra"] if len(scopes) > 1 else 1.0,
-        return_lse=return_lse,
+        q.shape[1],
+        lse=return_lse,
         split_k=split_k,
+        trusted=trusted_indices,
+        schedule=schedule,
     )
+    return _run(call, kernel)
 
 
 def sparse_mla_prefill(
@@ -185,46 +164,54 @@ def sparse_mla_prefill(
         checks.index_values("indices", indices, lens, kv.shape[0], "workspace row")
         checks.finite_rows("q", q, [lens])
     out = check_rest(q, attn_sink, out)
-    problem = Problem.on(
-        "sparse_mla_prefill",
+    scale = scale_of(softmax_scale, q.shape[2])
+    call = PrefillCall(q, kv, indices, lens, attn_sink, scale, out, q.shape[1], return_lse, trusted_indices)
+    return _run(call, kernel)
+
+
+def problem_of(call: AttentionCall) -> Problem:
+    """What a call's kernel is chosen by."""
+    q = call.q
+    tokens, _, head_dim = q.shape
+    if isinstance(call, PrefillCall):
+        return Problem.on(
+            "sparse_mla_prefill",
+            q.device,
+            tokens=tokens,
+            heads=call.heads,
+            head_dim=head_dim,
+            width=call.indices.shape[1],
+            rows=call.kv.shape[0],
+            lse=call.lse,
+        )
+    extra = call.extra
+    return Problem.on(
+        "sparse_mla_decode",
         q.device,
         tokens=tokens,
-        heads=q.shape[1],
-        head_dim=q.shape[2],
-        width=indices.shape[1],
-        rows=kv.shape[0],
-        lse=return_lse,
-    )
-    scale = scale_of(softmax_scale, q.shape[2])
-    record = select(problem, kernel)
-    if tokens == 0:
-        return _empty(q, out, return_lse)
-    return call_on(
-        q.device,
-        attend,
-        record,
-        q,
-        kv,
-        indices,
-        lens,
-        attn_sink,
-        scale,
-        out,
-        trusted_indices=trusted_indices,
-        return_lse=return_lse,
+        heads=call.heads,
+        head_dim=head_dim,
+        width=call.swa.indices.shape[1],
+        extra_width=0 if extra is None else extra.indices.shape[1],
+        entries=call.entries,
+        caches=(call.swa.cache.spec,) if extra is None else (call.swa.cache.spec, extra.cache.spec),
+        lse=call.lse,
+        split_k=call.split_k or 0,
     )
 
 
-def attend(
-    record: Kernel, *args: Any, return_lse: bool, split_k: int | None = None, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _run(call: AttentionCall, kernel: str | None) -> Result:
+    record = select(problem_of(call), kernel)
+    if call.q.shape[0] == 0:
+        lse = torch.empty(0, call.heads, dtype=torch.float32, device=call.q.device) if call.lse else None
+        return output(call), lse
+    return call_on(call.q.device, attend, record, call)
+
+
+def attend(record: Kernel, call: AttentionCall) -> Result:
     """Run an attention kernel; None for the lse where none is wanted, whatever the kernel made."""
-    if record.lse_optional:
-        options["return_lse"] = return_lse
-    if split_k is not None:
-        options["split_k"] = split_k
-    out, lse = record.run(*args, **options)
-    return out, lse if return_lse else None
+    out, lse = record.run(call)
+    return out, lse if call.lse else None
 
 
 def check_cache(name: str, value: object, device: torch.device, head_dim: int) -> PagedCache:
@@ -272,9 +259,3 @@ def scale_of(softmax_scale: object, head_dim: int) -> float:
     if not 0 < softmax_scale < float("inf"):
         raise ValueError(f"softmax_scale: got {softmax_scale}, need a finite number > 0")
     return float(softmax_scale)
-
-
-def _empty(q: torch.Tensor, out: torch.Tensor | None, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if out is None:
-        out = torch.empty(0, q.shape[1], VALUE_DIM, dtype=q.dtype, device=q.device)
-    return out, torch.empty(0, q.shape[1], dtype=torch.float32, device=q.device) if return_lse else None

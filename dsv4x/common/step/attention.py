@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..core import checks
+from ..core.calls import DecodeCall, Local, PrefillCall, Scope
 from ..core.layouts import PagedCache
 from ..dispatch.registry import Kernel, Problem, call_on, select
 from ..ops import indices
@@ -211,10 +212,11 @@ def _direct(
             # Only C128 is cut, whose slot rows are then made a block at a time.
             assert extra_lens is not None
             q, swa_indices, swa_lens, extra_lens = q[block], swa_indices[block], swa_lens[block], extra_lens[block]
-        options: dict[str, Any] = {}
+        local = None
         if topk_indices is not None and plan.attend.remaps:
+            assert meta.extra_block_table is not None
             extra_indices = topk_indices
-            options["local"] = (meta.request, meta.visible, meta.extra_block_table, meta.extra_pages)
+            local = Local(meta.request, meta.visible, meta.extra_block_table, meta.extra_pages)
         elif topk_indices is not None:
             width = topk_indices.shape[1]
             extra_indices = torch.empty(topk_indices.shape, dtype=torch.int32, device=q.device)
@@ -227,12 +229,15 @@ def _direct(
                 extra_lens = extra_lens.clamp_max(width)
         elif extra_lens is not None and extra_indices is None:
             extra_indices = meta.slot_rows(block)
-        results.add(block, *attend(
-            plan.attend, q, layer.swa_cache, swa_indices, swa_lens, layer.extra_cache, extra_indices, extra_lens,
-            layer.attn_sink, layer.scale, results.buffer(block),
-            trusted_indices=True, schedule=meta.kept.setdefault(block.start, {"captured": meta.captured}),
-            swa_k_scale=layer.swa_k_scale, extra_k_scale=layer.extra_k_scale, return_lse=layer.return_lse, **options,
-        ))  # fmt: skip
+        extra = None
+        if layer.extra_cache is not None and extra_indices is not None:
+            extra = Scope(layer.extra_cache, extra_indices, extra_lens, layer.extra_k_scale)
+        call = DecodeCall(
+            q, Scope(layer.swa_cache, swa_indices, swa_lens, layer.swa_k_scale), extra, layer.attn_sink, layer.scale,
+            results.buffer(block), q.shape[1], lse=layer.return_lse, local=local, trusted=True,
+            schedule=meta.kept.setdefault(block.start, {"captured": meta.captured}),
+        )  # fmt: skip
+        results.add(block, *attend(plan.attend, call))
     return results.all()
 
 
@@ -259,10 +264,11 @@ def _gathered(
             else:
                 rows, lens = chunk.index_rows(group, block, layer.topk_indices, plan.remap)
             q = layer.q if results.whole else layer.q[block]
-            results.add(block, *attend(
-                plan.attend, q, workspace, rows, lens, layer.attn_sink, layer.scale, results.buffer(block),
-                trusted_indices=True, return_lse=layer.return_lse,
-            ))  # fmt: skip
+            call = PrefillCall(
+                q, workspace, rows, lens, layer.attn_sink, layer.scale, results.buffer(block), q.shape[1],
+                layer.return_lse, trusted=True,
+            )  # fmt: skip
+            results.add(block, *attend(plan.attend, call))
     return results.all()
 
 
@@ -295,10 +301,11 @@ def _referenced(
         rows, lens = indices.combine_swa_extra_indices(
             compacted.indices, extra_lens[block], window.indices[block], window.lens[block], capacity
         )
-        results.add(block, *attend(
-            plan.attend, layer.q[block], workspace, rows, lens, layer.attn_sink, layer.scale, results.buffer(block),
-            trusted_indices=True, return_lse=layer.return_lse,
-        ))  # fmt: skip
+        call = PrefillCall(
+            layer.q[block], workspace, rows, lens, layer.attn_sink, layer.scale, results.buffer(block),
+            layer.q.shape[1], layer.return_lse, trusted=True,
+        )  # fmt: skip
+        results.add(block, *attend(plan.attend, call))
     return results.all()
 
 
