@@ -58,9 +58,23 @@ def max_batch(heads: int, shared_memory: int) -> int:
 
 
 @functools.cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
 def _options(function: Callable[..., Any]) -> dict[str, bool]:
     """What an entry point takes to reach the V4 kernels: newer wheels moved them behind ``use_legacy``."""
-    return {"use_legacy": True} if "use_legacy" in inspect.signature(function).parameters else {}
+    return {"use_legacy": True} if "use_legacy" in _parameters(function) else {}
+
+
+def _out(function: Callable[..., Any], call: AttentionCall, heads: int, *middle: int) -> dict[str, torch.Tensor]:
+    """The caller's buffer, where the build takes one (vLLM's does) and FlashMLA would write nothing else into it."""
+    out = call.out
+    if out is None or not call.heads == heads == out.shape[1] or "out" not in _parameters(function):
+        return {}
+    if not out.is_contiguous() or out.data_ptr() % layouts.ALIGNMENT:
+        return {}
+    return {"out": out.view(out.shape[0], *middle, heads, VALUE_DIM)}
 
 
 def _wheel_reasons(problem: Problem) -> list[str]:
@@ -68,7 +82,7 @@ def _wheel_reasons(problem: Problem) -> list[str]:
     if problem.device != "cuda" or problem.arch not in ARCHS or FLASH_MLA.reason is not None:
         return []
     module = FLASH_MLA.load()
-    parameters = inspect.signature(module.flash_mla_with_kvcache).parameters
+    parameters = _parameters(module.flash_mla_with_kvcache)
     if "extra_k_cache" not in parameters:
         return [f"flash_mla at {FLASH_MLA.path} has no extra_k_cache: it predates DeepSeek-V4"]
     if "use_legacy" in parameters:
@@ -108,16 +122,20 @@ def _triton_missing() -> list[str]:
     return [f"its index pass needs triton: {TRITON.reason}"] if TRITON.reason else []
 
 
+def _padded_heads(heads: int) -> int:
+    return next(h for h in HEADS if heads <= h)
+
+
 def _padded(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """q and sink of a head count FlashMLA has."""
+    """q and sink of a head count FlashMLA has: a view where q is as wide, whatever its other heads hold."""
     q, sink = call.q, call.attn_sink
-    heads = q.shape[1]
-    if heads not in HEADS:
-        q = queries(call)
-        padded = next(h for h in HEADS if call.heads <= h)
-        q = torch.nn.functional.pad(q, (0, 0, 0, padded - call.heads))
-    if sink is not None and sink.shape[0] != q.shape[1]:
-        sink = torch.nn.functional.pad(sink[: q.shape[1]], (0, max(0, q.shape[1] - sink.shape[0])))
+    padded = _padded_heads(call.heads)
+    if q.shape[1] > padded:
+        q = q[:, :padded]
+    elif q.shape[1] < padded:
+        q = torch.nn.functional.pad(queries(call), (0, 0, 0, padded - call.heads))
+    if sink is not None and sink.shape[0] != padded:
+        sink = sink[:padded] if sink.shape[0] > padded else torch.nn.functional.pad(sink, (0, padded - sink.shape[0]))
     return q, sink
 
 
@@ -153,8 +171,7 @@ def decode(call: DecodeCall) -> Result:
             call.q, kv, swa.indices, swa.lens, call.attn_sink, call.softmax_scale, call.out, call.heads, call.lse,
             trusted,
         ))  # fmt: skip
-    heads = next(h for h in HEADS if call.heads <= h)
-    step = max_batch(heads, platform.limits(call.q.device).shared_memory)
+    step = max_batch(_padded_heads(call.heads), platform.limits(call.q.device).shared_memory)
     if call.q.shape[0] <= step:
         # No slicing: in a small call each view costs a microsecond or two of the host's time.
         return _decode_part(call, call.schedule, 0)
@@ -178,23 +195,22 @@ def _decode_part(call: DecodeCall, schedule: dict[Any, Any] | None, start: int) 
         shapes += (extra.cache.page_size, e_indices.shape[1])
     function = FLASH_MLA.load().flash_mla_with_kvcache
     values, lse = function(
-        q.unsqueeze(1),
-        _servers_view(swa.cache),
-        None,
-        None,
-        VALUE_DIM,
-        _scheduler(schedule, q.device, (start, *shapes)),
-        None,
-        call.softmax_scale,
-        False,
-        True,
-        indices.unsqueeze(1),
-        attn_sink,
-        None if extra is None else _servers_view(extra.cache),
-        None if e_indices is None else e_indices.unsqueeze(1),
-        lens,
-        e_lens,
+        q=q.unsqueeze(1),
+        k_cache=_servers_view(swa.cache),
+        block_table=None,
+        cache_seqlens=None,
+        head_dim_v=VALUE_DIM,
+        tile_scheduler_metadata=_scheduler(schedule, q.device, (start, *shapes)),
+        softmax_scale=call.softmax_scale,
+        is_fp8_kvcache=True,
+        indices=indices.unsqueeze(1),
+        attn_sink=attn_sink,
+        extra_k_cache=None if extra is None else _servers_view(extra.cache),
+        extra_indices_in_kvcache=None if e_indices is None else e_indices.unsqueeze(1),
+        topk_length=lens,
+        extra_topk_length=e_lens,
         **_options(function),
+        **_out(function, call, q.shape[1], 1),
     )
     return deliver(call, values.squeeze(1), lse.squeeze(2))
 
@@ -226,7 +242,15 @@ def prefill(call: PrefillCall) -> Result:
     if kv.shape[0] == 0:
         kv = kv.new_zeros(1, kv.shape[1])
     values, _, lse = function(
-        q, kv.unsqueeze(1), indices.unsqueeze(1), call.softmax_scale, VALUE_DIM, attn_sink, lens, **_options(function)
+        q=q,
+        kv=kv.unsqueeze(1),
+        indices=indices.unsqueeze(1),
+        sm_scale=call.softmax_scale,
+        d_v=VALUE_DIM,
+        attn_sink=attn_sink,
+        topk_length=lens,
+        **_options(function),
+        **_out(function, call, q.shape[1]),
     )
     return deliver(call, values, lse)
 

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ...common.core.calls import PrefillCall, Result, output
+from ...common.core.calls import PrefillCall, Result, output, queries
 from ...common.core.platform import platform
 from ...common.kernels.launch import Launcher
 
@@ -302,7 +302,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 def sparse_mla_prefill(call: PrefillCall) -> Result:
     """Launch over the heads that count, of 512 values."""
     out, heads, attn_sink, indices, lens = output(call), call.heads, call.attn_sink, call.indices, call.lens
-    q, kv = _aligned(call.q), _aligned(call.kv)
+    q, kv = _aligned(queries(call)), _aligned(call.kv)
     tokens = q.shape[0]
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     items = tokens * -(-heads // BLOCK_H.value)
