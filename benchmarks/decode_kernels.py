@@ -19,6 +19,7 @@ from timing import captured, compare_us, write
 
 import dsv4x
 from dsv4x import PagedCache, layouts
+from dsv4x.common.core.calls import DecodeCall, Scope
 from dsv4x.common.kernels import decode
 from dsv4x.cuda.hopper import decode as decode_hopper
 
@@ -46,7 +47,8 @@ def measure(swa: PagedCache, extra: PagedCache, heads: int, topk: int, tokens: i
     lens = [torch.full((tokens,), width, dtype=torch.int32, device="cuda") for width in (WINDOW, topk)]
     out = torch.empty_like(q)
     meta = get_mla_metadata()[0]
-    scopes = (swa, rows[0], lens[0], extra, rows[1], lens[1])
+    scopes = (Scope(swa, rows[0], lens[0]), Scope(extra, rows[1], lens[1]))
+    call = DecodeCall(q, *scopes, sink, SCALE, out, heads)
 
     def bare() -> object:
         return flash_mla_with_kvcache(
@@ -56,8 +58,8 @@ def measure(swa: PagedCache, extra: PagedCache, heads: int, topk: int, tokens: i
 
     runs = {
         "flash_mla_bare": bare,
-        "gluon": lambda: decode_hopper.sparse_mla_decode(q, *scopes, sink, SCALE, out),
-        "triton": lambda: decode.sparse_mla_decode(q, *scopes, sink, SCALE, out),
+        "gluon": lambda: decode_hopper.sparse_mla_decode(call),
+        "triton": lambda: decode.sparse_mla_decode(call),
     }
     if tokens <= GRAPHED:
         runs |= {f"{name}_graph": captured(run) for name, run in runs.items()}

@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 
 from .common import ops, reference
 from .common.core import layouts
+from .common.core.calls import Local
 from .common.core.errors import BackendUnavailable, KernelNotSupported
 from .common.core.layouts import CacheLayout, CacheSpec, MLAKVCacheLayout, PagedCache
 from .common.core.platform import platform
@@ -95,6 +96,7 @@ __all__ = [
     "CompactedCache",
     "CompactedRows",
     "KernelNotSupported",
+    "Local",
     "MLAKVCacheLayout",
     "PagedCache",
     "Problem",

@@ -26,11 +26,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import torch
+from calling import decode_call, prefill_call
 from sanitize import CAPACITY, DEVICE, PAGES, cache_of, hostile
 from triton.compiler import make_backend
 
 import dsv4x
 from dsv4x import layouts
+from dsv4x.common.core.calls import Local
 from dsv4x.cuda.hopper import decode as decode_hopper
 from dsv4x.cuda.hopper import prefill as prefill_hopper
 
@@ -202,8 +204,7 @@ def prefill_launches() -> list[Launch]:
                 sink = torch.randn(heads, device=DEVICE) if sunk else None
 
                 def launch(q=q, indices=indices, lens=lens, sink=sink) -> Result:
-                    out = torch.empty_like(q)
-                    return out, prefill_hopper.sparse_mla_prefill(q, kv, indices, lens, sink, 0.05, out)
+                    return prefill_hopper.sparse_mla_prefill(prefill_call(q, kv, indices, lens, sink, 0.05))
 
                 found.append(launch)
     return found
@@ -234,11 +235,10 @@ def decode_launches() -> list[Launch]:
                 more = filled if mapped else extra, indices.long() if given else indices, lens
             sink = torch.randn(heads, device=DEVICE) if sunk else None
 
-            local = (request, visible, table, PAGES) if mapped else None
+            local = Local(request, visible, table, PAGES) if mapped else None
 
             def launch(q=q, given=(swa, swa_indices, swa_lens, *more, sink), splits=splits, local=local) -> Result:
-                out = torch.empty_like(q)
-                return out, decode_hopper.sparse_mla_decode(q, *given, 0.05, out, split_k=splits, local=local)
+                return decode_hopper.sparse_mla_decode(decode_call(q, *given, 0.05, split_k=splits, local=local))
 
             found.append(launch)
     return found

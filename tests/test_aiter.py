@@ -15,6 +15,7 @@ import types
 import aiter_signature
 import pytest
 import torch
+from calling import decode_call, prefill_call
 from tolerances import check_close, check_decode, check_prefill
 
 import dsv4x
@@ -23,6 +24,7 @@ from dsv4x.common.core.errors import BackendUnavailable, KernelNotSupported
 from dsv4x.common.core.layouts import CacheSpec, PagedCache
 from dsv4x.common.dispatch import registry
 from dsv4x.common.dispatch.registry import Kernel, Problem
+from dsv4x.common.ops.sparse_mla import problem_of
 from dsv4x.common.step.routes import paths_of
 from dsv4x.rocm import aiter
 
@@ -321,6 +323,8 @@ def install(monkeypatch):
             monkeypatch.setitem(sys.modules, module, double.modules.get(module))
         monkeypatch.setattr(aiter, "AITER", double)
         monkeypatch.setattr(aiter, "_arch", lambda device: arch)
+        there = {"device": "cuda", "arch": arch}
+        monkeypatch.setattr(aiter, "problem_of", lambda call: dataclasses.replace(problem_of(call), **there))
         return double
 
     yield put
@@ -381,14 +385,14 @@ def scaled_first(q):
 
 def run_decode(case, out=None, lse=True, scaled=False, **scales):
     """The kernel's result, held against the oracle."""
-    got, got_lse = aiter.decode(*case.values(), SCALE, out, return_lse=lse, **scales)
+    got, got_lse = aiter.decode(decode_call(**case, softmax_scale=SCALE, out=out, return_lse=lse, **scales))
     oracle = {**case, "q": scaled_first(case["q"]) if scaled else case["q"]}
     want, want_lse = reference.sparse_mla_decode(**oracle, softmax_scale=SCALE, dtype=torch.float64, **scales)
     return held(got, got_lse, want, want_lse, out, lse, check_decode)
 
 
 def run_prefill(case, out=None, lse=True, scaled=False):
-    got, got_lse = aiter.prefill(*case.values(), SCALE, out, return_lse=lse)
+    got, got_lse = aiter.prefill(prefill_call(**case, softmax_scale=SCALE, out=out, return_lse=lse))
     oracle = {**case, "q": scaled_first(case["q"]) if scaled else case["q"]}
     want, want_lse = reference.sparse_mla_prefill(**oracle, softmax_scale=SCALE, dtype=torch.float64)
     return held(got, got_lse, want, want_lse, out, lse, check_prefill)
@@ -1032,7 +1036,7 @@ def test_the_wiring_is_what_the_ops_run(lse, served, decode_case, prefill_case):
 def test_a_pool_that_no_entry_point_takes_is_refused_at_the_call(install, decode_case):
     install("gfx942", RELEASED)
     with pytest.raises(KernelNotSupported, match=r"kernel='aiter' cannot run sparse_mla_decode: .* on gfx942"):
-        aiter.decode(*decode_case(DSV4).values(), SCALE, None)
+        aiter.decode(decode_call(**decode_case(DSV4), softmax_scale=SCALE))
 
 
 @pytest.mark.parametrize(("ratio", "path"), [(r, p) for r in (1, 4, 128) for p in paths_of(r)])

@@ -17,6 +17,7 @@ import types
 import flashinfer_signature
 import pytest
 import torch
+from calling import decode_call
 from tolerances import check_close, check_decode
 
 import dsv4x
@@ -253,7 +254,7 @@ def as_rounded(q):
 
 def run(case, out=None, k_scale=1.0, **keywords):
     """The kernel's result, held against the oracle on q as the kernel sees it."""
-    got, lse = flashinfer.decode(*case.values(), SCALE, out, swa_k_scale=k_scale, **keywords)
+    got, lse = flashinfer.decode(decode_call(**case, softmax_scale=SCALE, out=out, swa_k_scale=k_scale, **keywords))
     q = as_rounded(case["q"]) if case["swa_cache"].layout is NATIVE else case["q"]
     want = reference.sparse_mla_decode(
         **{**case, "q": q}, softmax_scale=SCALE, swa_k_scale=k_scale, dtype=torch.float64
@@ -382,9 +383,9 @@ def test_a_strided_q_off_its_alignment_is_served(layout, newest, decode_case):
 
 def test_a_nan_in_q_stays_in_its_row(newest, decode_case):
     case = decode_case(lens=False, sink=False)
-    clean, _ = flashinfer.decode(*case.values(), SCALE, None)
+    clean, _ = flashinfer.decode(decode_call(**case, softmax_scale=SCALE))
     case["q"][1, 3, 100], case["q"][1, 4, 5] = float("nan"), INF
-    out, lse = flashinfer.decode(*case.values(), SCALE, None)
+    out, lse = flashinfer.decode(decode_call(**case, softmax_scale=SCALE))
     assert out[1, 3:5].isnan().all()
     assert lse[1, 3:5].isnan().all()
     clean[1, 3:5] = out[1, 3:5] = 0
@@ -399,7 +400,7 @@ def test_q_of_any_size_is_rounded_as_e4m3_rounds(size, newest, decode_case):
     assert (error <= case["q"].abs().clamp_min(least) * 2.0**-4).all()
     assert (error > 0).any(), "three bits of fraction cannot hold bf16"
     if size <= 1:
-        out, lse = flashinfer.decode(*case.values(), SCALE, None)
+        out, lse = flashinfer.decode(decode_call(**case, softmax_scale=SCALE))
         want_out, want_lse = reference.sparse_mla_decode(**case, softmax_scale=SCALE, dtype=torch.float64)
         check_close("out", out, want_out, absolute=0.05, relative=0.1, cosine=1e-3)
         check_close("lse", lse, want_lse, absolute=0.05, relative=0.02)

@@ -357,20 +357,19 @@ def test_what_the_entry_point_vouches_for_is_true(name, ratio, columns, make_ste
         assert bool(((indices >= -1) & (indices < capacity)).all())
         seen.append(indices.shape)
 
-    def decode(
-        q, swa, swa_indices, swa_lens, extra, extra_indices, extra_lens, *rest, trusted_indices, schedule, **scales
-    ):
-        assert trusted_indices
-        check(swa_indices, swa_lens, swa.capacity)
-        if extra is not None:
-            check(extra_indices, extra_lens, extra.capacity)
-        return q, q[..., 0]
+    def decode(call):
+        assert call.trusted
+        for scope in (call.swa, call.extra):
+            if scope is not None:
+                check(scope.indices, scope.lens, scope.cache.capacity)
+        return call.q, call.q[..., 0]
 
-    def prefill(q, kv, rows, lens, *rest, trusted_indices):
-        assert trusted_indices
-        check(rows, lens, len(kv))
+    def prefill(call):
+        assert call.trusted
+        kv, rows = call.kv, call.indices
+        check(rows, call.lens, len(kv))
         assert not kv[rows[rows >= 0].long()].isnan().any(), "an index points at a row that was never written"
-        return q, q[..., 0]
+        return call.q, call.q[..., 0]
 
     for op, run in (("sparse_mla_decode", decode), ("sparse_mla_prefill", prefill)):
         record = dataclasses.replace(registry.find(op, "reference"), run=run)

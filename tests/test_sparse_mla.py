@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import slow
 import torch
+from calling import decode_call
 from tolerances import check_close, check_decode, check_prefill
 
 import dsv4x
@@ -306,6 +307,71 @@ def test_out_may_have_its_tokens_inside_its_heads(decode, decode_case, attention
     decode(case, out=out)
 
 
+def padded(case, heads_in, garbage):
+    """The case with q and sink padded by heads that hold anything."""
+    tokens, heads, head_dim = case["q"].shape
+    q = torch.full((tokens, heads_in, head_dim), garbage, dtype=torch.bfloat16)
+    q[:, :heads] = case["q"]
+    sink = torch.full((heads_in,), garbage)
+    sink[:heads] = case["attn_sink"]
+    return {**case, "q": q, "attn_sink": sink}
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), INF])
+@pytest.mark.parametrize(("heads", "wide", "wide_out"), [(5, 64, 64), (16, 17, 16), (20, 128, 40), (64, 128, 65)])
+def test_only_the_heads_that_count_are_read_and_written(
+    heads, wide, wide_out, garbage, attention_kernel_device, decode_case, prefill_case, on_device
+):
+    kernel, device = attention_kernel_device
+    for op, oracle, case, check in (
+        (dsv4x.sparse_mla_decode, reference.sparse_mla_decode,
+         decode_case(tokens=3, heads=heads, width=20, extra_width=30), check_decode),
+        (dsv4x.sparse_mla_prefill, reference.sparse_mla_prefill, prefill_case(tokens=3, heads=heads), check_prefill),
+    ):  # fmt: skip
+        want = oracle(**case, dtype=torch.float64)
+        there = on_device(padded(case, wide, garbage), device)
+        out, lse = op(**there, kernel=kernel, heads=heads)
+        assert out.shape == (3, heads, 512)
+        assert out.is_contiguous()
+        check(out, lse, *want)
+        marks = torch.arange(3 * wide_out * 512, dtype=torch.int16, device=device).view(3, wide_out, 512)
+        buffer = marks.clone().view(torch.bfloat16)
+        got, lse = op(**there, kernel=kernel, heads=heads, out=buffer)
+        assert got is buffer
+        check(got[:, :heads], lse, *want)
+        assert torch.equal(got[:, heads:].view(torch.int16), marks[:, heads:]), "wrote to heads that do not count"
+        # A sink of just the heads that count goes with a padded q.
+        got, _ = op(**{**there, "attn_sink": there["attn_sink"][:heads]}, kernel=kernel, heads=heads)
+        assert torch.equal(got, out)
+
+
+def test_padded_heads_may_be_nan_under_value_checks(decode_case, monkeypatch):
+    monkeypatch.setenv("DSV4X_CHECK", "1")
+    case = decode_case(tokens=2, heads=3)
+    dsv4x.sparse_mla_decode(**padded(case, 8, float("nan")), kernel="reference", heads=3)
+    with pytest.raises(ValueError, match="q: NaN in row 0"):
+        dsv4x.sparse_mla_decode(**{**padded(case, 8, float("nan")), "swa_lens": None}, kernel="reference", heads=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"heads": 0}, ValueError, "heads: got 0, need 1 to 16"),
+        ({"heads": 17}, ValueError, "heads: got 17, need 1 to 16"),
+        ({"heads": 4.0}, TypeError, "heads: got float, need an int"),
+        ({"heads": 4, "attn_sink": torch.zeros(3)}, ValueError, "attn_sink: 3 heads, need >= 4"),
+        ({"heads": 4, "out": torch.zeros(4, 3, 512).bfloat16()}, ValueError, "out: 3 heads, need >= 4"),
+        ({"heads": 4, "out": torch.zeros(3, 4, 512).bfloat16()}, ValueError, r"out: shape is \(3, 4, 512\), need"),
+        ({"attn_sink": torch.zeros(17)}, ValueError, r"attn_sink: shape is \(17,\), need \(16\)"),
+        ({"out": torch.zeros(4, 17, 512).bfloat16()}, ValueError, r"out: shape is \(4, 17, 512\), need \(4, 16, 512\)"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(changes, error, message, decode_case, prefill_case):
+    for op, case in ((dsv4x.sparse_mla_decode, decode_case()), (dsv4x.sparse_mla_prefill, prefill_case())):
+        with pytest.raises(error, match=message):
+            op(**{**case, **changes}, kernel="reference")
+
+
 def far_apart(like, device):
     """``like [1, H, D]`` with its heads 2**30 values apart, in the middle of memory of which only the rows are used."""
     _, heads, head_dim = like.shape
@@ -411,8 +477,8 @@ def test_any_number_of_splits_gives_the_same_answer(splits, device, decode_case,
     case["attn_sink"][0] = INF
     out = torch.empty(5, 8, 512, dtype=torch.bfloat16, device=device)[:, 2:7]
     there = on_device(case, device)
-    order = ["q", "swa_cache", "swa_indices", "swa_lens", "extra_cache", "extra_indices", "extra_lens", "attn_sink"]
-    lse = sparse_mla_decode(*[there[name] for name in order], 512**-0.5, out, split_k=splits)
+    got, lse = sparse_mla_decode(decode_call(**there, out=out, split_k=splits))
+    assert got is out
     check_decode(out, lse, *reference.sparse_mla_decode(**case, dtype=torch.float64))
 
 
@@ -428,6 +494,51 @@ def test_with_splits_fixed_a_row_does_not_depend_on_its_batch(split_k, decode_ca
         assert all(torch.equal(a, b[row : row + 1]) for a, b in zip(got, together))
 
 
+@pytest.fixture
+def local_case(decode_case, rng):
+    """A decode case whose extra indices are local entries, over block tables with garbage pages; and what it means.
+
+    There are tokens of no request, entries that are not visible or past the table, and -1 anywhere.
+    """
+    tokens, width, page_size = 9, 70, 4
+    case = decode_case(tokens=tokens, heads=3, width=20, extra_width=width, extra_page_size=page_size)
+    cache, live = case["extra_cache"], case["extra_indices"].unique()
+    table = torch.randint(-2, cache.pages + 3, (4, 25), dtype=torch.int32, generator=rng)
+    table[2, 3], table[1, 0] = 2**31 - 1, -(2**31)
+    request = torch.randint(-1, 6, (tokens,), dtype=torch.int32, generator=rng)
+    visible = torch.randint(-3, 110, (tokens,), dtype=torch.int32, generator=rng)
+    every = torch.arange(120, dtype=torch.int32).expand(tokens, 120)
+    slots = torch.empty(tokens, 120, dtype=torch.int32)
+    pages = cache.pages - 1
+    reference.local_to_slots(every, request, visible, table, page_size, pages, slots)
+    local = torch.randint(0, 120, (tokens, width), generator=rng)
+    # The others are NaN, which no index may reach.
+    dead = ~torch.isin(slots.gather(1, local), torch.cat([live, torch.tensor([-1])]))
+    local = torch.where(dead, -1, local).int()
+    local[::2, 5:9] = torch.tensor([-2, -(2**31), 2**31 - 1, 120], dtype=torch.int32)
+    meant = case | {"extra_indices": torch.empty_like(local)}
+    reference.local_to_slots(local, request, visible, table, page_size, pages, meant["extra_indices"])
+    assert (meant["extra_indices"] >= 0).sum() > 50
+    given = case | {"extra_indices": local, "local": dsv4x.Local(request, visible, table, pages)}
+    return given, reference.sparse_mla_decode(**meant, dtype=torch.float64)
+
+
+def there(case, device, on_device):
+    """``on_device`` for a case with ``local``."""
+    local = case["local"]
+    tables = on_device(dict(zip("abc", local)), device).values()
+    return on_device({**case, "local": None}, device) | {"local": dsv4x.Local(*tables, local.pages)}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_local_entries_are_served_by_every_kernel(dtype, attention_kernel_device, local_case, on_device):
+    kernel, device = attention_kernel_device
+    case, want = local_case
+    case["extra_indices"] = case["extra_indices"].to(dtype)
+    got = dsv4x.sparse_mla_decode(**there(case, device, on_device), kernel=kernel)
+    check_decode(*got, *on_device(dict(enumerate(want)), device).values())
+
+
 @pytest.mark.parametrize("split_k", [None, 3])
 @pytest.mark.parametrize(
     ("kernel", "device"),
@@ -437,38 +548,46 @@ def test_with_splits_fixed_a_row_does_not_depend_on_its_batch(split_k, decode_ca
         pytest.param("gluon", "cuda", marks=pytest.mark.gpu),
     ],
 )
-def test_local_entries_are_made_slots_of_in_the_kernel(kernel, device, split_k, decode_case, on_device, rng):
-    """Over block tables with garbage pages, for tokens of no request, of entries not visible or past the table."""
+def test_local_entries_are_made_slots_of_in_the_kernel(kernel, device, split_k, local_case, on_device):
     record = registry.find("sparse_mla_decode", kernel)
     if record is None or record.not_supported_reasons(dsv4x.Problem("sparse_mla_decode", device, platform.arch)):
         pytest.skip(f"no {kernel} kernel here")
     assert record.remaps
-    tokens, width = 9, 70
-    case = decode_case(tokens=tokens, heads=3, width=20, extra_width=width, extra_page_size=4)
-    cache, live = case["extra_cache"], case["extra_indices"].unique()
-    table = torch.randint(-2, cache.pages + 3, (4, 25), dtype=torch.int32, generator=rng)
-    table[2, 3], table[1, 0] = 2**31 - 1, -(2**31)
-    request = torch.randint(-1, 6, (tokens,), dtype=torch.int32, generator=rng)
-    visible = torch.randint(-3, 110, (tokens,), dtype=torch.int32, generator=rng)
-    every = torch.arange(120, dtype=torch.int32).expand(tokens, 120)
-    slots = torch.empty(tokens, 120, dtype=torch.int32)
-    pages = cache.pages - 1
-    reference.local_to_slots(every, request, visible, table, 4, pages, slots)
-    local = torch.randint(0, 120, (tokens, width), generator=rng)
-    # The others are NaN, which no index may reach.
-    dead = ~torch.isin(slots.gather(1, local), torch.cat([live, torch.tensor([-1])]))
-    local = torch.where(dead, -1, local).int()
-    local[::2, 5:9] = torch.tensor([-2, -(2**31), 2**31 - 1, 120], dtype=torch.int32)
-    wanted = case | {"extra_indices": torch.empty_like(local)}
-    reference.local_to_slots(local, request, visible, table, 4, pages, wanted["extra_indices"])
-    assert (wanted["extra_indices"] >= 0).sum() > 50
-    wanted = reference.sparse_mla_decode(**wanted, dtype=torch.float64)
-    case = on_device(case | {"extra_indices": local, "local": (request, visible, table, pages)}, device)
-    case["local"] = tuple(on_device(x, device) for x in case["local"])
-    case |= {"softmax_scale": 512**-0.5, "out": None} | ({} if split_k is None else {"split_k": split_k})
-    names = ("q", "swa_cache", "swa_indices", "swa_lens", "extra_cache", "extra_indices", "extra_lens", "attn_sink")
-    inputs = [case.pop(name) for name in (*names, "softmax_scale", "out")]
-    check_decode(*record.run(*inputs, **case), *on_device(dict(enumerate(wanted)), device).values())
+    case, want = local_case
+    result = record.run(decode_call(**there(case, device, on_device), split_k=split_k))
+    check_decode(*result, *on_device(dict(enumerate(want)), device).values())
+
+
+def test_local_that_does_not_fit_is_refused(local_case):
+    case, _ = local_case
+    request, visible, table, pages = case["local"]
+    wrong = [
+        ("local: got tuple, need a dsv4x.Local", TypeError, (request, visible, table, pages)),
+        (r"local.request: shape is \(8,\), need \(9\)", ValueError, dsv4x.Local(request[1:], visible, table, pages)),
+        ("local.visible: dtype is int64, need int32", TypeError, dsv4x.Local(request, visible.long(), table, pages)),
+        (r"local.block_table: shape is \(25,\), need", ValueError, dsv4x.Local(request, visible, table[0], pages)),
+        (f"local.pages: got {pages + 2}, need 0 to {pages + 1}", ValueError,
+         dsv4x.Local(request, visible, table, pages + 2)),
+        ("local.pages: got float, need an int", TypeError, dsv4x.Local(request, visible, table, 2.0)),
+    ]  # fmt: skip
+    for message, error, local in wrong:
+        with pytest.raises(error, match=message):
+            dsv4x.sparse_mla_decode(**{**case, "local": local}, kernel="reference")
+    alone = {key: value for key, value in case.items() if not key.startswith("extra")}
+    with pytest.raises(ValueError, match="local: given, need extra_cache and extra_indices with it"):
+        dsv4x.sparse_mla_decode(**alone, kernel="reference")
+
+
+def test_value_checks_name_a_local_entry_its_token_may_not_see(local_case, monkeypatch):
+    monkeypatch.setenv("DSV4X_CHECK", "1")
+    case, _ = local_case
+    case["extra_lens"] = case["swa_lens"] = None
+    rows, visible = case["extra_indices"].fill_(-1), case["local"].visible.clamp_(0, 50)
+    rows[4, 7] = visible[4] - 1
+    dsv4x.sparse_mla_decode(**case, kernel="reference")
+    rows[4, 7] = visible[4]
+    with pytest.raises(ValueError, match=f"extra_indices: local entry {visible[4]} in row 4, column 7, need -1 or 0"):
+        dsv4x.sparse_mla_decode(**case, kernel="reference")
 
 
 def test_kernels_that_split_as_they_like_refuse_fixed_splits(decode_case):

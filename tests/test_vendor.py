@@ -1,12 +1,13 @@
 """Vendor libraries as dsv4x sees them, and FlashMLA's wiring against a double that asserts FlashMLA's own limits."""
 
 import dataclasses
+import functools
 import inspect
 import sys
-import types
 
 import pytest
 import torch
+from calling import decode_call, prefill_call
 from tolerances import check_decode, check_prefill
 
 import dsv4x
@@ -137,14 +138,17 @@ class Double:
     """FlashMLA as measured (formats.md, section 5): it takes nothing that the real one would not, and answers right."""
 
     def __init__(self, generation):
-        self.calls, self.metas = [], []
+        self.calls, self.metas, self.outs = [], [], []
         if generation == "use_legacy":
             self.flash_mla_with_kvcache = lambda *a, use_legacy=False, **k: self._decode(use_legacy, *a, **k)
             self.flash_mla_sparse_fwd = lambda *a, use_legacy=False, **k: self._prefill(use_legacy, *a, **k)
             self.has_legacy = lambda: True
+        elif generation == "vLLM's":
+            self.flash_mla_with_kvcache = lambda *a, out=None, **k: self._decode(True, *a, out=out, **k)
+            self.flash_mla_sparse_fwd = lambda *a, out=None, **k: self._prefill(True, *a, out=out, **k)
         else:
-            self.flash_mla_with_kvcache = lambda *a: self._decode(True, *a)
-            self.flash_mla_sparse_fwd = lambda *a: self._prefill(True, *a)
+            self.flash_mla_with_kvcache = lambda *a, **k: self._decode(True, *a, **k)
+            self.flash_mla_sparse_fwd = lambda *a, **k: self._prefill(True, *a, **k)
 
     def get_mla_metadata(self, *args, **kwargs):
         self.metas.append(SchedMeta())
@@ -187,10 +191,11 @@ class Double:
             assert attn_sink.is_contiguous()
 
     def _decode(
-        self, use_legacy, q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits,
-        softmax_scale, causal, is_fp8_kvcache, indices, attn_sink, extra_k_cache, extra_indices, topk_length,
-        extra_topk_length,
+        self, use_legacy, q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits=None,
+        softmax_scale=None, causal=False, is_fp8_kvcache=False, indices=None, attn_sink=None, extra_k_cache=None,
+        extra_indices_in_kvcache=None, topk_length=None, extra_topk_length=None, out=None,
     ):  # fmt: skip
+        extra_indices = extra_indices_in_kvcache
         assert use_legacy, "only the legacy kernels read DSv4 pages"
         tokens, one = q.shape[:2]
         assert one == 1
@@ -220,12 +225,21 @@ class Double:
         assert meta.config == config, "FlashMLA asserts that shapes are those of the first call"
         assert meta.lengths == lengths, "stale: FlashMLA would split this call by the first call's lengths"
         self.calls.append(tokens)
-        out, lse = reference.sparse_mla_decode(
+        values, lse = reference.sparse_mla_decode(
             q[:, 0], cache, rows, topk_length, extra, extra_rows, extra_topk_length, attn_sink, softmax_scale
         )
-        return out.bfloat16()[:, None], lse[:, None].contiguous().transpose(1, 2)
+        return self._written(values[:, None], out), lse[:, None].contiguous().transpose(1, 2)
 
-    def _prefill(self, use_legacy, q, kv, indices, sm_scale, d_v, attn_sink, topk_length):
+    def _written(self, values, out):
+        if out is None:
+            return values.bfloat16()
+        assert out.shape == values.shape
+        assert out.is_contiguous()
+        assert out.data_ptr() % 16 == 0
+        self.outs.append(out.data_ptr())
+        return out.copy_(values)
+
+    def _prefill(self, use_legacy, q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None, out=None):
         assert use_legacy
         self._heads(q, attn_sink)
         assert kv.dtype == torch.bfloat16
@@ -239,11 +253,11 @@ class Double:
             pointed = rows[past & (rows >= 0)].long()
             assert not kv[pointed].isnan().any(), "a NaN row past topk_length can poison out"
         self.calls.append(q.shape[0])
-        out, lse = reference.sparse_mla_prefill(q, kv[:, 0], rows, topk_length, attn_sink, sm_scale)
-        return out.bfloat16(), torch.full_like(lse, float("nan")), lse
+        values, lse = reference.sparse_mla_prefill(q, kv[:, 0], rows, topk_length, attn_sink, sm_scale)
+        return self._written(values, out), torch.full_like(lse, float("nan")), lse
 
 
-GENERATIONS = ["use_legacy", "before use_legacy"]
+GENERATIONS = ["use_legacy", "before use_legacy", "vLLM's"]
 
 
 @pytest.fixture(params=GENERATIONS)
@@ -310,7 +324,7 @@ def prefill_case(index_rows, rng):
 
 
 def run_decode(case, out=None, **keywords):
-    got, lse = flash_mla.decode(*case.values(), 512**-0.5, out, **keywords)
+    got, lse = flash_mla.decode(decode_call(**case, out=out, **keywords))
     want = reference.sparse_mla_decode(**case, softmax_scale=512**-0.5, dtype=torch.float64)
     check_decode(got, lse, *want)
     assert lse.is_contiguous()
@@ -319,7 +333,7 @@ def run_decode(case, out=None, **keywords):
 
 
 def run_prefill(case, out=None, **keywords):
-    got, lse = flash_mla.prefill(*case.values(), 512**-0.5, out, **keywords)
+    got, lse = flash_mla.prefill(prefill_call(**case, out=out, **keywords))
     check_prefill(got, lse, *reference.sparse_mla_prefill(**case, dtype=torch.float64))
     assert lse.is_contiguous()
     assert got is out if out is not None else got.is_contiguous()
@@ -342,6 +356,57 @@ def test_decode_meets_flash_mlas_head_counts(heads, double, decode_case):
     run_decode(case, out)
     out.fill_(7)
     assert (around == 7).all(), "wrote outside out"
+
+
+def padded(case, wide, garbage=float("nan")):
+    """q and sink of ``wide`` heads, those past the case's own of garbage."""
+    q = torch.nn.functional.pad(case["q"], (0, 0, 0, wide - case["q"].shape[1]), value=garbage)
+    sink = case["attn_sink"]
+    return {**case, "q": q, "attn_sink": torch.nn.functional.pad(sink, (0, wide - len(sink)), value=garbage)}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("heads", "wide"), [(8, 64), (8, 128), (8, 9), (64, 128), (64, 100), (65, 128), (100, 200)])
+def test_a_padded_q_is_handed_over_as_it_is(heads, wide, double, decode_case, prefill_case, monkeypatch):
+    needed = 64 if heads <= 64 else 128
+    for run, oracle, check, name, case in (
+        (lambda x: flash_mla.decode(decode_call(**x)), reference.sparse_mla_decode, check_decode,
+         "flash_mla_with_kvcache", decode_case(heads=heads, extra_width=64)),
+        (lambda x: flash_mla.prefill(prefill_call(**x)), reference.sparse_mla_prefill, check_prefill,
+         "flash_mla_sparse_fwd", prefill_case(heads=heads)),
+    ):  # fmt: skip
+        seen, inner = [], getattr(double, name)
+
+        @functools.wraps(inner)
+        def watch(seen=seen, inner=inner, **given):
+            seen.append(given["q"])
+            return inner(**given)
+
+        watch.__signature__ = inspect.signature(inner)
+        monkeypatch.setattr(double, name, watch)
+        wider = padded(case, wide)
+        around = torch.full((3, heads + 3, 512), 7.0, dtype=torch.bfloat16)
+        for out in (None, around):
+            got, lse = run({**wider, "heads": heads, "out": out})
+            check(got[:, :heads], lse, *oracle(**case, dtype=torch.float64))
+        assert (around[:, heads:] == 7).all(), "wrote to heads that do not count"
+        assert [q.shape[-2] for q in seen] == [needed, needed]
+        assert all((q.data_ptr() == wider["q"].data_ptr()) == (wide >= needed) for q in seen)
+
+
+@pytest.mark.interpreter
+def test_a_build_that_takes_out_writes_into_the_callers(monkeypatch, decode_case, prefill_case):
+    double = use_double(monkeypatch, "vLLM's")
+    case, rows = decode_case(heads=64), prefill_case(heads=64)
+    out = torch.empty(3, 64, 512, dtype=torch.bfloat16)
+    run_decode(case, out)
+    run_prefill(rows, out)
+    assert double.outs == [out.data_ptr()] * 2
+    # Where heads are padded, or the buffer is strided or begins in between, the result is copied.
+    run_decode(decode_case(heads=8), torch.empty(3, 8, 512, dtype=torch.bfloat16))
+    run_decode(case, odd_out(3, 64)[1])
+    run_prefill(rows, torch.empty(3 * 64 * 512 + 4, dtype=torch.bfloat16)[4:].view(3, 64, 512))
+    assert len(double.outs) == 2
 
 
 @pytest.mark.interpreter
@@ -423,12 +488,10 @@ def test_other_lengths_take_another_schedule(one_double, decode_case):
 
 def test_a_captured_call_keeps_no_scheduler(one_double, monkeypatch):
     """A replay must plan for the lengths it then finds, not for those of the eager step that shared the dict."""
-    cache, indices = PagedCache.zeros(1, layouts.DSV4, 64), torch.zeros(4, 64, dtype=torch.int32)
-    q = types.SimpleNamespace(shape=(4, 64, 512), device=torch.device("cuda:0"), is_cuda=True)
     schedule = {}
 
     def scheduler():
-        return flash_mla._scheduler(schedule, q, cache, indices, None, None, 0)
+        return flash_mla._scheduler(schedule, torch.device("cuda:0"), (0, (4, 64, 512), 64, 64))
 
     eager = scheduler()
     assert scheduler() is eager
@@ -452,9 +515,9 @@ def test_trusted_indices_of_the_right_shape_are_passed_as_they_are(one_double, d
     seen = []
     inner = one_double.flash_mla_with_kvcache
 
-    def watch(*args, use_legacy=False):
-        seen.append((args[10].data_ptr(), args[13].data_ptr()))
-        return inner(*args, use_legacy=use_legacy)
+    def watch(*, use_legacy=False, **given):
+        seen.append((given["indices"].data_ptr(), given["extra_indices_in_kvcache"].data_ptr()))
+        return inner(use_legacy=use_legacy, **given)
 
     one_double.flash_mla_with_kvcache = watch
     assert "use_legacy" in inspect.signature(watch).parameters

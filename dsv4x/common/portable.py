@@ -7,10 +7,8 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from . import reference
-from .core.model import VALUE_DIM
+from .core.calls import DecodeCall, PrefillCall, Result, deliver, queries, sinks
 from .core.platform import platform
 from .core.vendor import TRITON
 from .dispatch import costs
@@ -58,28 +56,29 @@ def _triton_reasons(problem: Problem) -> list[str]:
     return []
 
 
-def _attention(run: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Give a launcher, which writes into ``out`` and returns lse, the op's whole argument list."""
+def _reference_decode(call: DecodeCall) -> Result:
+    swa, extra = call.swa, call.extra
+    values, lse = reference.sparse_mla_decode(
+        queries(call),
+        swa.cache,
+        swa.indices,
+        swa.lens,
+        None if extra is None else extra.cache,
+        None if extra is None else extra.indices,
+        None if extra is None else extra.lens,
+        sinks(call),
+        call.softmax_scale,
+        swa_k_scale=swa.k_scale,
+        extra_k_scale=1.0 if extra is None else extra.k_scale,
+    )
+    return deliver(call, values.to(call.q.dtype), lse)
 
-    def call(
-        q: torch.Tensor, *args: Any, trusted_indices: bool = False, schedule: Any = None, **options: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        *inputs, out = args
-        if out is None:
-            out = torch.empty(*q.shape[:2], VALUE_DIM, dtype=q.dtype, device=q.device)
-        return out, run(q, *inputs, out, **options)
 
-    return call
-
-
-def _reference_attention(name: str) -> Callable[..., torch.Tensor]:
-    def run(*args: Any, **scales: float) -> torch.Tensor:
-        *inputs, out = args
-        values, lse = getattr(reference, name)(*inputs, **scales)
-        out.copy_(values)
-        return lse
-
-    return run
+def _reference_prefill(call: PrefillCall) -> Result:
+    values, lse = reference.sparse_mla_prefill(
+        queries(call), call.kv, call.indices, call.lens, sinks(call), call.softmax_scale
+    )
+    return deliver(call, values.to(call.q.dtype), lse)
 
 
 # Microseconds a call, and bytes of K, FLOP and bytes of logits a microsecond: an H200's, and for the reference a guess.
@@ -107,19 +106,16 @@ def _pair(
     op: str,
     module: str,
     *,
-    attention: bool = False,
+    reference_run: Callable[..., Any] | None = None,
     triton_us: Callable[[Problem], float] = _triton_us,
     reference_us: Callable[[Problem], float] = _reference_us,
 ) -> None:
-    triton_run, reference_run = _lazy(module, op), getattr(reference, op)
-    if attention:
-        triton_run, reference_run = _attention(triton_run), _attention(_reference_attention(op))
     if not (platform.forced and platform.backend == "reference"):
         register(
             Kernel(
                 op,
                 "triton",
-                triton_run,
+                _lazy(module, op),
                 triton_us,
                 library=TRITON,
                 devices=("cuda", "cpu"),
@@ -133,7 +129,7 @@ def _pair(
         Kernel(
             op,
             "reference",
-            reference_run,
+            reference_run or getattr(reference, op),
             reference_us,
             devices=("cuda", "cpu"),
             capture_safe=False,
@@ -168,5 +164,5 @@ def register_portable() -> None:
     _pair("get_paged_mqa_logits_metadata", "schedule")
     _pair("topk_transform", "topk")
     _pair("topk_merge", "topk")
-    _pair("sparse_mla_decode", "decode", attention=True)
-    _pair("sparse_mla_prefill", "prefill", attention=True, triton_us=_triton_prefill_us)
+    _pair("sparse_mla_decode", "decode", reference_run=_reference_decode)
+    _pair("sparse_mla_prefill", "prefill", reference_run=_reference_prefill, triton_us=_triton_prefill_us)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..common.core import layouts
+from ..common.core.calls import AttentionCall, DecodeCall, PrefillCall, Result, deliver, in_parts, queries
 from ..common.core.layouts import PagedCache
 from ..common.core.model import VALUE_DIM
 from ..common.core.platform import platform
@@ -57,9 +58,23 @@ def max_batch(heads: int, shared_memory: int) -> int:
 
 
 @functools.cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
 def _options(function: Callable[..., Any]) -> dict[str, bool]:
     """What an entry point takes to reach the V4 kernels: newer wheels moved them behind ``use_legacy``."""
-    return {"use_legacy": True} if "use_legacy" in inspect.signature(function).parameters else {}
+    return {"use_legacy": True} if "use_legacy" in _parameters(function) else {}
+
+
+def _out(function: Callable[..., Any], call: AttentionCall, heads: int, *middle: int) -> dict[str, torch.Tensor]:
+    """The caller's buffer, where the build takes one (vLLM's does) and FlashMLA would write nothing else into it."""
+    out = call.out
+    if out is None or not call.heads == heads == out.shape[1] or "out" not in _parameters(function):
+        return {}
+    if not out.is_contiguous() or out.data_ptr() % layouts.ALIGNMENT:
+        return {}
+    return {"out": out.view(out.shape[0], *middle, heads, VALUE_DIM)}
 
 
 def _wheel_reasons(problem: Problem) -> list[str]:
@@ -67,7 +82,7 @@ def _wheel_reasons(problem: Problem) -> list[str]:
     if problem.device != "cuda" or problem.arch not in ARCHS or FLASH_MLA.reason is not None:
         return []
     module = FLASH_MLA.load()
-    parameters = inspect.signature(module.flash_mla_with_kvcache).parameters
+    parameters = _parameters(module.flash_mla_with_kvcache)
     if "extra_k_cache" not in parameters:
         return [f"flash_mla at {FLASH_MLA.path} has no extra_k_cache: it predates DeepSeek-V4"]
     if "use_legacy" in parameters:
@@ -107,22 +122,21 @@ def _triton_missing() -> list[str]:
     return [f"its index pass needs triton: {TRITON.reason}"] if TRITON.reason else []
 
 
-def _pad_heads(q: torch.Tensor, attn_sink: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    heads = q.shape[1]
-    padded = next(h for h in HEADS if heads <= h)
-    if padded == heads:
-        return q, attn_sink
-    q = torch.nn.functional.pad(q, (0, 0, 0, padded - heads))
-    return q, None if attn_sink is None else torch.nn.functional.pad(attn_sink, (0, padded - heads))
+def _padded_heads(heads: int) -> int:
+    return next(h for h in HEADS if heads <= h)
 
 
-def _deliver(
-    values: torch.Tensor, lse: torch.Tensor, heads: int, out: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Drop padded heads; results are contiguous or in the caller's buffer."""
-    if heads != values.shape[1]:
-        values, lse = values[:, :heads], lse[:, :heads]
-    return values.contiguous() if out is None else out.copy_(values), lse.contiguous()
+def _padded(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """q and sink of a head count FlashMLA has: a view where q is as wide, whatever its other heads hold."""
+    q, sink = call.q, call.attn_sink
+    padded = _padded_heads(call.heads)
+    if q.shape[1] > padded:
+        q = q[:, :padded]
+    elif q.shape[1] < padded:
+        q = torch.nn.functional.pad(queries(call), (0, 0, 0, padded - call.heads))
+    if sink is not None and sink.shape[0] != padded:
+        sink = sink[:padded] if sink.shape[0] > padded else torch.nn.functional.pad(sink, (0, padded - sink.shape[0]))
+    return q, sink
 
 
 def _servers_view(cache: PagedCache) -> torch.Tensor:
@@ -143,109 +157,65 @@ def _indices_for(
     return sanitize_indices(indices, lens, capacity, multiple)
 
 
-def decode(
-    q: torch.Tensor,
-    swa_cache: PagedCache,
-    swa_indices: torch.Tensor,
-    swa_lens: torch.Tensor | None,
-    extra_cache: PagedCache | None,
-    extra_indices: torch.Tensor | None,
-    extra_lens: torch.Tensor | None,
-    attn_sink: torch.Tensor | None,
-    softmax_scale: float,
-    out: torch.Tensor | None,
-    *,
-    trusted_indices: bool = False,
-    schedule: dict[Any, Any] | None = None,
-    swa_k_scale: float = 1.0,
-    extra_k_scale: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``flash_mla_with_kvcache``, batches past its limits split. Arguments as in :func:`dsv4x.sparse_mla_decode`.
+def decode(call: DecodeCall) -> Result:
+    """``flash_mla_with_kvcache``, batches past its limits split.
 
     bf16 pages go to ``flash_mla_sparse_fwd``, to which slots are rows. Every layout it reads stores its scales.
     """
-    if swa_cache.layout.name in BF16_LAYOUTS:
-        kv = swa_cache.page_bytes.view(torch.bfloat16).view(-1, q.shape[2])
+    swa = call.swa
+    if swa.cache.layout.name in BF16_LAYOUTS:
+        kv = swa.cache.page_bytes.view(torch.bfloat16).view(-1, call.q.shape[2])
         # Decode's promise says nothing of what stands past a span, and there a NaN row would poison this kernel.
-        trusted = trusted_indices and swa_lens is None
-        return prefill(q, kv, swa_indices, swa_lens, attn_sink, softmax_scale, out, trusted_indices=trusted)
-    heads = q.shape[1]
-    q, attn_sink = _pad_heads(q, attn_sink)
-    takes_lens = swa_cache.layout.name != layouts.DSV32.name
+        trusted = call.trusted and swa.lens is None
+        return prefill(PrefillCall(
+            call.q, kv, swa.indices, swa.lens, call.attn_sink, call.softmax_scale, call.out, call.heads, call.lse,
+            trusted,
+        ))  # fmt: skip
+    step = max_batch(_padded_heads(call.heads), platform.limits(call.q.device).shared_memory)
+    if call.q.shape[0] <= step:
+        # No slicing: in a small call each view costs a microsecond or two of the host's time.
+        return _decode_part(call, call.schedule, 0)
+    return in_parts(call, step, lambda part, start: _decode_part(part, call.schedule, start))
+
+
+def _decode_part(call: DecodeCall, schedule: dict[Any, Any] | None, start: int) -> Result:
+    """One call of FlashMLA's, for the tokens from ``start`` on."""
+    swa, extra = call.swa, call.extra
+    q, attn_sink = _padded(call)
+    takes_lens = swa.cache.layout.name != layouts.DSV32.name
     # Where the kernel takes no lengths, the pass over the indices makes -1 of what stands past them.
-    trusted_indices = trusted_indices and (takes_lens or swa_lens is None)
-    indices, lens = _indices_for(swa_indices, swa_lens, swa_cache.capacity, DECODE_WIDTH, trusted_indices)
+    trusted = call.trusted and (takes_lens or swa.lens is None)
+    indices, lens = _indices_for(swa.indices, swa.lens, swa.cache.capacity, DECODE_WIDTH, trusted)
     if not takes_lens:
         lens = None
     e_indices = e_lens = None
-    if extra_cache is not None and extra_indices is not None:
-        e_indices, e_lens = _indices_for(extra_indices, extra_lens, extra_cache.capacity, DECODE_WIDTH, trusted_indices)
-    step = max_batch(q.shape[1], platform.limits(q.device).shared_memory)
-    caches = (swa_cache, extra_cache)
-    if q.shape[0] <= step:
-        # No slicing: in a small call each view costs a microsecond or two of the host's time.
-        rows = (q, indices, lens, e_indices, e_lens)
-        return _decode_rows(rows, caches, attn_sink, softmax_scale, schedule, 0, heads, out)
-    if out is None:
-        out = torch.empty(q.shape[0], heads, VALUE_DIM, dtype=q.dtype, device=q.device)
-    parts = []
-    for at in range(0, q.shape[0], step):
-        block = slice(at, at + step)
-        rows = (
-            q[block], indices[block], None if lens is None else lens[block],
-            None if e_indices is None else e_indices[block], None if e_lens is None else e_lens[block],
-        )  # fmt: skip
-        parts.append(_decode_rows(rows, caches, attn_sink, softmax_scale, schedule, at, heads, out[block])[1])
-    return out, torch.cat(parts)
-
-
-def _decode_rows(
-    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
-    caches: tuple[PagedCache, PagedCache | None],
-    attn_sink: torch.Tensor | None,
-    softmax_scale: float,
-    schedule: dict[Any, Any] | None,
-    start: int,
-    heads: int,
-    out: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One call, for the tokens from ``start`` on: q, window indices and lengths, extra indices and lengths."""
-    q, indices, lens, extra_indices, extra_lens = rows
-    swa_cache, extra_cache = caches
-    if extra_indices is None:
-        extra_cache = None
+    shapes: tuple[Any, ...] = (q.shape, swa.cache.page_size, indices.shape[1])
+    if extra is not None:
+        e_indices, e_lens = _indices_for(extra.indices, extra.lens, extra.cache.capacity, DECODE_WIDTH, trusted)
+        shapes += (extra.cache.page_size, e_indices.shape[1])
     function = FLASH_MLA.load().flash_mla_with_kvcache
     values, lse = function(
-        q.unsqueeze(1),
-        _servers_view(swa_cache),
-        None,
-        None,
-        VALUE_DIM,
-        _scheduler(schedule, q, swa_cache, indices, extra_cache, extra_indices, start),
-        None,
-        softmax_scale,
-        False,
-        True,
-        indices.unsqueeze(1),
-        attn_sink,
-        None if extra_cache is None else _servers_view(extra_cache),
-        None if extra_indices is None else extra_indices.unsqueeze(1),
-        lens,
-        extra_lens,
+        q=q.unsqueeze(1),
+        k_cache=_servers_view(swa.cache),
+        block_table=None,
+        cache_seqlens=None,
+        head_dim_v=VALUE_DIM,
+        tile_scheduler_metadata=_scheduler(schedule, q.device, (start, *shapes)),
+        softmax_scale=call.softmax_scale,
+        is_fp8_kvcache=True,
+        indices=indices.unsqueeze(1),
+        attn_sink=attn_sink,
+        extra_k_cache=None if extra is None else _servers_view(extra.cache),
+        extra_indices_in_kvcache=None if e_indices is None else e_indices.unsqueeze(1),
+        topk_length=lens,
+        extra_topk_length=e_lens,
         **_options(function),
+        **_out(function, call, q.shape[1], 1),
     )
-    return _deliver(values.squeeze(1), lse.squeeze(2), heads, out)
+    return deliver(call, values.squeeze(1), lse.squeeze(2))
 
 
-def _scheduler(
-    schedule: dict[Any, Any] | None,
-    q: torch.Tensor,
-    swa_cache: PagedCache,
-    indices: torch.Tensor,
-    extra_cache: PagedCache | None,
-    extra_indices: torch.Tensor | None,
-    start: int,
-) -> Any:
+def _scheduler(schedule: dict[Any, Any] | None, device: torch.device, shapes: tuple[Any, ...]) -> Any:
     """FlashMLA's scheduler object, which it fills on first use and checks for shapes but not for lengths.
 
     It is shared only through a ``schedule`` whose lifetime is its lengths', under all the shapes it depends on. Under
@@ -253,47 +223,36 @@ def _scheduler(
     schedule is the graph's too, whose replays then recompute it once.
     """
     metadata = FLASH_MLA.load().get_mla_metadata
-    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if schedule is None or capturing != schedule.get("captured", False):
         return metadata()[0]
-    key = (
-        "flash_mla",
-        start,
-        q.shape,
-        q.device,
-        swa_cache.page_size,
-        indices.shape[1],
-        None if extra_cache is None else extra_cache.page_size,
-        None if extra_indices is None else extra_indices.shape[1],
-    )
+    key = ("flash_mla", device, *shapes)
     kept = schedule.get(key)
     if kept is None:
         kept = schedule[key] = metadata()[0]
     return kept
 
 
-def prefill(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    lens: torch.Tensor | None,
-    attn_sink: torch.Tensor | None,
-    softmax_scale: float,
-    out: torch.Tensor | None,
-    *,
-    trusted_indices: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``flash_mla_sparse_fwd``. Arguments as in :func:`dsv4x.sparse_mla_prefill`."""
+def prefill(call: PrefillCall) -> Result:
+    """``flash_mla_sparse_fwd``."""
     function = FLASH_MLA.load().flash_mla_sparse_fwd
-    heads = q.shape[1]
-    q, attn_sink = _pad_heads(q, attn_sink)
-    indices, lens = _indices_for(indices, lens, kv.shape[0], PREFILL_WIDTH, trusted_indices)
+    q, attn_sink = _padded(call)
+    kv = call.kv
+    indices, lens = _indices_for(call.indices, call.lens, kv.shape[0], PREFILL_WIDTH, call.trusted)
     if kv.shape[0] == 0:
         kv = kv.new_zeros(1, kv.shape[1])
     values, _, lse = function(
-        q, kv.unsqueeze(1), indices.unsqueeze(1), softmax_scale, VALUE_DIM, attn_sink, lens, **_options(function)
+        q=q,
+        kv=kv.unsqueeze(1),
+        indices=indices.unsqueeze(1),
+        sm_scale=call.softmax_scale,
+        d_v=VALUE_DIM,
+        attn_sink=attn_sink,
+        topk_length=lens,
+        **_options(function),
+        **_out(function, call, q.shape[1]),
     )
-    return _deliver(values, lse, heads, out)
+    return deliver(call, values, lse)
 
 
 # Where no table was measured: a short call, and the rate of long batches, of an H200.

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..common.core import encodings, layouts
+from ..common.core.calls import DecodeCall, Result, deliver, in_parts, queries, sinks
 from ..common.core.layouts import PagedCache
 from ..common.core.model import VALUE_DIM
 from ..common.core.vendor import VendorLibrary
@@ -209,23 +210,7 @@ def _aligned(q: torch.Tensor) -> torch.Tensor:
     return q.clone() if q.data_ptr() % layouts.ALIGNMENT else q
 
 
-def decode(
-    q: torch.Tensor,
-    swa_cache: PagedCache,
-    swa_indices: torch.Tensor,
-    swa_lens: torch.Tensor | None,
-    extra_cache: PagedCache | None,
-    extra_indices: torch.Tensor | None,
-    extra_lens: torch.Tensor | None,
-    attn_sink: torch.Tensor | None,
-    softmax_scale: float,
-    out: torch.Tensor | None,
-    *,
-    trusted_indices: bool = False,
-    schedule: dict[Any, Any] | None = None,
-    swa_k_scale: float = 1.0,
-    extra_k_scale: float = 1.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def decode(call: DecodeCall) -> Result:
     """``trtllm_batch_decode_with_kv_cache_mla``, each token a request of its own, long batches split.
 
     **It rounds q to e4m3 where the cache is e4m3**, because trtllm-gen multiplies values of one type; its own softmax
@@ -237,69 +222,65 @@ def decode(
 
     A first call of a shape compiles, fetches and loads kernels, so make it before a graph is captured.
 
-    Args:
-        q: bf16 ``[T, H, 576]``, T > 0, any strides.
-        swa_cache: layout ``trtllm-native`` or ``bf16 576``, pages of 32 or 64 entries, back to back.
-        swa_indices: int32 or int64 ``[T, w]``, index space *slot*.
-        swa_lens: int ``[T]`` scan spans or None.
-        extra_cache, extra_indices, extra_lens, extra_k_scale: not taken; the record refuses an extra cache.
-        attn_sink: float32 ``[H]`` or None.
-        softmax_scale: multiplies q . k.
-        out: bf16 ``[T, H, 512]``, any strides with the last 1, or None.
-        trusted_indices: of no use, as moving entries to the front of their rows also drops those out of range.
-        schedule: of no use, as trtllm-gen plans on the device.
-        swa_k_scale: what the cache's e4m3 values are multiplied by.
+    ``trusted`` is of no use, as moving entries to the front of their rows also drops those out of range; neither is
+    ``schedule``, as trtllm-gen plans on the device.
 
-    Returns:
-        ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``, natural log.
+    Args:
+        call: q of 576 values; one cache of layout ``trtllm-native`` or ``bf16 576``, pages of 32 or 64 entries, back
+            to back, and no extra one.
     """
+    step = max_batch(_padded_heads(call.heads), call.swa.indices.shape[1])
+    if call.q.shape[0] <= step:
+        return _decode_part(call)
+    return in_parts(call, step, lambda part, start: _decode_part(part))
+
+
+def _padded_heads(heads: int) -> int:
+    return next(h for h in HEADS if heads <= h)
+
+
+def _decode_part(call: DecodeCall) -> Result:
     function = _function()
-    tokens, heads = q.shape[:2]
-    padded = next(h for h in HEADS if heads <= h)
-    kv_cache = _cache_view(swa_cache)
-    if out is None:
-        out = torch.empty(tokens, heads, VALUE_DIM, dtype=q.dtype, device=q.device)
-    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    step = max_batch(padded, swa_indices.shape[1])
-    for start in range(0, tokens, step):
-        rows = slice(start, start + step)
-        part = q[rows] if heads == padded else torch.nn.functional.pad(q[rows], (0, 0, 0, padded - heads))
-        indices, counts = compact_indices(
-            swa_indices[rows], None if swa_lens is None else swa_lens[rows], swa_cache.capacity, WIDTH
-        )
-        empty = counts == 0
-        indices[:, 0].masked_fill_(empty, 0)
-        qk_scale: float | torch.Tensor = softmax_scale
-        v_scale: float | torch.Tensor = 1.0
-        if kv_cache.dtype == torch.float8_e4m3fn:
-            part, q_scale = quantize_query(part)
-            # Both on the device: its scale is known only there, and FlashInfer names them as a pair.
-            qk_scale = q_scale * (softmax_scale * swa_k_scale)
-            v_scale = torch.full_like(q_scale, swa_k_scale)
-        values, log2_sum = function(
-            query=_aligned(part)[:, None],
-            kv_cache=kv_cache,
-            workspace_buffer=torch.empty(workspace_bytes(len(part), padded), dtype=torch.uint8, device=q.device),
-            # Of the model before absorption; names a key of FlashInfer's autotuner and nothing the kernel reads.
-            qk_nope_head_dim=128,
-            kv_lora_rank=VALUE_DIM,
-            qk_rope_head_dim=HEAD_DIM - VALUE_DIM,
-            block_tables=indices[:, None],
-            seq_lens=counts.clamp_min(1),
-            max_seq_len=indices.shape[1],
-            sparse_mla_top_k=indices.shape[1],
-            bmm1_scale=qk_scale,
-            bmm2_scale=v_scale,
-            backend="trtllm-gen",
-            return_lse=True,
-            **_options(function),
-        )
-        values, natural = values[:, 0, :heads], log2_sum[:, :heads] * math.log(2)
-        if attn_sink is not None:
-            values = values.float() / (1 + torch.exp(attn_sink - natural))[..., None]
-        out[rows] = values.masked_fill(empty[:, None, None], 0)
-        lse[rows] = natural.masked_fill(empty[:, None], math.inf)
-    return out, lse
+    heads, swa = call.heads, call.swa
+    padded = _padded_heads(heads)
+    kv_cache = _cache_view(swa.cache)
+    q = queries(call)
+    if heads != padded:
+        q = torch.nn.functional.pad(q, (0, 0, 0, padded - heads))
+    indices, counts = compact_indices(swa.indices, swa.lens, swa.cache.capacity, WIDTH)
+    empty = counts == 0
+    indices[:, 0].masked_fill_(empty, 0)
+    qk_scale: float | torch.Tensor = call.softmax_scale
+    v_scale: float | torch.Tensor = 1.0
+    if kv_cache.dtype == torch.float8_e4m3fn:
+        q, q_scale = quantize_query(q)
+        # Both on the device: its scale is known only there, and FlashInfer names them as a pair.
+        qk_scale = q_scale * (call.softmax_scale * swa.k_scale)
+        v_scale = torch.full_like(q_scale, swa.k_scale)
+    values, log2_sum = function(
+        query=_aligned(q)[:, None],
+        kv_cache=kv_cache,
+        workspace_buffer=torch.empty(workspace_bytes(len(q), padded), dtype=torch.uint8, device=q.device),
+        # Of the model before absorption; names a key of FlashInfer's autotuner and nothing the kernel reads.
+        qk_nope_head_dim=128,
+        kv_lora_rank=VALUE_DIM,
+        qk_rope_head_dim=HEAD_DIM - VALUE_DIM,
+        block_tables=indices[:, None],
+        seq_lens=counts.clamp_min(1),
+        max_seq_len=indices.shape[1],
+        sparse_mla_top_k=indices.shape[1],
+        bmm1_scale=qk_scale,
+        bmm2_scale=v_scale,
+        backend="trtllm-gen",
+        return_lse=True,
+        **_options(function),
+    )
+    values, natural = values[:, 0, :heads], log2_sum[:, :heads] * math.log(2)
+    sink = sinks(call)
+    if sink is not None:
+        values = values.float() / (1 + torch.exp(sink - natural))[..., None]
+    values = values.masked_fill(empty[:, None, None], 0).to(call.q.dtype)
+    return deliver(call, values, natural.masked_fill(empty[:, None], math.inf))
 
 
 def register_kernels() -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
-import torch
-
-from ..common.core.layouts import PagedCache
+from ..common.core.calls import DecodeCall, PrefillCall, Result
 from ..common.core.model import VALUE_DIM
 from ..common.core.vendor import VendorLibrary
 from ..common.dispatch import costs
@@ -33,56 +30,18 @@ _REDUCE, _REDUCE_MB = 1.6, 0.15
 _DECODE_BLOCK = 64
 
 
-def prefill(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    lens: torch.Tensor | None,
-    attn_sink: torch.Tensor | None,
-    softmax_scale: float,
-    out: torch.Tensor | None,
-    *,
-    trusted_indices: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arguments as in :func:`dsv4x.sparse_mla_prefill`. q and kv whose rows are not aligned to 32 bytes are copied."""
+def prefill(call: PrefillCall) -> Result:
+    """Gluon's prefill kernel. q and kv whose rows are not aligned to 32 bytes are copied."""
     from .hopper.prefill import sparse_mla_prefill
 
-    if out is None:
-        out = torch.empty(*q.shape[:2], VALUE_DIM, dtype=q.dtype, device=q.device)
-    return out, sparse_mla_prefill(q, kv, indices, lens, attn_sink, softmax_scale, out)
+    return sparse_mla_prefill(call)
 
 
-def decode(
-    q: torch.Tensor,
-    swa_cache: PagedCache,
-    swa_indices: torch.Tensor,
-    swa_lens: torch.Tensor | None,
-    extra_cache: PagedCache | None,
-    extra_indices: torch.Tensor | None,
-    extra_lens: torch.Tensor | None,
-    attn_sink: torch.Tensor | None,
-    softmax_scale: float,
-    out: torch.Tensor | None,
-    *,
-    trusted_indices: bool = False,
-    schedule: dict[Any, Any] | None = None,
-    swa_k_scale: float = 1.0,
-    extra_k_scale: float = 1.0,
-    split_k: int | None = None,
-    local: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arguments as in :func:`dsv4x.sparse_mla_decode`. It checks indices in the kernel, and schedules nothing.
-
-    With ``local``, which is the ``Local`` of the Triton kernel, extra indices are local entries.
-    """
+def decode(call: DecodeCall) -> Result:
+    """Gluon's decode kernel. It checks indices in the kernel, and schedules nothing."""
     from .hopper.decode import sparse_mla_decode
 
-    if out is None:
-        out = torch.empty(*q.shape[:2], VALUE_DIM, dtype=q.dtype, device=q.device)
-    return out, sparse_mla_decode(
-        q, swa_cache, swa_indices, swa_lens, extra_cache, extra_indices, extra_lens, attn_sink, softmax_scale, out,
-        split_k=split_k, local=local,
-    )  # fmt: skip
+    return sparse_mla_decode(call)
 
 
 def _decode_reasons(problem: Problem) -> list[str]:

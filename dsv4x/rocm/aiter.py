@@ -22,6 +22,17 @@ from typing import Any, NamedTuple
 import torch
 
 from ..common.core import layouts
+from ..common.core.calls import (
+    AttentionCall,
+    Call,
+    DecodeCall,
+    PrefillCall,
+    Result,
+    deliver,
+    in_parts,
+    queries,
+    sinks,
+)
 from ..common.core.errors import KernelNotSupported
 from ..common.core.layouts import PagedCache
 from ..common.core.model import VALUE_DIM
@@ -29,6 +40,7 @@ from ..common.core.platform import platform
 from ..common.core.vendor import VendorLibrary
 from ..common.dispatch.registry import Kernel, Problem, find, register
 from ..common.ops import indices
+from ..common.ops.sparse_mla import problem_of
 
 AITER = VendorLibrary(
     "aiter",
@@ -77,7 +89,7 @@ _MAX_PARTIAL_BYTES = 1 << 28
 
 
 class Source(NamedTuple):
-    """What one index list points into.
+    """What one index list points into: a call's scope, or the rows of a prefill.
 
     Attributes:
         pool: a paged cache, or bf16 rows ``[S, D]``.
@@ -94,9 +106,6 @@ class Source(NamedTuple):
     @property
     def capacity(self) -> int:
         return self.pool.capacity if isinstance(self.pool, PagedCache) else self.pool.shape[0]
-
-    def part(self, rows: slice) -> Source:
-        return self._replace(indices=self.indices[rows], lens=None if self.lens is None else self.lens[rows])
 
     def ragged(self) -> tuple[torch.Tensor, torch.Tensor]:
         """int32 entries, all within the pool, and int32 ``[T + 1]`` where each row begins."""
@@ -127,42 +136,19 @@ class Source(NamedTuple):
         return torch.full((1,), self.k_scale, dtype=torch.float32, device=self.pool.device)
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of an entry point.
-
-    Attributes:
-        arch: ``"gfx942"`` or ``"gfx950"``.
-        q: bf16 ``[T, H, D]``, last stride 1, within 2 GiB.
-        sources: one or two, the window's first.
-        attn_sink: float32 ``[H]`` as the caller gave it, or None.
-        softmax_scale: multiplies q . k.
-        out: bf16 ``[T, H, 512]`` or None.
-        lse: whether it is wanted.
-    """
-
-    arch: str
-    q: torch.Tensor
-    sources: tuple[Source, ...]
-    attn_sink: torch.Tensor | None
-    softmax_scale: float
-    out: torch.Tensor | None
-    lse: bool
-
-    def finite_sink(self) -> torch.Tensor:
-        """The sink, or one without effect, within :data:`SINK_BOUND`."""
-        if self.attn_sink is None:
-            return torch.full((self.q.shape[1],), -SINK_BOUND, dtype=torch.float32, device=self.q.device)
-        return self.attn_sink.clamp(-SINK_BOUND, SINK_BOUND)
-
-    def deliver(self, values: torch.Tensor) -> torch.Tensor:
-        """``values`` in the caller's buffer, or contiguous."""
-        if self.out is None:
-            return values.contiguous()
-        return values if values is self.out else self.out.copy_(values)
+def sources_of(call: AttentionCall) -> tuple[Source, ...]:
+    """One or two, the window's first."""
+    if isinstance(call, PrefillCall):
+        return (Source(call.kv, call.indices, call.lens),)
+    return tuple(Source(*scope) for scope in (call.swa, call.extra) if scope is not None)
 
 
-Result = tuple[torch.Tensor, torch.Tensor | None]
+def finite_sink(call: AttentionCall) -> torch.Tensor:
+    """The sink, or one without effect, within :data:`SINK_BOUND`."""
+    sink = sinks(call)
+    if sink is None:
+        return torch.full((call.heads,), -SINK_BOUND, dtype=torch.float32, device=call.q.device)
+    return sink.clamp(-SINK_BOUND, SINK_BOUND)
 
 
 def merge_partials(
@@ -191,36 +177,36 @@ def merge_partials(
     return values, ((top + total.log2()) / log2e).masked_fill(empty, math.inf)
 
 
-def _run_decode_sparse(function: Callable[..., Any], call: Call) -> Result:
+def _run_decode_sparse(function: Callable[..., Any], call: AttentionCall) -> Result:
     """gfx950 reads pages, and hands out the splits an lse follows from; elsewhere Triton reads one pool of rows."""
-    first, *others = call.sources
+    first, *others = sources_of(call)
     entries, indptr = first.ragged()
     # Rows hold no -1: tiles of nothing else would be counted with a maximum of 0.
     options: dict[str, Any] = {"has_invalid": False}
     if call.out is not None and not call.lse and "out" in _parameters(function):
         options["out"] = call.out
-    if call.arch != "gfx950":
+    if _arch(call.q.device) != "gfx950":
         values = function(
-            call.q, first.rows(), entries, indptr, call.finite_sink(), call.softmax_scale, **options
+            call.q, first.rows(), entries, indptr, finite_sink(call), call.softmax_scale, **options
         )  # fmt: skip
         # Its programs leave before they write anything for such a row.
-        return call.deliver(values).masked_fill_((indptr.diff() == 0)[:, None, None], 0), None
+        return deliver(call, values.masked_fill_((indptr.diff() == 0)[:, None, None], 0), None)
     for other in others:
         extra_entries, extra_indptr = other.ragged()
         options |= {"extra_cache": other.pages(), "extra_indices": extra_entries, "extra_indptr": extra_indptr}
     if call.lse:
         options |= {"kv_splits": _SPLITS, "skip_reduce": True}
-    sink = call.finite_sink()
+    sink = finite_sink(call)
     result = function(call.q, first.pages(), entries, indptr, sink, call.softmax_scale, **options)
     if not call.lse:
-        return call.deliver(result), None
+        return deliver(call, result, None)
     acc, maxima, sums = result
-    values, lse = merge_partials(acc, maxima, sums, call.attn_sink)
-    return call.deliver(values.to(call.q.dtype)), lse
+    values, lse = merge_partials(acc, maxima, sums, sinks(call))
+    return deliver(call, values.to(call.q.dtype), lse)
 
 
-def _run_mla_fwd(function: Callable[..., Any], call: Call) -> Result:
-    first, *others = call.sources
+def _run_mla_fwd(function: Callable[..., Any], call: AttentionCall) -> Result:
+    first, *others = sources_of(call)
     entries, indptr = first.ragged()
     filled = indptr.diff()
     options: dict[str, Any] = {"kv_scale": first.scale(), "out": call.out}
@@ -243,17 +229,18 @@ def _run_mla_fwd(function: Callable[..., Any], call: Call) -> Result:
         qk_rope_head_dim=call.q.shape[2] - VALUE_DIM,
         has_invalid=False,
         # Given one, it would count it in the lse.
-        attn_sink=None if call.lse else call.finite_sink(),
+        attn_sink=None if call.lse else finite_sink(call),
         return_lse=call.lse,
         **options,
     )
     if not call.lse:
-        return call.deliver(values), None
+        return deliver(call, values, None)
     empty = filled[:, None] == 0
-    if call.attn_sink is not None:
-        values = values * torch.sigmoid(lse - call.attn_sink)[..., None]
+    sink = sinks(call)
+    if sink is not None:
+        values = values * torch.sigmoid(lse - sink)[..., None]
     values = values.masked_fill(empty[..., None], 0)
-    return call.deliver(values.to(call.q.dtype)), lse.masked_fill(empty, math.inf)
+    return deliver(call, values.to(call.q.dtype), lse.masked_fill(empty, math.inf))
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -263,8 +250,8 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _run_opus(function: Callable[..., Any], call: Call) -> Result:
-    (source,) = call.sources
+def _run_opus(function: Callable[..., Any], call: AttentionCall) -> Result:
+    (source,) = sources_of(call)
     entries, indptr = source.ragged()
     rows = _aligned(source.rows())
     # The second source has no entries; it must have rows of the same stride all the same.
@@ -273,17 +260,17 @@ def _run_opus(function: Callable[..., Any], call: Call) -> Result:
     q, out = _aligned(call.q.contiguous()), call.out
     if out is not None and not (out.is_contiguous() and out.data_ptr() % layouts.ALIGNMENT == 0):
         out = None
-    values = function(q, rows, entries, indptr, rows, none, none, call.finite_sink(), call.softmax_scale, out)
-    return call.deliver(values), None
+    values = function(q, rows, entries, indptr, rows, none, none, finite_sink(call), call.softmax_scale, out)
+    return deliver(call, values, None)
 
 
-def _run_prefill_sparse(function: Callable[..., Any], call: Call) -> Result:
+def _run_prefill_sparse(function: Callable[..., Any], call: AttentionCall) -> Result:
     """``mla_gluon`` in groups of heads and with enough tokens that neither of its two wrong answers is reached."""
-    (source,) = call.sources
+    (source,) = sources_of(call)
     entries, indptr = source.ragged()
     empty = indptr.diff() == 0
     tokens, heads = call.q.shape[:2]
-    q, sink, rows = _aligned(call.q.contiguous()), call.finite_sink(), _aligned(source.rows())
+    q, sink, rows = _aligned(call.q.contiguous()), finite_sink(call), _aligned(source.rows())
     padding = max(0, MLA_GLUON_UNSPLIT_TOKENS - tokens)
     if padding:
         # A row that it splits counts its sink once a split.
@@ -297,7 +284,7 @@ def _run_prefill_sparse(function: Callable[..., Any], call: Call) -> Result:
         parts.append(values[:tokens])
     values = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     # Its programs leave before they write anything for a row without entries.
-    return call.deliver(values.masked_fill_(empty[:, None, None], 0)), None
+    return deliver(call, values.masked_fill_(empty[:, None, None], 0), None)
 
 
 @dataclass(frozen=True)
@@ -316,7 +303,7 @@ class EntryPoint:
     name: str
     arguments: int
     keywords: tuple[str, ...]
-    run: Callable[[Callable[..., Any], Call], Result]
+    run: Callable[[Callable[..., Any], AttentionCall], Result]
     limits: Callable[[Problem], Iterable[str]]
     build: Callable[[Problem], Iterable[str]] = lambda problem: ()
 
@@ -552,95 +539,41 @@ def max_tokens(heads: int, head_dim: int, width: int, lse: bool) -> int:
     return max(1, min(limits))
 
 
-def _attend(
-    op: str,
-    q: torch.Tensor,
-    sources: tuple[Source, ...],
-    attn_sink: torch.Tensor | None,
-    softmax_scale: float,
-    out: torch.Tensor | None,
-    return_lse: bool,
-) -> Result:
-    tokens, heads, head_dim = q.shape
-    arch = _arch(q.device)
-    paged = [source.pool for source in sources if isinstance(source.pool, PagedCache)]
-    problem = Problem(
-        op, "cuda", arch, tokens=tokens, heads=heads, head_dim=head_dim, lse=return_lse,
-        rows=0 if paged else sources[0].capacity, caches=tuple(cache.spec for cache in paged),
-    )  # fmt: skip
-    entry = _chosen(problem)
+def _attend(call: Call) -> Result:
+    """One entry point, with no more tokens a call than it takes, and q and out within its 32-bit offsets.
+
+    Making rows ragged drops what is out of range, so ``trusted`` is of no use, and neither is ``schedule``. A first
+    call of a shape compiles kernels, so make it before a graph is captured.
+    """
+    entry = _chosen(problem_of(call))
     function = entry.function()
-    step = max_tokens(heads, head_dim, sum(source.indices.shape[1] for source in sources), return_lse)
-    if tokens <= step and _span_bytes(q) <= _MAX_BYTES and (out is None or _span_bytes(out) <= _MAX_BYTES):
-        return entry.run(function, Call(arch, q, sources, attn_sink, softmax_scale, out, return_lse))
-    if out is None:
-        out = torch.empty(tokens, heads, VALUE_DIM, dtype=q.dtype, device=q.device)
-    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device) if return_lse else None
-    for start in range(0, tokens, step):
-        rows = slice(start, start + step)
-        part, into = q[rows], out[rows]
-        part = part.contiguous() if _span_bytes(part) > _MAX_BYTES else part
-        inside = into if _span_bytes(into) <= _MAX_BYTES else None
-        selected = tuple(source.part(rows) for source in sources)
-        values, part_lse = entry.run(
-            function, Call(arch, part, selected, attn_sink, softmax_scale, inside, return_lse)
-        )  # fmt: skip
-        if inside is None:
-            into.copy_(values)
-        if part_lse is not None:
-            assert lse is not None
-            lse[rows] = part_lse
-    return out, lse
+    sources = sources_of(call)
+    step = max_tokens(call.heads, call.q.shape[2], sum(source.indices.shape[1] for source in sources), call.lse)
+
+    def run(part: Call, start: int = 0) -> Result:
+        q = queries(part)
+        inside = part.out is not None and part.out.shape[1] == call.heads and _span_bytes(part.out) <= _MAX_BYTES
+        q = q.contiguous() if _span_bytes(q) > _MAX_BYTES else q
+        values, lse = entry.run(function, part._replace(q=q, out=part.out if inside else None))
+        return deliver(part, values, lse)
+
+    if call.q.shape[0] <= step:
+        return run(call)
+    return in_parts(call, step, run)
 
 
 def _arch(device: torch.device) -> str:
     return platform.limits(device).arch
 
 
-def decode(
-    q: torch.Tensor,
-    swa_cache: PagedCache,
-    swa_indices: torch.Tensor,
-    swa_lens: torch.Tensor | None,
-    extra_cache: PagedCache | None,
-    extra_indices: torch.Tensor | None,
-    extra_lens: torch.Tensor | None,
-    attn_sink: torch.Tensor | None,
-    softmax_scale: float,
-    out: torch.Tensor | None,
-    *,
-    trusted_indices: bool = False,
-    schedule: dict[Any, Any] | None = None,
-    swa_k_scale: float = 1.0,
-    extra_k_scale: float = 1.0,
-    return_lse: bool = True,
-) -> Result:
-    """``sparse_mla_fwd`` or ``pa_decode_sparse``. Arguments as in :func:`dsv4x.sparse_mla_decode`.
-
-    ``trusted_indices`` is of no use, as making the rows ragged also drops what is out of range, and neither is
-    ``schedule``. A first call of a shape compiles kernels, so make it before a graph is captured.
-    """
-    sources = [Source(swa_cache, swa_indices, swa_lens, swa_k_scale)]
-    if extra_cache is not None and extra_indices is not None:
-        sources.append(Source(extra_cache, extra_indices, extra_lens, extra_k_scale))
-    return _attend("sparse_mla_decode", q, tuple(sources), attn_sink, softmax_scale, out, return_lse)
+def decode(call: DecodeCall) -> Result:
+    """``sparse_mla_fwd`` or ``pa_decode_sparse``."""
+    return _attend(call)
 
 
-def prefill(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    lens: torch.Tensor | None,
-    attn_sink: torch.Tensor | None,
-    softmax_scale: float,
-    out: torch.Tensor | None,
-    *,
-    trusted_indices: bool = False,
-    return_lse: bool = True,
-) -> Result:
-    """One of the four over bf16 rows. Arguments as in :func:`dsv4x.sparse_mla_prefill`; see :func:`decode`."""
-    source = Source(kv, indices, lens)
-    return _attend("sparse_mla_prefill", q, (source,), attn_sink, softmax_scale, out, return_lse)
+def prefill(call: PrefillCall) -> Result:
+    """One of the four over bf16 rows."""
+    return _attend(call)
 
 
 # A ranking, for want of any measurement: AITER's own kernels for gfx950 before Triton's, and behind it what takes a
@@ -668,7 +601,6 @@ def register_kernels() -> None:
                 archs=ARCHS,
                 layouts=names,
                 max_heads=MAX_HEADS,
-                lse_optional=True,
                 further_reasons=_reasons,
             )
         )

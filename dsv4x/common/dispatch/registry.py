@@ -93,7 +93,7 @@ class Kernel:
 
     Attributes:
         op, name: what it computes and what it is called by.
-        run: called with the op's checked arguments.
+        run: called with the op's checked arguments; of the attention ops with one call (``core.calls``).
         predicted_us: predicted microseconds of the GPU for a problem.
         library: the vendor library it needs, or None.
         devices: torch device types it accepts.
@@ -101,9 +101,8 @@ class Kernel:
         layouts: cache layouts it reads; empty for any.
         max_heads: most heads it takes; 0 where the op has none.
         capture_safe: may run inside CUDA / HIP graph capture.
-        lse_optional: whether ``run`` takes ``return_lse`` and may leave the lse out; the others always make one.
-        fixed_splits: whether ``run`` takes ``split_k``, and a row's result then depends on nothing else in the batch.
-        remaps: whether ``run`` takes ``local``, with which extra indices are local entries, and it makes slots of them.
+        fixed_splits: whether ``run`` keeps to ``split_k``; a row's result then depends on nothing else in the batch.
+        remaps: whether ``run`` takes a call's ``local`` and makes slots of the extra indices by itself.
         by_name_only: why it runs only when asked for by name, such as results less exact than the others'; empty where
             prediction may choose it.
         host_us: predicted microseconds of the host for an eager call of the op; 0 where nothing was measured.
@@ -121,7 +120,6 @@ class Kernel:
     layouts: tuple[str, ...] = ()
     max_heads: int = 0
     capture_safe: bool = True
-    lse_optional: bool = False
     fixed_splits: bool = False
     remaps: bool = False
     by_name_only: str = ""

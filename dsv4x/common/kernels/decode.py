@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..core.layouts import PagedCache
+from ..core.calls import DecodeCall, Result, output
 from ..core.platform import platform
 from .decode_shapes import decode_config, num_splits
 from .entries import entry_format, load_entries
@@ -21,10 +21,6 @@ REDUCTIONS = ((4, 1), (8, 2), (16, 2))
 """(splits whose partial outputs are loaded together, warps) of the reduction: the first that has room for all of them,
 or the last, several times. Measured on an H200: a program for each head of a token has little to do, and the fewer
 registers and warps it takes, the more of them wait for memory at once."""
-
-Local = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
-"""What makes slots of local entries: int32 ``[T]`` request and number of visible entries of each token, int32
-``[R, m]`` block table, pages in the pool."""
 
 
 @triton.jit
@@ -218,37 +214,19 @@ def reduce_partials(
     )
 
 
-def sparse_mla_decode(
-    q: torch.Tensor,
-    swa_cache: PagedCache,
-    swa_indices: torch.Tensor,
-    swa_lens: torch.Tensor | None,
-    extra_cache: PagedCache | None,
-    extra_indices: torch.Tensor | None,
-    extra_lens: torch.Tensor | None,
-    attn_sink: torch.Tensor | None,
-    softmax_scale: float,
-    out: torch.Tensor,
-    *,
-    swa_k_scale: float = 1.0,
-    extra_k_scale: float = 1.0,
-    split_k: int | None = None,
-    local: Local | None = None,
-) -> torch.Tensor:
-    """Launch over ``q [T, H, D]``; writes ``out [T, H, V]`` and returns lse float32 ``[T, H]``.
-
-    With ``local``, ``extra_indices`` are local entries.
-    """
-    tokens, heads, head_dim = q.shape
+def sparse_mla_decode(call: DecodeCall) -> Result:
+    """Launch over the heads that count; entries of any layout, local ones too."""
+    q, out, heads, attn_sink = call.q, output(call), call.heads, call.attn_sink
+    swa, extra = call.swa, call.extra
+    tokens, _, head_dim = q.shape
     value_dim = out.shape[2]
     limits = platform.limits(q.device)
-    extra = extra_cache if extra_cache is not None and extra_indices is not None else None
-    width = swa_indices.shape[1] + (extra_indices.shape[1] if extra is not None and extra_indices is not None else 0)
-    e_cache, e_indices = (swa_cache, swa_indices) if extra is None else (extra, extra_indices)
-    assert e_indices is not None
+    width = swa.indices.shape[1] + (extra.indices.shape[1] if extra is not None else 0)
+    swa_cache, swa_indices, swa_lens, swa_k_scale = swa
+    e_cache, e_indices, e_lens, e_k_scale = extra or swa._replace(lens=None, k_scale=1.0)
     config = decode_config(limits.arch, heads, (swa_cache.layout, e_cache.layout))
     head_blocks = -(-heads // config.block_h)
-    splits = split_k
+    splits = call.split_k
     if splits is None:
         splits = num_splits(tokens * head_blocks, -(-width // config.block_k), 2 * limits.multiprocessors)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
@@ -257,28 +235,28 @@ def sparse_mla_decode(
         partial_lse = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
     else:
         partial = partial_lse = lse
-    request, visible, table, pages = local if local is not None else (lse, lse, e_indices, 0)
+    request, visible, table, pages = call.local or (lse, lse, e_indices, 0)
     _launch(
         (tokens, head_blocks, splits),
         (
             q, swa_cache.data, swa_indices, swa_lens if swa_lens is not None else lse,
-            e_cache.data, e_indices, extra_lens if extra_lens is not None else lse,
+            e_cache.data, e_indices, e_lens if e_lens is not None else lse,
             attn_sink if attn_sink is not None else lse, request, visible, table, out, lse, partial, partial_lse,
         ),
         (
-            *table.shape, table.stride(0), pages, heads, splits, softmax_scale, swa_k_scale, extra_k_scale,
+            *table.shape, table.stride(0), pages, heads, splits, call.softmax_scale, swa_k_scale, e_k_scale,
             q.stride(0), q.stride(1), out.stride(0), out.stride(1), swa_indices.shape[1], swa_indices.stride(0),
             swa_cache.capacity, swa_cache.page_size, swa_cache.page_stride,
             e_indices.shape[1], e_indices.stride(0), e_cache.capacity, e_cache.page_size, e_cache.page_stride,
         ),
         (
-            swa_lens is not None, extra is not None, extra_lens is not None, attn_sink is not None, splits > 1,
+            swa_lens is not None, extra is not None, e_lens is not None, attn_sink is not None, splits > 1,
             config.block_h, config.block_k, value_dim, head_dim - value_dim,
-            max(swa_cache.capacity, e_cache.capacity) > 2**31 - 1, local is not None,
+            max(swa_cache.capacity, e_cache.capacity) > 2**31 - 1, call.local is not None,
             entry_format(swa_cache.layout, limits.arch), entry_format(e_cache.layout, limits.arch),
         ),
         **config.options,
     )  # fmt: skip
     if splits > 1:
         reduce_partials(partial, partial_lse, attn_sink, out, lse)
-    return lse
+    return out, lse

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..core.calls import PrefillCall, Result, output
 from ..core.platform import platform
 from .portability import to_bf16
 from .prefill_shapes import prefill_config
@@ -62,25 +63,19 @@ def prefill_kernel(
     tl.store(lse_ptr + token * heads + head, lse, mask=head_mask)
 
 
-def sparse_mla_prefill(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    lens: torch.Tensor | None,
-    attn_sink: torch.Tensor | None,
-    softmax_scale: float,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    """Launch over ``q [T, H, D]``; writes ``out [T, H, V]`` and returns lse float32 ``[T, H]``."""
-    tokens, heads, head_dim = q.shape
+def sparse_mla_prefill(call: PrefillCall) -> Result:
+    """Launch over the heads that count."""
+    q, out, heads, attn_sink = call.q, output(call), call.heads, call.attn_sink
+    kv, indices, lens = call.kv, call.indices, call.lens
+    tokens, _, head_dim = q.shape
     value_dim = out.shape[2]
     config = prefill_config(platform.limits(q.device).arch, heads, head_dim)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     prefill_kernel[(tokens * -(-heads // config.block_h),)](
         q, kv, indices, lens if lens is not None else lse, attn_sink if attn_sink is not None else lse, out, lse,
-        heads, kv.shape[0], indices.shape[1], softmax_scale,
+        heads, kv.shape[0], indices.shape[1], call.softmax_scale,
         q.stride(0), q.stride(1), kv.stride(0), indices.stride(0), out.stride(0), out.stride(1),
         HAS_LENS=lens is not None, HAS_SINK=attn_sink is not None, BLOCK_H=config.block_h, BLOCK_K=config.block_k,
         VALUE_DIM=value_dim, TAIL=head_dim - value_dim, PREFETCH=config.prefetch, **config.options,
     )  # fmt: skip
-    return lse
+    return out, lse

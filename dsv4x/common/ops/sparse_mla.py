@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from ..core import checks
+from ..core.calls import AttentionCall, DecodeCall, Local, PrefillCall, Result, Scope, output
 from ..core.layouts import PagedCache
 from ..core.model import HEAD_DIMS, MAX_HEADS, VALUE_DIM
 from ..dispatch.registry import Kernel, Problem, call_on, select
 from ..kernels.limits import MAX_SPLITS
+from .indices import local_to_slots
 
 
 def sparse_mla_decode(
@@ -32,6 +34,8 @@ def sparse_mla_decode(
     extra_k_scale: float = 1.0,
     return_lse: bool = True,
     split_k: int | None = None,
+    heads: int | None = None,
+    local: Local | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One softmax over a token's window entries and its extra (compressed) entries, pages read in place.
 
@@ -65,19 +69,27 @@ def sparse_mla_decode(
         split_k: batch-invariant mode: into how many parts, 1 to 128, each row's entries are split, whatever else is in
             the batch; equal rows then give equal bits. None lets the kernel decide from the shapes. Partial outputs
             take ``T * H * split_k * 2`` KiB above 1; under None at most about 132 MiB on 132 multiprocessors.
+        heads: the leading heads of a padded q that count; the others may hold anything, NaN too. ``out`` may then have
+            more heads, of which those past ``heads`` are left as they are, and ``attn_sink`` more values. None: every
+            head of q, and as many in ``out`` and ``attn_sink``.
+        local: with it ``extra_indices`` are local entries, index space *local*: compressed entries of the token's own
+            request, which its :class:`~dsv4x.Local` makes slots of. A negative one, or one the token may not see, is no
+            entry.
 
     Returns:
-        ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``, or None for lse under ``return_lse=False``.
+        ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``, or None for lse under ``return_lse=False``. H is
+        ``heads`` where that is given, but for an ``out`` of the caller's, which comes back as it is.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride, device or layout; under ``DSV4X_CHECK=1``
-            also an index outside its cache, a length past its row, or a NaN in q, with its row.
+            also an index outside its cache, a local entry its token may not see, a length past its row, or a NaN in q,
+            with its row.
         KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
 
     Source: semantics of FlashMLA's ``flash_mla_with_kvcache`` (tests/ref.py) with two scopes.
     """
     check_values = checks.check_values_enabled()
-    tokens = _check_q(q)
+    counted, tokens = _check_q(q, heads), q.shape[0]
     if split_k is not None:
         checks.integer("split_k", split_k, 1, MAX_SPLITS)
     scopes: list[tuple[str, Any, Any, torch.Tensor | None]] = [("swa", swa_cache, swa_indices, swa_lens)]
@@ -85,6 +97,8 @@ def sparse_mla_decode(
         scopes.append(("extra", extra_cache, extra_indices, extra_lens))
     elif extra_lens is not None:
         raise ValueError("extra_lens: given, need extra_cache and extra_indices with it")
+    elif local is not None:
+        raise ValueError("local: given, need extra_cache and extra_indices with it")
     k_scales = {"swa": swa_k_scale, "extra": extra_k_scale}
     for scope, cache, indices, lens in scopes:
         cache = check_cache(f"{scope}_cache", cache, q.device, q.shape[2])
@@ -92,48 +106,31 @@ def sparse_mla_decode(
         checks.tensor(f"{scope}_indices", indices, (tokens, None), checks.INDEX_DTYPES, q.device)
         if lens is not None:
             checks.tensor(f"{scope}_lens", lens, (tokens,), checks.INDEX_DTYPES, q.device)
-        if check_values:
+        if local is not None and scope == "extra":
+            _check_local(local, tokens, cache)
+        if check_values and local is not None and scope == "extra":
+            checks.index_values("extra_indices", indices, lens, local.visible.clamp_min(0), "local entry")
+        elif check_values:
             checks.index_values(f"{scope}_indices", indices, lens, cache.capacity, "slot")
     if check_values:
-        checks.finite_rows("q", q, [lens for *_, lens in scopes])
-    out = check_rest(q, attn_sink, out)
-    problem = Problem.on(
-        "sparse_mla_decode",
-        q.device,
-        tokens=tokens,
-        heads=q.shape[1],
-        head_dim=q.shape[2],
-        width=swa_indices.shape[1],
-        extra_width=extra_indices.shape[1] if extra_indices is not None else 0,
-        caches=tuple(cache.spec for _, cache, _, _ in scopes),
-        lse=return_lse,
-        split_k=split_k or 0,
-    )
-    scale = scale_of(softmax_scale, q.shape[2])
-    record = select(problem, kernel)
-    if tokens == 0:
-        return _empty(q, out, return_lse)
-    return call_on(
-        q.device,
-        attend,
-        record,
+        checks.finite_rows("q", q[:, :counted], [lens for *_, lens in scopes])
+    check_rest(q, attn_sink, out, heads)
+    made = [Scope(cache, indices, lens, k_scales[name]) for name, cache, indices, lens in scopes]
+    call = DecodeCall(
         q,
-        swa_cache,
-        swa_indices,
-        swa_lens,
-        extra_cache,
-        extra_indices,
-        extra_lens,
+        made[0],
+        made[1] if len(made) > 1 else None,
         attn_sink,
-        scale,
+        scale_of(softmax_scale, q.shape[2]),
         out,
-        trusted_indices=trusted_indices,
-        schedule=schedule,
-        swa_k_scale=k_scales["swa"],
-        extra_k_scale=k_scales["extra"] if len(scopes) > 1 else 1.0,
-        return_lse=return_lse,
+        counted,
+        lse=return_lse,
+        local=local,
         split_k=split_k,
+        trusted=trusted_indices,
+        schedule=schedule,
     )
+    return _run(call, kernel)
 
 
 def sparse_mla_prefill(
@@ -148,6 +145,7 @@ def sparse_mla_prefill(
     *,
     trusted_indices: bool = False,
     return_lse: bool = True,
+    heads: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One softmax over a token's rows of a bf16 workspace; out, lse and sink as in :func:`sparse_mla_decode`.
 
@@ -164,9 +162,11 @@ def sparse_mla_prefill(
             picks.
         trusted_indices: the caller vouches that lengths lie in ``[0, width]`` and no index past a span points at a NaN.
         return_lse: whether the lse is wanted. Not all of AITER's kernels make one.
+        heads: the leading heads of a padded q that count, as in :func:`sparse_mla_decode`.
 
     Returns:
-        ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``, or None for lse under ``return_lse=False``.
+        ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``, or None for lse under ``return_lse=False``. H is
+        ``heads`` where that is given, but for an ``out`` of the caller's, which comes back as it is.
 
     Raises:
         TypeError, ValueError: an argument's type, dtype, shape, stride or device; under ``DSV4X_CHECK=1`` also a row
@@ -176,55 +176,77 @@ def sparse_mla_prefill(
     Source: semantics of FlashMLA's ``flash_mla_sparse_fwd`` (tests/ref.py).
     """
     check_values = checks.check_values_enabled()
-    tokens = _check_q(q)
+    counted, tokens = _check_q(q, heads), q.shape[0]
     checks.tensor("kv", kv, (None, q.shape[2]), torch.bfloat16, q.device)
     checks.tensor("indices", indices, (tokens, None), checks.INDEX_DTYPES, q.device)
     if lens is not None:
         checks.tensor("lens", lens, (tokens,), checks.INDEX_DTYPES, q.device)
     if check_values:
         checks.index_values("indices", indices, lens, kv.shape[0], "workspace row")
-        checks.finite_rows("q", q, [lens])
-    out = check_rest(q, attn_sink, out)
-    problem = Problem.on(
-        "sparse_mla_prefill",
+        checks.finite_rows("q", q[:, :counted], [lens])
+    check_rest(q, attn_sink, out, heads)
+    scale = scale_of(softmax_scale, q.shape[2])
+    call = PrefillCall(q, kv, indices, lens, attn_sink, scale, out, counted, return_lse, trusted_indices)
+    return _run(call, kernel)
+
+
+def problem_of(call: AttentionCall) -> Problem:
+    """What a call's kernel is chosen by."""
+    q = call.q
+    tokens, _, head_dim = q.shape
+    if isinstance(call, PrefillCall):
+        return Problem.on(
+            "sparse_mla_prefill",
+            q.device,
+            tokens=tokens,
+            heads=call.heads,
+            head_dim=head_dim,
+            width=call.indices.shape[1],
+            rows=call.kv.shape[0],
+            lse=call.lse,
+        )
+    extra = call.extra
+    return Problem.on(
+        "sparse_mla_decode",
         q.device,
         tokens=tokens,
-        heads=q.shape[1],
-        head_dim=q.shape[2],
-        width=indices.shape[1],
-        rows=kv.shape[0],
-        lse=return_lse,
-    )
-    scale = scale_of(softmax_scale, q.shape[2])
-    record = select(problem, kernel)
-    if tokens == 0:
-        return _empty(q, out, return_lse)
-    return call_on(
-        q.device,
-        attend,
-        record,
-        q,
-        kv,
-        indices,
-        lens,
-        attn_sink,
-        scale,
-        out,
-        trusted_indices=trusted_indices,
-        return_lse=return_lse,
+        heads=call.heads,
+        head_dim=head_dim,
+        width=call.swa.indices.shape[1],
+        extra_width=0 if extra is None else extra.indices.shape[1],
+        entries=call.entries,
+        caches=(call.swa.cache.spec,) if extra is None else (call.swa.cache.spec, extra.cache.spec),
+        lse=call.lse,
+        split_k=call.split_k or 0,
     )
 
 
-def attend(
-    record: Kernel, *args: Any, return_lse: bool, split_k: int | None = None, **options: Any
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run an attention kernel; None for the lse where none is wanted, whatever the kernel made."""
-    if record.lse_optional:
-        options["return_lse"] = return_lse
-    if split_k is not None:
-        options["split_k"] = split_k
-    out, lse = record.run(*args, **options)
-    return out, lse if return_lse else None
+def _run(call: AttentionCall, kernel: str | None) -> Result:
+    record = select(problem_of(call), kernel)
+    if call.q.shape[0] == 0:
+        lse = torch.empty(0, call.heads, dtype=torch.float32, device=call.q.device) if call.lse else None
+        return output(call), lse
+    return call_on(call.q.device, attend, record, call)
+
+
+def attend(record: Kernel, call: AttentionCall) -> Result:
+    """Run an attention kernel; None for the lse where none is wanted, whatever the kernel made.
+
+    Local entries are made slots of first where the kernel does not by itself.
+    """
+    if isinstance(call, DecodeCall) and call.local is not None and not record.remaps:
+        call = _with_slots(call, call.local)
+    out, lse = record.run(call)
+    return out, lse if call.lse else None
+
+
+def _with_slots(call: DecodeCall, local: Local) -> DecodeCall:
+    extra = call.extra
+    assert extra is not None
+    slots = local_to_slots(
+        extra.indices, local.request, local.visible, local.block_table, extra.cache.page_size, local.pages
+    )
+    return call._replace(extra=extra._replace(indices=slots), local=None)
 
 
 def check_cache(name: str, value: object, device: torch.device, head_dim: int) -> PagedCache:
@@ -237,12 +259,15 @@ def check_cache(name: str, value: object, device: torch.device, head_dim: int) -
     return cache
 
 
-def _check_q(q: torch.Tensor) -> int:
+def _check_q(q: torch.Tensor, heads: int | None) -> int:
+    """Check q; returns how many of its heads count."""
     checks.tensor("q", q, (None, None, None), torch.bfloat16)
     if q.shape[2] not in HEAD_DIMS:
         raise ValueError(f"q: head dim is {q.shape[2]}, need {' or '.join(map(str, HEAD_DIMS))}")
+    if heads is not None:
+        return checks.integer("heads", heads, 1, min(q.shape[1], MAX_HEADS))
     check_heads(q)
-    return q.shape[0]
+    return q.shape[1]
 
 
 def check_heads(q: torch.Tensor) -> None:
@@ -251,13 +276,28 @@ def check_heads(q: torch.Tensor) -> None:
         raise ValueError(f"q: {q.shape[1]} heads, need 1 to {MAX_HEADS}")
 
 
-def check_rest(q: torch.Tensor, attn_sink: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor | None:
-    """Check what stands beside q; returns ``out``."""
+def check_rest(
+    q: torch.Tensor, attn_sink: torch.Tensor | None, out: torch.Tensor | None, heads: int | None = None
+) -> None:
+    """Check what stands beside q: of q's own heads, or with ``heads`` of at least so many."""
+    exact = q.shape[1] if heads is None else None
     if attn_sink is not None:
-        checks.tensor("attn_sink", attn_sink, (q.shape[1],), torch.float32, q.device)
+        checks.tensor("attn_sink", attn_sink, (exact,), torch.float32, q.device)
+        if heads is not None and attn_sink.shape[0] < heads:
+            raise ValueError(f"attn_sink: {attn_sink.shape[0]} heads, need >= {heads}")
     if out is not None:
-        checks.tensor("out", out, (*q.shape[:2], VALUE_DIM), torch.bfloat16, q.device)
-    return out
+        checks.tensor("out", out, (q.shape[0], exact, VALUE_DIM), torch.bfloat16, q.device)
+        if heads is not None and out.shape[1] < heads:
+            raise ValueError(f"out: {out.shape[1]} heads, need >= {heads}")
+
+
+def _check_local(local: Local, tokens: int, cache: PagedCache) -> None:
+    if not isinstance(local, Local):
+        raise TypeError(f"local: got {type(local).__name__}, need a dsv4x.Local")
+    checks.tensor("local.request", local.request, (tokens,), torch.int32, cache.device)
+    checks.tensor("local.visible", local.visible, (tokens,), torch.int32, cache.device)
+    checks.tensor("local.block_table", local.block_table, (None, None), torch.int32, cache.device)
+    checks.integer("local.pages", local.pages, 0, cache.pages)
 
 
 def scale_of(softmax_scale: object, head_dim: int) -> float:
@@ -272,9 +312,3 @@ def scale_of(softmax_scale: object, head_dim: int) -> float:
     if not 0 < softmax_scale < float("inf"):
         raise ValueError(f"softmax_scale: got {softmax_scale}, need a finite number > 0")
     return float(softmax_scale)
-
-
-def _empty(q: torch.Tensor, out: torch.Tensor | None, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if out is None:
-        out = torch.empty(0, q.shape[1], VALUE_DIM, dtype=q.dtype, device=q.device)
-    return out, torch.empty(0, q.shape[1], dtype=torch.float32, device=q.device) if return_lse else None

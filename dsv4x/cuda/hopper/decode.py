@@ -21,9 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ...common.core.layouts import PagedCache
+from ...common.core.calls import DecodeCall, Result, output
 from ...common.core.platform import platform
-from ...common.kernels.decode import Local, reduce_partials
+from ...common.kernels.decode import reduce_partials
 from ...common.kernels.decode_shapes import num_splits
 from ...common.kernels.launch import Launcher
 
@@ -478,35 +478,22 @@ def decode_hopper_kernel(
 _launch = Launcher(decode_hopper_kernel)
 
 
-def sparse_mla_decode(
-    q: torch.Tensor,
-    swa_cache: PagedCache,
-    swa_indices: torch.Tensor,
-    swa_lens: torch.Tensor | None,
-    extra_cache: PagedCache | None,
-    extra_indices: torch.Tensor | None,
-    extra_lens: torch.Tensor | None,
-    attn_sink: torch.Tensor | None,
-    softmax_scale: float,
-    out: torch.Tensor,
-    *,
-    split_k: int | None = None,
-    local: Local | None = None,
-) -> torch.Tensor:
-    """Launch over ``q [T, H, 512]`` and DSv4 pages; writes ``out [T, H, 512]`` and returns lse float32 ``[T, H]``.
+def sparse_mla_decode(call: DecodeCall) -> Result:
+    """Launch over the heads that count and DSv4 pages; extra indices may be local entries.
 
-    Of ``split_k``, None lets the shapes decide; a number makes a row's result independent of the rest of the batch.
-    With ``local``, ``extra_indices`` are local entries.
+    Its splits follow from the shapes where ``split_k`` is None; a number makes a row independent of its batch.
     """
-    tokens, heads, _ = q.shape
+    q, out, heads, attn_sink = call.q, output(call), call.heads, call.attn_sink
+    swa_cache, swa_indices, swa_lens, _ = call.swa
+    tokens = q.shape[0]
     multiprocessors = platform.limits(q.device).multiprocessors
-    if extra_cache is None or extra_indices is None:
-        extra_cache, extra_indices, extra_lens, extra_width = swa_cache, swa_indices, None, 0
-    else:
+    extra_cache, extra_indices, extra_lens, extra_width = swa_cache, swa_indices, None, 0
+    if call.extra is not None:
+        extra_cache, extra_indices, extra_lens, _ = call.extra
         extra_width = extra_indices.shape[1]
     head_blocks = -(-heads // BLOCK_H.value)
     blocks = -(-swa_indices.shape[1] // BLOCK_K.value) - (-extra_width // BLOCK_K.value)
-    splits = split_k
+    splits = call.split_k
     if splits is None:
         splits = num_splits(tokens * head_blocks, blocks, multiprocessors)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
@@ -515,7 +502,7 @@ def sparse_mla_decode(
         partial = torch.empty(tokens, heads, splits, 512, dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
     items = tokens * head_blocks * splits
-    request, visible, table, pages = local if local is not None else (lse, lse, extra_indices, 0)
+    request, visible, table, pages = call.local or (lse, lse, extra_indices, 0)
     _launch(
         min(items, multiprocessors),
         (
@@ -524,7 +511,8 @@ def sparse_mla_decode(
             lse if attn_sink is None else attn_sink, request, visible, table, out, lse, partial, partial_lse,
         ),
         (
-            items, heads, head_blocks, splits, softmax_scale, q.stride(0), q.stride(1), out.stride(0), out.stride(1),
+            items, heads, head_blocks, splits, call.softmax_scale,
+            q.stride(0), q.stride(1), out.stride(0), out.stride(1),
             swa_indices.shape[1], swa_indices.stride(0), swa_cache.capacity, swa_cache.page_size,
             swa_cache.page_stride, extra_width, extra_indices.stride(0), extra_cache.capacity, extra_cache.page_size,
             extra_cache.page_stride, *table.shape, table.stride(0), pages,
@@ -533,11 +521,11 @@ def sparse_mla_decode(
             swa_lens is not None, extra_lens is not None, attn_sink is not None, splits > 1,
             max(swa_cache.page_size, extra_cache.page_size) * 584 >= 2**31,
             # Heads stored before tokens: the registers of 64-bit offsets are spilled, so only these pay for them.
-            (heads - 1) * max(q.stride(1), out.stride(1)) >= 2**31, local is not None,
+            (heads - 1) * max(q.stride(1), out.stride(1)) >= 2**31, call.local is not None,
             RIGHT_REGISTERS, LOADER_REGISTERS,
         ),
         4,
     )  # fmt: skip
     if splits > 1:
         reduce_partials(partial, partial_lse, attn_sink, out, lse)
-    return lse
+    return out, lse

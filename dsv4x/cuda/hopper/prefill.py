@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ...common.core.calls import PrefillCall, Result, output, queries
 from ...common.core.platform import platform
 from ...common.kernels.launch import Launcher
 
@@ -298,28 +299,21 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def sparse_mla_prefill(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    lens: torch.Tensor | None,
-    attn_sink: torch.Tensor | None,
-    softmax_scale: float,
-    out: torch.Tensor,
-) -> torch.Tensor:
-    """Launch over ``q [T, H, 512]``; writes ``out [T, H, 512]`` and returns lse float32 ``[T, H]``."""
-    tokens, heads, _ = q.shape
-    q, kv = _aligned(q), _aligned(kv)
+def sparse_mla_prefill(call: PrefillCall) -> Result:
+    """Launch over the heads that count, of 512 values."""
+    out, heads, attn_sink, indices, lens = output(call), call.heads, call.attn_sink, call.indices, call.lens
+    q, kv = _aligned(queries(call)), _aligned(call.kv)
+    tokens = q.shape[0]
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     items = tokens * -(-heads // BLOCK_H.value)
     _launch(
         min(items, platform.limits(q.device).multiprocessors),
         (q, kv, indices, lens if lens is not None else lse, attn_sink if attn_sink is not None else lse, out, lse),
         (
-            items, heads, kv.shape[0], indices.shape[1], softmax_scale,
+            items, heads, kv.shape[0], indices.shape[1], call.softmax_scale,
             q.stride(0), q.stride(1), kv.stride(0), indices.stride(0), out.stride(0), out.stride(1),
         ),
         (lens is not None, attn_sink is not None),
         NUM_WARPS,
     )  # fmt: skip
-    return lse
+    return out, lse
