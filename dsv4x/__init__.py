@@ -25,6 +25,7 @@ The same ops with flat arguments, for torch.compile, are ``torch.ops.dsv4x.*``.
 
 __version__ = "0.1.0"
 
+from . import cuda, rocm
 from .common import ops, reference
 from .common.core import layouts
 from .common.core.errors import BackendUnavailable, KernelNotSupported
@@ -32,7 +33,8 @@ from .common.core.layouts import CacheLayout, CacheSpec, MLAKVCacheLayout, Paged
 from .common.core.platform import platform
 from .common.core.spaces import TopkMethod
 from .common.dispatch.planning import CachePlan, plan_cache
-from .common.dispatch.registry import Problem, explain
+from .common.dispatch.problem import Problem
+from .common.dispatch.registry import explain, refuse
 from .common.ops.cache import (
     convert_cache,
     dequantize_k_cache_paged,
@@ -76,15 +78,19 @@ from .common.step.metadata import AttentionMetadata
 from .common.step.routes import StepExplanation, explain_step
 from .common.step.warmup import warmup
 
-register_portable()
-if platform.backend == "cuda":
-    from .cuda import register_kernels
 
-    register_kernels()
-elif platform.backend == "rocm":
-    from .rocm import register_kernels
+def _register_kernels() -> None:
+    """The portable kernels and those of the backend's vendor; the other vendor's are refused by name."""
+    register_portable()
+    for backend, vendor in (("cuda", cuda), ("rocm", rocm)):
+        if platform.backend == backend:
+            vendor.register_kernels()
+        else:
+            for name in vendor.KERNELS:
+                refuse(None, name)
 
-    register_kernels()
+
+_register_kernels()
 
 __all__ = [
     "AttentionMetadata",

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from . import reference
+from .core.layouts import INDEXER_FP8
 from .core.model import VALUE_DIM
 from .core.platform import platform
 from .core.vendor import TRITON
 from .dispatch import costs
-from .dispatch.registry import Kernel, Problem, register
+from .dispatch.problem import AttentionProblem, LogitsProblem, Problem
+from .dispatch.registry import Kernel, refuse, register
 
 # Microseconds a call and FLOP a microsecond. Triton's are an H200's (decode-kernels-h200.json of benchmarks/results,
 # over DSv4 entries); the reference's are a guess that keeps it last on a GPU.
@@ -36,10 +38,15 @@ def _lazy(module: str, name: str) -> Callable[..., Any]:
 
 def _triton_us(problem: Problem) -> float:
     call, rate = _TRITON_RATES.get(problem.op, _OTHER_TRITON_RATES)
-    return call + problem.attention_flops / rate + (_INTERPRETER_US if problem.interpreter else 0.0)
+    return call + _flops(problem) / rate + (_INTERPRETER_US if problem.interpreter else 0.0)
 
 
-def _triton_prefill_us(problem: Problem) -> float:
+def _flops(problem: Problem) -> float:
+    """What attention multiplies; every other op is predicted by its launch alone."""
+    return problem.attention_flops if isinstance(problem, AttentionProblem) else 0.0
+
+
+def _triton_prefill_us(problem: AttentionProblem) -> float:
     """Every program takes its block of heads for full: gathering bounds few heads, and products count rows."""
     block = 16 if problem.heads <= 16 else 64
     call, rate = _TRITON_PREFILL_RATES[block]
@@ -49,7 +56,7 @@ def _triton_prefill_us(problem: Problem) -> float:
 
 def _reference_us(problem: Problem) -> float:
     call, rate = _REFERENCE_RATES
-    return call + problem.attention_flops / rate
+    return call + _flops(problem) / rate
 
 
 def _triton_reasons(problem: Problem) -> list[str]:
@@ -87,19 +94,19 @@ TRITON_LOGITS_RATES = {"paged_mqa_logits": (8.0, 3.8e6, 650e6, 4e6), "mqa_logits
 _REFERENCE_LOGITS_RATES = (500.0, 1e5, 1e6, 1e5)
 
 
-def logits_us(problem: Problem, call: float, k_rate: float, flop_rate: float, logits_rate: float) -> float:
+def logits_us(problem: LogitsProblem, call: float, k_rate: float, flop_rate: float, logits_rate: float) -> float:
     """Predicted microseconds of logits: a call, and the slowest of reading K, multiplying, and writing logits."""
     rows = problem.tokens * problem.next_n
-    read = (problem.tokens if problem.op == "paged_mqa_logits" else 1) * problem.width * 132
+    read = (problem.tokens if problem.op == "paged_mqa_logits" else 1) * problem.width * INDEXER_FP8.entry_bytes
     flops = 2.0 * rows * problem.heads * problem.head_dim * problem.width
     return call + max(read / k_rate, flops / flop_rate, 4.0 * rows * problem.width / logits_rate)
 
 
-def _logits_triton_us(problem: Problem) -> float:
+def _logits_triton_us(problem: LogitsProblem) -> float:
     return logits_us(problem, *TRITON_LOGITS_RATES[problem.op]) + (_INTERPRETER_US if problem.interpreter else 0.0)
 
 
-def _logits_reference_us(problem: Problem) -> float:
+def _logits_reference_us(problem: LogitsProblem) -> float:
     return logits_us(problem, *_REFERENCE_LOGITS_RATES)
 
 
@@ -108,13 +115,15 @@ def _pair(
     module: str,
     *,
     attention: bool = False,
-    triton_us: Callable[[Problem], float] = _triton_us,
-    reference_us: Callable[[Problem], float] = _reference_us,
+    triton_us: Callable[[Any], float] = _triton_us,
+    reference_us: Callable[[Any], float] = _reference_us,
 ) -> None:
     triton_run, reference_run = _lazy(module, op), getattr(reference, op)
     if attention:
         triton_run, reference_run = _attention(triton_run), _attention(_reference_attention(op))
-    if not (platform.forced and platform.backend == "reference"):
+    if platform.forced and platform.backend == "reference":
+        refuse(op, "triton")
+    else:
         register(
             Kernel(
                 op,

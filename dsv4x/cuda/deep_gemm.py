@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 from types import ModuleType
 from typing import Any
 
@@ -24,8 +25,9 @@ from ..common.core import layouts
 from ..common.core.layouts import ALIGNMENT, PagedCache
 from ..common.core.platform import platform
 from ..common.core.vendor import TRITON, VendorLibrary
-from ..common.dispatch.registry import Kernel, Problem, register
-from ..common.ops.indexer import SPLIT_PAGES, encoding_of
+from ..common.dispatch.problem import LogitsProblem, ScheduleProblem
+from ..common.dispatch.registry import Kernel, register
+from ..common.ops.indexer import SPLIT_PAGES
 from ..common.portable import logits_us
 
 DEEP_GEMM = VendorLibrary(
@@ -40,7 +42,6 @@ ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120")
 LAYOUTS = (layouts.INDEXER_FP8.name, layouts.INDEXER_FP4.name)
 PAGE_SIZES = {"sm_90": (64,), "sm_100": (32, 64), "sm_103": (32, 64), "sm_120": (64,)}
 SM90_NEXT_N = 2
-FLAT_WIDTH = 256
 
 BY_NAME_ONLY = (
     "it compiles a kernel for every 32 requests and reads past its shared memory where no request has an entry; "
@@ -80,20 +81,20 @@ def _parameters(function: Any) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-def _wheel_reasons(problem: Problem, name: str) -> list[str]:
+def _wheel_reasons(problem: LogitsProblem, name: str) -> list[str]:
     """What the installed build lacks. Only asked where a GPU could run it."""
     if problem.device != "cuda" or problem.arch not in ARCHS or DEEP_GEMM.reason is not None:
         return []
-    packed = "q e2m1" in problem.options
+    packed = problem.q_encoding == "e2m1"
     if _function(name, packed) is None:
         need = f"fp8_fp4_{name}" if packed else f"fp8_{name} or fp8_fp4_{name}"
         return [f"deep_gemm at {DEEP_GEMM.path} has no {need}"]
     return []
 
 
-def _operand_reasons(problem: Problem, k: str) -> list[str]:
+def _operand_reasons(problem: LogitsProblem, k: str) -> list[str]:
     """What its matrix products do not take."""
-    q = encoding_of(problem, "q")
+    q = problem.q_encoding
     if q != k or q == "e4m3fnuz":
         return [f"q is {q} and K {k}, need e4m3fn for both or e2m1 for both"]
     if q == "e2m1" and problem.arch == "sm_90":
@@ -105,7 +106,7 @@ def _triton_missing() -> list[str]:
     return [f"its lengths and logits are put within bounds by triton: {TRITON.reason}"] if TRITON.reason else []
 
 
-def _paged_reasons(problem: Problem) -> list[str]:
+def _paged_reasons(problem: LogitsProblem) -> list[str]:
     reasons = []
     for cache in problem.caches:
         if cache.layout in LAYOUTS:
@@ -118,16 +119,16 @@ def _paged_reasons(problem: Problem) -> list[str]:
     return reasons + (_wheel_reasons(problem, "paged_mqa_logits") or _triton_missing())
 
 
-def _flat_reasons(problem: Problem) -> list[str]:
-    reasons = _operand_reasons(problem, encoding_of(problem, "k"))
+def _flat_reasons(problem: LogitsProblem) -> list[str]:
+    reasons = _operand_reasons(problem, problem.k_encoding)
     return reasons + (_wheel_reasons(problem, "mqa_logits") or _triton_missing())
 
 
-def _schedule_reasons(problem: Problem) -> list[str]:
+def _schedule_reasons(problem: ScheduleProblem) -> list[str]:
     reasons = []
     sizes = PAGE_SIZES.get(problem.arch, ())
-    if sizes and problem.rows not in sizes:
-        reasons.append(f"page_size is {problem.rows}, need {' or '.join(map(str, sizes))}")
+    if sizes and problem.page_size not in sizes:
+        reasons.append(f"page_size is {problem.page_size}, need {' or '.join(map(str, sizes))}")
     if problem.device == "cuda" and sizes:
         limit = schedule_limit(problem.arch, platform.limits().shared_memory)
         if problem.tokens > limit:
@@ -157,7 +158,7 @@ def next_n_parts(arch: str, next_n: int) -> list[slice]:
     return [slice(at, min(at + SM90_NEXT_N, next_n)) for at in range(0, next_n, SM90_NEXT_N)]
 
 
-def _note(problem: Problem) -> str:
+def _note(problem: LogitsProblem) -> str:
     if problem.next_n == 1:
         return ""
     parts = next_n_parts(problem.arch, problem.next_n)
@@ -425,7 +426,7 @@ def get_paged_mqa_logits_metadata(
     out.copy_(module.get_paged_mqa_logits_metadata(lens, split // SPLIT_PAGES, num_sms))
 
 
-def _paged_us(problem: Problem) -> float:
+def _paged_us(problem: LogitsProblem) -> float:
     """A call, or one a part, each of which reads all of K, and a pass over logits that are cleaned or put together."""
     total = 0.0
     if _taken_as_pairs(problem.arch, problem.next_n):
@@ -435,7 +436,7 @@ def _paged_us(problem: Problem) -> float:
     parts = next_n_parts(problem.arch, problem.next_n)
     for part in parts:
         total += logits_us(dataclasses.replace(problem, next_n=part.stop - part.start), *_RATES)
-    if len(parts) > 1 or "clean" in problem.options:
+    if len(parts) > 1 or problem.clean:
         call, rate = _PASS
         # Clean logits are written next to nothing of, those of parts all over again.
         entry_bytes = 8.0 if len(parts) > 1 else 4.0
@@ -443,15 +444,15 @@ def _paged_us(problem: Problem) -> float:
     return total
 
 
-def _paged_host_us(problem: Problem) -> float:
+def _paged_host_us(problem: LogitsProblem) -> float:
     """The host's time of parts; that of one call was not measured."""
     parts = next_n_parts(problem.arch, problem.next_n)
     return len(parts) * _PART_US if len(parts) > 1 else 0.0
 
 
-def _flat_us(problem: Problem) -> float:
+def _flat_us(problem: LogitsProblem) -> float:
     call, rate = _PASS
-    passed = call + 4.0 * problem.tokens * problem.width / rate if "clean" in problem.options else 0.0
+    passed = call + 4.0 * problem.tokens * problem.width / rate if problem.clean else 0.0
     return logits_us(problem, *_RATES) + passed
 
 
@@ -482,7 +483,8 @@ def register_kernels() -> None:
         "get_paged_mqa_logits_metadata",
         "deep_gemm",
         get_paged_mqa_logits_metadata,
-        lambda problem: 6.0 + 0.003 * problem.tokens,
+        # Never predicted, because it runs by name only.
+        lambda problem: math.inf,
         library=DEEP_GEMM,
         archs=ARCHS,
         by_name_only=BY_NAME_ONLY,

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..common.core.spaces import TopkMethod
-from ..common.dispatch.registry import Kernel, Problem, register
+from ..common.dispatch.problem import SelectionProblem
+from ..common.dispatch.registry import Kernel, register
 from ..common.ops.topk import plain_order, put_in_space
 from .flashinfer import FLASHINFER
 
@@ -23,7 +24,7 @@ _SMALLEST_INDEX = 1
 BY_NAME_ONLY = "its NaN, its -0 and its order of the indices take three more passes, and nobody has timed it for dsv4x"
 
 
-def _reasons(problem: Problem) -> list[str]:
+def _reasons(problem: SelectionProblem) -> list[str]:
     """What the installed release lacks, told by its signature."""
     if problem.device != "cuda" or FLASHINFER.reason is not None:
         return []

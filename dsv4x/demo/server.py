@@ -30,7 +30,7 @@ from .. import (
     quantize_and_insert_k_cache,
     topk_method,
 )
-from ..common.dispatch.registry import Problem
+from ..common.dispatch.problem import Problem
 from ..common.step.attention import sparse_mla_attention
 from ..common.step.routes import choose_step, path_problems, paths_of, step_kernel
 from .layer import Layer, Sequence

@@ -21,8 +21,8 @@ from ..common.core import layouts
 from ..common.core.layouts import PagedCache
 from ..common.core.spaces import TopkMethod
 from ..common.core.vendor import TRITON, VendorLibrary
-from ..common.dispatch.registry import Kernel, Problem, register
-from ..common.ops.indexer import encoding_of
+from ..common.dispatch.problem import LogitsProblem, SelectionProblem
+from ..common.dispatch.registry import Kernel, register
 from ..common.ops.topk import plain_order, put_in_space
 from ..common.portable import TRITON_LOGITS_RATES, logits_us
 
@@ -73,7 +73,7 @@ def _release_reasons(library: VendorLibrary, op: str) -> list[str]:
     return [f"{name} of aiter at {library.path} has no {', '.join(lacking)}"] if lacking else []
 
 
-def _flavour_reasons(problem: Problem, encodings: dict[str, str]) -> list[str]:
+def _flavour_reasons(problem: LogitsProblem, encodings: dict[str, str]) -> list[str]:
     need = FLAVOURS.get(problem.arch)
     found = " and ".join(f"{name} {encoding}" for name, encoding in encodings.items())
     if need is None or set(encodings.values()) == {need}:
@@ -81,11 +81,11 @@ def _flavour_reasons(problem: Problem, encodings: dict[str, str]) -> list[str]:
     return [f"{found}, need {need} for both on {problem.arch}"]
 
 
-def _paged_reasons(library: VendorLibrary, problem: Problem) -> list[str]:
+def _paged_reasons(library: VendorLibrary, problem: LogitsProblem) -> list[str]:
     reasons = []
     for cache in problem.caches:
         encoding = layouts.by_name(cache.layout).value_encoding
-        reasons += _flavour_reasons(problem, {"q": encoding_of(problem, "q"), "K": encoding})
+        reasons += _flavour_reasons(problem, {"q": problem.q_encoding, "K": encoding})
         if cache.page_size != 1:
             reasons.append(f"page_size is {cache.page_size}, need 1: it reads larger pages shuffled only")
         if cache.pages * cache.page_stride > 2**31 - 1:
@@ -95,16 +95,16 @@ def _paged_reasons(library: VendorLibrary, problem: Problem) -> list[str]:
     return reasons
 
 
-def _flat_reasons(library: VendorLibrary, problem: Problem) -> list[str]:
-    reasons = _flavour_reasons(problem, {"q": encoding_of(problem, "q"), "K": encoding_of(problem, "k")})
-    if "relative" in problem.options:
+def _flat_reasons(library: VendorLibrary, problem: LogitsProblem) -> list[str]:
+    reasons = _flavour_reasons(problem, {"q": problem.q_encoding, "K": problem.k_encoding})
+    if problem.relative:
         reasons.append("max_seqlen_k is given, need None: it writes a column an entry")
     if not reasons and problem.device == "cuda" and problem.arch in ARCHS:
         reasons += _release_reasons(library, "mqa_logits") or _triton_missing()
     return reasons
 
 
-def _topk_reasons(library: VendorLibrary, problem: Problem) -> list[str]:
+def _topk_reasons(library: VendorLibrary, problem: SelectionProblem) -> list[str]:
     if problem.tokens * problem.width > 2**31 - 1:
         return [f"{problem.tokens} x {problem.width} logits, need < 2**31: its offsets are 32-bit"]
     if problem.device == "cuda" and problem.arch in ARCHS:
@@ -223,7 +223,7 @@ def topk_transform(
     put_in_space(torch.where(columns >= 0, columns - starts[:, None], -1), lens, method, space, out)
 
 
-def _logits_us(problem: Problem) -> float:
+def _logits_us(problem: LogitsProblem) -> float:
     return _SHARE_OF_TRITON * logits_us(problem, *TRITON_LOGITS_RATES[problem.op])
 
 

@@ -17,7 +17,8 @@ from ..core import checks, layouts
 from ..core.layouts import PagedCache
 from ..core.platform import platform
 from ..core.spaces import TopkMethod
-from ..dispatch.registry import Problem, find, select
+from ..dispatch.problem import CacheProblem, LogitsProblem, ScheduleProblem, SelectionProblem
+from ..dispatch.registry import find, select
 from .topk import check_space, launch_topk, put_in_space
 
 INDEX_DIM = 128
@@ -75,15 +76,9 @@ def _check_q(q: torch.Tensor, q_scale: torch.Tensor | None, leading: tuple[int |
         raise ValueError(f"q: {q.shape[-2]} heads, need {' or '.join(map(str, HEADS))}")
 
 
-def _option(name: str, x: torch.Tensor) -> str:
-    """What a :class:`Problem` says of an operand's encoding."""
-    return name + {torch.float8_e4m3fn: " e4m3fn", torch.float8_e4m3fnuz: " e4m3fnuz"}.get(x.dtype, " e2m1")
-
-
-def encoding_of(problem: Problem, name: str) -> str:
-    """The encoding of operand ``"q"`` or ``"k"`` in a problem of the logits ops; e4m3fn where it says none."""
-    found = [option.split()[1] for option in problem.options if option.startswith(f"{name} ")]
-    return found[0] if found else "e4m3fn"
+def _encoding(x: torch.Tensor) -> str:
+    """The encoding of an operand's values."""
+    return {torch.float8_e4m3fn: "e4m3fn", torch.float8_e4m3fnuz: "e4m3fnuz"}.get(x.dtype, "e2m1")
 
 
 def _check_out(out: torch.Tensor | None, rows: int, width: int, device: torch.device) -> None:
@@ -185,7 +180,7 @@ def _paged_logits(
     """:func:`paged_mqa_logits` of checked arguments; of a stretch of context, lengths that end outside it."""
     batch, next_n, heads = q.shape[:3]
     device = q.device
-    problem = Problem.on(
+    problem = LogitsProblem.on(
         "paged_mqa_logits",
         device,
         tokens=batch,
@@ -194,7 +189,8 @@ def _paged_logits(
         head_dim=INDEX_DIM,
         width=max_context_len,
         caches=(cache.spec,),
-        options=(_option("q", q), *(("clean",) if clean_logits else ())),
+        q_encoding=_encoding(q),
+        clean=clean_logits,
     )
     record = select(problem, kernel)
     if batch == 0 or max_context_len == 0 or cache.pages == 0 or block_table.shape[1] == 0:
@@ -282,7 +278,7 @@ def mqa_logits(
         checks.integer("max_seqlen_k", max_seqlen_k, 0, _MAX_WIDTH)
     width = entries if max_seqlen_k is None else max_seqlen_k
     _check_out(out, rows, width, device)
-    problem = Problem.on(
+    problem = LogitsProblem.on(
         "mqa_logits",
         device,
         tokens=rows,
@@ -290,12 +286,10 @@ def mqa_logits(
         head_dim=INDEX_DIM,
         width=width,
         rows=entries,
-        options=(
-            _option("q", q),
-            _option("k", k),
-            *(() if max_seqlen_k is None else ("relative",)),
-            *(("clean",) if clean_logits else ()),
-        ),
+        q_encoding=_encoding(q),
+        k_encoding=_encoding(k),
+        relative=max_seqlen_k is not None,
+        clean=clean_logits,
     )
     record = select(problem, kernel)
     if rows == 0 or width == 0 or entries == 0:
@@ -352,8 +346,8 @@ def get_paged_mqa_logits_metadata(
         checks.tensor("out", out, (num_sms + 1, 2), torch.int32, device)
         if not out.is_contiguous():
             raise ValueError(f"out: stride(0) is {out.stride(0)}, need 2")
-    problem = Problem.on(
-        "get_paged_mqa_logits_metadata", device, tokens=batch, next_n=next_n, width=num_sms, rows=page_size
+    problem = ScheduleProblem.on(
+        "get_paged_mqa_logits_metadata", device, tokens=batch, next_n=next_n, page_size=page_size, num_sms=num_sms
     )
     record = select(problem, kernel)
     if batch == 0:
@@ -409,7 +403,7 @@ def gather_indexer_k(
         made.append(value[:rows])
     if checks.check_values_enabled():
         checks.index_values("slots", slots, None, cache.capacity, "slot")
-    record = select(Problem.on("gather_indexer_k", device, tokens=rows, caches=(cache.spec,)), kernel)
+    record = select(CacheProblem.on("gather_indexer_k", device, tokens=rows, caches=(cache.spec,)), kernel)
     if cache.pages == 0:
         for value in made:
             value.view(torch.uint8).zero_()
@@ -750,6 +744,7 @@ def topk_merge(
 
     ``kernel`` is the selection's; a vendor's has no merge, and there prediction picks.
     """
-    problem = Problem.on("topk_merge", values.device, tokens=values.shape[0], width=values.shape[1])
+    rows, width = values.shape
+    problem = SelectionProblem.on("topk_merge", values.device, tokens=rows, width=width, k=k, method=method)
     record = select(problem, kernel if kernel is not None and find("topk_merge", kernel) else None)
     record.launch(values.device, values, ids, k, method, space, out, out_values)

@@ -14,7 +14,8 @@ import torch
 
 from ..core import checks
 from ..core.spaces import INT32_MAX, check_pool, token_positions
-from ..dispatch.registry import Problem, select
+from ..dispatch.problem import IndexProblem
+from ..dispatch.registry import select
 
 ROW_ALIGNMENT = 128
 """Widths of combined rows are multiples of this: FlashMLA's prefill kernel needs it on SM90."""
@@ -117,7 +118,7 @@ def combine_topk_swa_indices(
         visible = (position + 1) // compress_ratio
         span = visible.clamp_max(min(topk, topk_indices.shape[1]))
         checks.index_values("topk_indices", topk_indices, span, visible, "local entry")
-    record = select(Problem.on("combine_topk_swa_indices", device, tokens=tokens, width=width), kernel)
+    record = select(IndexProblem.on("combine_topk_swa_indices", device, tokens=tokens, width=width), kernel)
     if tokens:
         record.launch(
             device, topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
@@ -176,7 +177,7 @@ def combine_swa_extra_indices(
     if checks.check_values_enabled():
         checks.index_values("swa_indices", swa_indices, swa_lens, s_kv_swa, "workspace row")
         checks.index_values("extra_indices", extra_indices, extra_lens, INT32_MAX + 1 - s_kv_swa, "workspace row")
-    record = select(Problem.on("combine_swa_extra_indices", device, tokens=tokens, width=width), kernel)
+    record = select(IndexProblem.on("combine_swa_extra_indices", device, tokens=tokens, width=width), kernel)
     if tokens:
         record.launch(device, swa_indices, swa_lens, extra_indices, extra_lens, s_kv_swa, out_indices, out_lens)
     return out_indices, out_lens
@@ -225,7 +226,7 @@ def window_slots(
     checks.integer("tokens", tokens, 0)
     out_indices = torch.empty(tokens, window_size, dtype=torch.int32, device=device)
     out_lens = torch.empty(tokens, dtype=torch.int32, device=device)
-    record = select(Problem.on("window_slots", device, tokens=tokens, width=window_size), kernel)
+    record = select(IndexProblem.on("window_slots", device, tokens=tokens, width=window_size), kernel)
     if tokens:
         record.launch(device, query_start_loc, seq_lens, block_table, page_size, pages, out_indices, out_lens)
     return out_indices, out_lens
@@ -281,7 +282,7 @@ def build_swa_token_ids(
         raise ValueError(f"total: got {total}, need >= {int(starts[-1])} for these lengths")
     token_ids = torch.empty(total, dtype=torch.int32, device=device)
     request = torch.empty(total, dtype=torch.int32, device=device)
-    record = select(Problem.on("build_swa_token_ids", device, tokens=total), kernel)
+    record = select(IndexProblem.on("build_swa_token_ids", device, tokens=total), kernel)
     if total:
         record.launch(device, first, starts, token_ids, request)
     return token_ids, request, starts
@@ -318,7 +319,7 @@ def local_to_slots(
     checks.tensor("block_table", block_table, (None, None), torch.int32, device)
     check_pool(page_size, pages)
     out = torch.empty(local.shape, dtype=torch.int32, device=device)
-    record = select(Problem.on("local_to_slots", device, tokens=tokens, width=local.shape[1]), kernel)
+    record = select(IndexProblem.on("local_to_slots", device, tokens=tokens, width=local.shape[1]), kernel)
     if out.numel():
         record.launch(device, local, request, limits, block_table, page_size, pages, out)
     return out
@@ -359,7 +360,7 @@ def local_to_workspace_rows(
     tokens, device = _check_locals(local, request, limits)
     checks.tensor("bases", bases, (None,), checks.INDEX_DTYPES, device)
     out = torch.empty(local.shape, dtype=torch.int32, device=device)
-    record = select(Problem.on("local_to_workspace_rows", device, tokens=tokens, width=local.shape[1]), kernel)
+    record = select(IndexProblem.on("local_to_workspace_rows", device, tokens=tokens, width=local.shape[1]), kernel)
     if out.numel():
         record.launch(device, local, request, limits, bases, out)
     return out
@@ -395,7 +396,7 @@ def slots_to_compact_slots(
     out = torch.empty(slots.shape, dtype=torch.int32, device=device)
     rows, out_rows = (slots, out) if dims == 2 else (slots[None], out[None])
     record = select(
-        Problem.on("slots_to_compact_slots", device, tokens=rows.shape[0], width=rows.shape[1]),
+        IndexProblem.on("slots_to_compact_slots", device, tokens=rows.shape[0], width=rows.shape[1]),
         kernel,
     )
     if out.numel():
@@ -445,7 +446,7 @@ def dense_to_ragged(
     values = torch.full((capacity,), -1, dtype=torch.int32, device=device)
     indptr = torch.zeros(tokens + 1, dtype=torch.int32, device=device)
     count = torch.zeros(1, dtype=torch.int32, device=device)
-    record = select(Problem.on("dense_to_ragged", device, tokens=tokens, width=indices.shape[1]), kernel)
+    record = select(IndexProblem.on("dense_to_ragged", device, tokens=tokens, width=indices.shape[1]), kernel)
     if indices.numel():
         record.launch(device, indices, lens, upper, values, indptr, count)
     if checks.check_values_enabled() and int(count) > capacity:
@@ -484,7 +485,7 @@ def ragged_to_dense(
         checks.ascending("indptr", indptr, values.shape[0])
     indices = torch.empty(tokens, width, dtype=torch.int32, device=device)
     lens = torch.empty(tokens, dtype=torch.int32, device=device)
-    record = select(Problem.on("ragged_to_dense", device, tokens=tokens, width=width), kernel)
+    record = select(IndexProblem.on("ragged_to_dense", device, tokens=tokens, width=width), kernel)
     if tokens:
         record.launch(device, values, indptr, indices, lens)
     return indices, lens

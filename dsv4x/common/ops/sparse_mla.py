@@ -9,7 +9,8 @@ import torch
 from ..core import checks
 from ..core.layouts import PagedCache
 from ..core.model import HEAD_DIMS, MAX_HEADS, VALUE_DIM
-from ..dispatch.registry import Kernel, Problem, call_on, select
+from ..dispatch.problem import AttentionProblem
+from ..dispatch.registry import Kernel, call_on, select
 from ..kernels.limits import MAX_SPLITS
 
 
@@ -97,7 +98,7 @@ def sparse_mla_decode(
     if check_values:
         checks.finite_rows("q", q, [lens for *_, lens in scopes])
     out = check_rest(q, attn_sink, out)
-    problem = Problem.on(
+    problem = AttentionProblem.on(
         "sparse_mla_decode",
         q.device,
         tokens=tokens,
@@ -185,7 +186,7 @@ def sparse_mla_prefill(
         checks.index_values("indices", indices, lens, kv.shape[0], "workspace row")
         checks.finite_rows("q", q, [lens])
     out = check_rest(q, attn_sink, out)
-    problem = Problem.on(
+    problem = AttentionProblem.on(
         "sparse_mla_prefill",
         q.device,
         tokens=tokens,

@@ -13,7 +13,8 @@ import torch
 
 from ..core import checks
 from ..core.spaces import INT32_MAX, TopkMethod, check_pool
-from ..dispatch.registry import Problem, select
+from ..dispatch.problem import SelectionProblem
+from ..dispatch.registry import select
 from .indices import local_to_slots, local_to_workspace_rows
 
 _METHODS = {
@@ -118,16 +119,13 @@ def launch_topk(
 ) -> torch.Tensor:
     """:func:`topk_transform` of checked arguments; lengths may end outside the columns."""
     rows, width = logits.shape
-    options = (method.name, *_promises(stable))
-    problem = Problem.on("topk_transform", logits.device, tokens=rows, width=width, extra_width=k, options=options)
+    problem = SelectionProblem.on(
+        "topk_transform", logits.device, tokens=rows, width=width, k=k, method=method, stable=stable
+    )
     record = select(problem, kernel)
     if rows:
         record.launch(logits.device, logits, lengths, k, method, row_starts, space, out)
     return out
-
-
-def _promises(stable: bool) -> tuple[str, ...]:
-    return ("stable",) if stable else ()
 
 
 def check_space(

@@ -8,7 +8,8 @@ import torch
 
 from ..core import checks
 from ..core.layouts import PagedCache
-from ..dispatch.registry import Kernel, Problem, call_on, select
+from ..dispatch.problem import CacheProblem, IndexProblem
+from ..dispatch.registry import Kernel, call_on, select
 from ..ops import indices
 from ..ops.compaction import gather_referenced_rows
 from ..ops.sparse_mla import attend, check_cache, check_heads, check_rest, scale_of
@@ -191,9 +192,9 @@ def _plan(
     problem = problems[path]
     attend, _ = step_kernel(path, problem, meta, topk_indices, kernel)
     index_op = "combine_topk_swa_indices" if path == "gathered" else "local_to_slots"
-    index = Problem.on(index_op, q.device, tokens=problem.tokens, width=problem.width)
+    index = IndexProblem.on(index_op, q.device, tokens=problem.tokens, width=problem.width)
     gathering = [
-        Problem.on(op, q.device, tokens=problem.rows, caches=problems["direct"].caches)
+        CacheProblem.on(op, q.device, tokens=problem.rows, caches=problems["direct"].caches)
         for op in ("gather_workspace", "gather_and_combine")
     ]
     return _Plan(path, attend, select(index), *map(select, gathering))

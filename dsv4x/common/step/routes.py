@@ -16,7 +16,8 @@ import torch
 from ..core.errors import BackendUnavailable, KernelNotSupported
 from ..core.layouts import PagedCache
 from ..dispatch.costs import step_costs
-from ..dispatch.registry import Kernel, Problem, candidates, select
+from ..dispatch.problem import AttentionProblem
+from ..dispatch.registry import Kernel, candidates, select
 from ..ops import indices
 from .chunk import SparsePrefillChunkCache, chunk_of
 from .metadata import AttentionMetadata
@@ -98,7 +99,7 @@ def path_problems(
     topk_indices: torch.Tensor | None = None,
     chunk: SparsePrefillChunkCache | None = None,
     return_lse: bool = True,
-) -> dict[str, Problem]:
+) -> dict[str, AttentionProblem]:
     """The attention problem of every path the step's kind has, for :func:`dsv4x.explain`.
 
     ``referenced`` is cut into blocks of tokens; its problem is one block's, under the cap of ``chunk``.
@@ -113,11 +114,11 @@ def path_problems(
     entries = meta.mean_entries(extra_width)
     width = indices.combined_topk_width(extra_width, meta.window_size)
     problems = {
-        "direct": Problem.on(
+        "direct": AttentionProblem.on(
             "sparse_mla_decode", q.device, tokens=tokens, heads=heads, width=meta.swa_indices.shape[1],
             extra_width=extra_width, entries=entries, caches=caches, lse=return_lse,
         ),
-        "gathered": Problem.on(
+        "gathered": AttentionProblem.on(
             "sparse_mla_prefill", q.device, tokens=tokens, heads=heads, width=width, entries=entries,
             rows=sum(meta.compressed_counts) + sum(meta.gather_counts), lse=return_lse,
         ),
@@ -125,7 +126,7 @@ def path_problems(
     if topk_indices is not None:
         block = (chunk or chunk_of(meta)).referenced_block(extra_width) or tokens
         rows = min(block * extra_width, sum(meta.compressed_counts)) + sum(meta.gather_counts)
-        problems["referenced"] = Problem.on(
+        problems["referenced"] = AttentionProblem.on(
             "sparse_mla_prefill", q.device, tokens=min(block, tokens), heads=heads, width=width, entries=entries,
             rows=rows, lse=return_lse,
         )  # fmt: skip
@@ -166,7 +167,11 @@ def _explain(
 
 
 def step_kernel(
-    path: str, problem: Problem, meta: AttentionMetadata, topk_indices: torch.Tensor | None, kernel: str | None = None
+    path: str,
+    problem: AttentionProblem,
+    meta: AttentionMetadata,
+    topk_indices: torch.Tensor | None,
+    kernel: str | None = None,
 ) -> tuple[Kernel, float]:
     """The attention kernel of a path, and the step's predicted microseconds: the one named, or the step's fastest.
 
@@ -182,7 +187,7 @@ def step_kernel(
 
 def _refusal(
     path: str,
-    problem: Problem,
+    problem: AttentionProblem,
     meta: AttentionMetadata,
     chunk: SparsePrefillChunkCache,
     topk_indices: torch.Tensor | None,
@@ -203,7 +208,7 @@ def _refusal(
 
 
 def _predicted_us(
-    path: str, record: Kernel, problem: Problem, meta: AttentionMetadata, topk_indices: torch.Tensor | None
+    path: str, record: Kernel, problem: AttentionProblem, meta: AttentionMetadata, topk_indices: torch.Tensor | None
 ) -> float:
     costs, indexed = step_costs(problem.arch), topk_indices is not None
     times = record.predicted_us(problem), record.host_us(problem)

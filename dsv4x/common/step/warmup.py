@@ -18,6 +18,7 @@ from ..core.model import VALUE_DIM
 from ..core.platform import platform
 from ..core.spaces import TopkMethod
 from ..dispatch import registry
+from ..dispatch.problem import AttentionProblem, Problem
 from ..kernels.limits import least_part
 from ..ops import indexer
 from ..ops.cache import quantize_and_insert_k_cache
@@ -99,7 +100,7 @@ def warmup(
         if cache is not None:
             k = torch.zeros(2, cache.layout.head_dim, dtype=torch.bfloat16, device=device)
             quantize_and_insert_k_cache(k, cache, torch.full((2,), -1, dtype=torch.int64, device=device))
-    decode = registry.Problem.on("sparse_mla_decode", device, heads=heads)
+    decode = AttentionProblem.on("sparse_mla_decode", device, heads=heads)
     ours = [record for record in registry.kernels(decode.op) if record.name in _SPLITTING]
     if any(kernel in (None, record.name) and not record.not_supported_reasons(decode) for record in ours):
         _run_reductions(device, heads)
@@ -181,7 +182,7 @@ def _run_step(
         sparse_mla_attention(q, swa_cache, cache, meta, chosen, kernel=kernel)
 
 
-def _kernels_of(problem: registry.Problem, kernel: str | None) -> list[str]:
+def _kernels_of(problem: Problem, kernel: str | None) -> list[str]:
     """The kernel asked for, or those that prediction may pick for batches like this one."""
     if kernel is not None:
         return [kernel]
