@@ -323,13 +323,18 @@ def test_flat_logits_keep_the_contract(double, rng, generation, fp4, relative):
     assert len(module.calls) == 1
 
 
-def reasons(op="paged_mqa_logits", arch="sm_90", options=("q e4m3fn",), layout="indexer fp8", page_size=64, tokens=1,
-            next_n=1, rows=0):  # fmt: skip
+def reasons(op="paged_mqa_logits", arch="sm_90", q="e4m3fn", k="e4m3fn", layout="indexer fp8", page_size=64, next_n=1):
     caches = (layouts.CacheSpec(layout, page_size, 10, page_size * 132),) if op == "paged_mqa_logits" else ()
-    record = next(k for k in records() if k.op == op)
-    problem = dsv4x.Problem(op, "cuda", arch, tokens=tokens, heads=32, head_dim=128, width=100, caches=caches,
-                            options=options, next_n=next_n, rows=rows)  # fmt: skip
+    record = next(kernel for kernel in records() if kernel.op == op)
+    problem = dsv4x.Problem(op, "cuda", arch, heads=32, head_dim=128, width=100, caches=caches, q_encoding=q,
+                            k_encoding=k, next_n=next_n)  # fmt: skip
     return record.not_supported_reasons(problem), record.note(problem)
+
+
+def schedule_reasons(page_size, tokens=1):
+    op = "get_paged_mqa_logits_metadata"
+    record = next(kernel for kernel in records() if kernel.op == op)
+    return record.not_supported_reasons(dsv4x.Problem(op, "cuda", "sm_90", tokens=tokens, page_size=page_size))
 
 
 def records():
@@ -345,24 +350,23 @@ def records():
 def test_every_limit_gives_its_reason(double):
     double("0.1")
     assert reasons()[0] == []
-    assert reasons(options=("q e2m1",), layout="indexer fp4")[0] == ["q and K are e2m1, need e4m3fn on SM90"]
-    assert reasons(options=("q e2m1",))[0] == ["q is e2m1 and K e4m3fn, need e4m3fn for both or e2m1 for both"]
+    assert reasons(q="e2m1", layout="indexer fp4")[0] == ["q and K are e2m1, need e4m3fn on SM90"]
+    assert reasons(q="e2m1")[0] == ["q is e2m1 and K e4m3fn, need e4m3fn for both or e2m1 for both"]
     assert reasons(page_size=32)[0] == ["page_size is 32, need 64"]
     assert "arch is sm_80" in reasons(arch="sm_80")[0][0]
     assert reasons(layout="DSv4")[0]
-    flat = ("q e4m3fnuz", "k e4m3fnuz")
-    assert "q is e4m3fnuz" in reasons(op="mqa_logits", options=flat)[0][0]
-    assert reasons(op="mqa_logits", options=("q e4m3fn", "k e4m3fn"))[0] == []
+    assert "q is e4m3fnuz" in reasons(op="mqa_logits", q="e4m3fnuz", k="e4m3fnuz")[0][0]
+    assert "q is e4m3fn and K e2m1" in reasons(op="mqa_logits", k="e2m1")[0][0]
+    assert reasons(op="mqa_logits")[0] == []
 
 
 def test_the_schedules_limit_follows_from_the_shared_memory(double):
     double("0.1")
-    op = "get_paged_mqa_logits_metadata"
     assert deep_gemm.schedule_limit("sm_90", 232448) == 58112
     assert deep_gemm.schedule_limit("sm_100", 232448) < 29056
-    assert reasons(op=op, rows=64, tokens=58112)[0] == []
-    assert "58113 requests, need <= 58112" in reasons(op=op, rows=64, tokens=58113)[0][0]
-    assert "page_size is 16" in reasons(op=op, rows=16)[0][0]
+    assert schedule_reasons(64, tokens=58112) == []
+    assert "58113 requests, need <= 58112" in schedule_reasons(64, tokens=58113)[0]
+    assert "page_size is 16" in schedule_reasons(16)[0]
 
 
 def test_next_n_is_a_note_of_the_explanation(double):
@@ -377,20 +381,20 @@ def test_next_n_is_a_note_of_the_explanation(double):
     assert reasons(arch="sm_100", next_n=7)[1] == "next_n 7 natively"
 
 
-def times(next_n, tokens, *options, capturing=False):
+def times(next_n, tokens, clean=False, capturing=False):
     """What ranks DeepGEMM and Triton on SM90, microseconds."""
     asked = dsv4x.Problem(
         "paged_mqa_logits", "cuda", "sm_90", tokens=tokens, next_n=next_n, heads=64, head_dim=128, width=16384,
-        options=("q e4m3fn", *options), interpreter=False, capturing=capturing,
+        clean=clean, interpreter=False, capturing=capturing,
     )  # fmt: skip
     ranked = (next(k for k in records() if k.op == asked.op), registry.find(asked.op, "triton"))
     return [record.call_us(asked) for record in ranked]
 
 
-@pytest.mark.parametrize("options", [(), ("clean",)])
+@pytest.mark.parametrize("clean", [False, True])
 @pytest.mark.parametrize("tokens", [64, 256])
-def test_even_rows_are_predicted_as_pairs_that_share_a_call(tokens, options):
-    two, four = times(2, tokens, *options)[0], times(4, tokens, *options)
+def test_even_rows_are_predicted_as_pairs_that_share_a_call(tokens, clean):
+    two, four = times(2, tokens, clean)[0], times(4, tokens, clean)
     assert 1.5 * two < four[0] <= 2.1 * two
     assert four[0] < four[1]
     assert times(4, tokens)[0] == times(2, 2 * tokens)[0] + 5
