@@ -8,6 +8,7 @@ import torch
 
 import dsv4x
 from dsv4x import PagedCache, TopkMethod, layouts, reference
+from dsv4x.common.core.logits_calls import FlatLogitsCall, PagedLogitsCall
 from dsv4x.cuda import flashinfer_topk
 from dsv4x.rocm import aiter_indexer
 
@@ -120,7 +121,7 @@ def test_paged_logits_keep_the_contract(aiter, rng, layout, next_n, given_out):
     lens = torch.randint(0, 40, (4, next_n), generator=rng)
     lens[2], lens[3, 0] = 0, 2**31 - 1
     out = torch.full((4 * next_n, 50), torch.nan) if given_out else None
-    got = aiter_indexer.paged_mqa_logits(q, None, cache, weights, lens, table, 50, None, out, True)
+    got = aiter_indexer.paged_mqa_logits(PagedLogitsCall(q, None, cache, weights, lens, table, 50, None, out, True))
     assert_same(got, reference.paged_mqa_logits(q, None, cache, weights, lens, table, 50))
 
 
@@ -133,7 +134,7 @@ def test_flat_logits_keep_the_contract(aiter, rng, given_out):
     ks = torch.tensor([0, -4, 30, 70, 2**31 - 1, 5], dtype=torch.int32)
     ke = torch.tensor([70, 2**31 - 1, 10, 70, 3, 6], dtype=torch.int32)
     out = torch.full((6, 70), torch.nan) if given_out else None
-    got = aiter_indexer.mqa_logits(q, None, k, k_scale, weights, ks, ke, None, out, True)
+    got = aiter_indexer.mqa_logits(FlatLogitsCall(q, None, k, k_scale, weights, ks, ke, None, out, True))
     assert_same(got, reference.mqa_logits(q, None, k, k_scale, weights, ks, ke))
 
 

@@ -7,6 +7,7 @@ import torch
 
 import dsv4x
 from dsv4x import PagedCache, layouts, reference
+from dsv4x.common.core.logits_calls import FlatLogitsCall, PagedLogitsCall
 from dsv4x.common.core.platform import DeviceLimits
 from dsv4x.common.dispatch import registry
 from dsv4x.cuda import deep_gemm
@@ -185,7 +186,7 @@ def test_paged_logits_keep_the_contract(double, rng, generation, arch, next_n, g
     q, q_scale, cache, weights, lens, table = problem(rng, next_n)
     width = 280
     out = torch.full((len(q) * next_n, width), torch.nan) if given_out else None
-    got = deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, width, None, out, True)
+    got = deep_gemm.paged_mqa_logits(PagedLogitsCall(q, q_scale, cache, weights, lens, table, width, None, out, True))
     # Where the double writes a NaN a length of 0 has none of its columns.
     assert_same(got, reference.paged_mqa_logits(q, q_scale, cache, weights, lens, table, width))
     assert out is None or got is out
@@ -207,7 +208,7 @@ def test_pairs_of_rows_are_requests_of_one_call(double, rng, generation, next_n)
     module = double(generation)
     q, q_scale, cache, weights, lens, table = problem(rng, next_n)
     width, pages = 250, 4
-    got = deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, width, None, None, False)
+    got = deep_gemm.paged_mqa_logits(PagedLogitsCall(q, q_scale, cache, weights, lens, table, width, None, None, False))
     (call,) = module.calls
     # Raw logits are what DeepGEMM wrote, where it wrote it; q and the weights are read where they are.
     assert got is call.out
@@ -222,7 +223,9 @@ def test_pairs_of_rows_are_requests_of_one_call(double, rng, generation, next_n)
     entries = want > -torch.inf
     assert torch.allclose(got[entries], want[entries], rtol=1e-5, atol=1e-4)
     assert (got[~entries] == GARBAGE).any()
-    clean = deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, width, None, None, True)
+    clean = deep_gemm.paged_mqa_logits(
+        PagedLogitsCall(q, q_scale, cache, weights, lens, table, width, None, None, True)
+    )
     assert clean is module.calls[1].out
     assert_same(clean, want)
 
@@ -233,7 +236,10 @@ def test_pairs_of_rows_with_strides(double, rng):
     q, q_scale, cache, weights, lens, table = problem(rng, 4)
     want = reference.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300)
     q, lens, weights = torch.cat([q, q], 1)[:, :4], lens.long().t().contiguous().t(), weights.t().contiguous().t()
-    assert_same(deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300, None, None, True), want)
+    assert_same(
+        deep_gemm.paged_mqa_logits(PagedLogitsCall(q, q_scale, cache, weights, lens, table, 300, None, None, True)),
+        want,
+    )
 
 
 @pytest.mark.interpreter
@@ -241,7 +247,7 @@ def test_pairs_of_rows_with_strides(double, rng):
 def test_fp4_goes_to_the_newer_entry_point(double, rng, generation, arch):
     double(generation, arch)
     arguments = problem(rng, 2, layouts.INDEXER_FP4)
-    got = deep_gemm.paged_mqa_logits(*arguments, 300, None, None, True)
+    got = deep_gemm.paged_mqa_logits(PagedLogitsCall(*arguments, 300, None, None, True))
     assert_same(got, reference.paged_mqa_logits(*arguments, 300))
 
 
@@ -251,11 +257,15 @@ def test_a_given_schedule_takes_the_lengths_as_they_are(double, rng):
     q, q_scale, cache, weights, lens, table = problem(rng, 2, hostile=False)
     lens = lens.sort(1).values
     schedule = module.get_paged_mqa_logits_metadata(lens, 64, SMS)
-    got = deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300, schedule, None, True)
+    got = deep_gemm.paged_mqa_logits(
+        PagedLogitsCall(q, q_scale, cache, weights, lens, table, 300, schedule, None, True)
+    )
     assert_same(got, reference.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300))
     assert module.calls[0].lens.data_ptr() == lens.data_ptr()
     with pytest.raises(ValueError, match="schedule: shape"):
-        deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300, schedule[:-1], None, True)
+        deep_gemm.paged_mqa_logits(
+            PagedLogitsCall(q, q_scale, cache, weights, lens, table, 300, schedule[:-1], None, True)
+        )
 
 
 @pytest.mark.interpreter
@@ -267,7 +277,9 @@ def test_a_given_schedule_serves_pairs_of_rows(double, rng, next_n, dtype):
     lens = lens.sort(1).values.to(dtype)
     for _ in range(2):
         schedule = dsv4x.get_paged_mqa_logits_metadata(lens, 64, SMS, kernel="reference")
-        got = deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300, schedule, None, True)
+        got = deep_gemm.paged_mqa_logits(
+            PagedLogitsCall(q, q_scale, cache, weights, lens, table, 300, schedule, None, True)
+        )
         assert_same(got, reference.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300))
         call = module.calls.pop()
         assert not module.calls
@@ -275,14 +287,16 @@ def test_a_given_schedule_serves_pairs_of_rows(double, rng, next_n, dtype):
         assert torch.equal(call.lens[:, 1], lens[:, -1].repeat_interleave(next_n // 2))
         lens = torch.zeros_like(lens)
     with pytest.raises(ValueError, match="schedule: shape"):
-        deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300, schedule[:-1], None, True)
+        deep_gemm.paged_mqa_logits(
+            PagedLogitsCall(q, q_scale, cache, weights, lens, table, 300, schedule[:-1], None, True)
+        )
 
 
 @pytest.mark.interpreter
 def test_unclean_logits_are_right_where_there_are_entries(double, rng):
     double("0.1")
     q, q_scale, cache, weights, lens, table = problem(rng, 1, hostile=False)
-    got = deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300, None, None, False)
+    got = deep_gemm.paged_mqa_logits(PagedLogitsCall(q, q_scale, cache, weights, lens, table, 300, None, None, False))
     want = reference.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300)
     assert torch.allclose(got[want > -torch.inf], want[want > -torch.inf], rtol=1e-5, atol=1e-4)
     assert (got[want == -torch.inf] != -torch.inf).any()
@@ -293,7 +307,7 @@ def test_unclean_logits_are_right_where_there_are_entries(double, rng):
 def test_batches_past_the_schedules_limit_are_split(double, rng, generation):
     module = double(generation, "sm_100", shared_memory=4 * (64 + 2 * 2))
     arguments = problem(rng, 1)
-    got = deep_gemm.paged_mqa_logits(*arguments, 300, None, None, True)
+    got = deep_gemm.paged_mqa_logits(PagedLogitsCall(*arguments, 300, None, None, True))
     assert_same(got, reference.paged_mqa_logits(*arguments, 300))
     assert [call.q.shape[0] for call in module.calls] == [2, 2]
 
@@ -318,7 +332,7 @@ def test_flat_logits_keep_the_contract(double, rng, generation, fp4, relative):
     weights = torch.randn(rows, 32, generator=rng)
     ks = torch.tensor([0, -3, 150, 10, 199, 200, 2**31 - 1, 5, 0], dtype=torch.int32)
     ke = torch.tensor([200, 2**31 - 1, 20, 60, 200, 200, 5, -(2**31), 1], dtype=torch.int32)
-    got = deep_gemm.mqa_logits(q, q_scale, k, k_scale, weights, ks, ke, relative, None, True)
+    got = deep_gemm.mqa_logits(FlatLogitsCall(q, q_scale, k, k_scale, weights, ks, ke, relative, None, True))
     assert_same(got, reference.mqa_logits(q, q_scale, k, k_scale, weights, ks, ke, relative))
     assert len(module.calls) == 1
 

@@ -89,6 +89,11 @@ def _reference_attention(name: str) -> Callable[..., torch.Tensor]:
     return run
 
 
+def _unpacked(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Give the oracle, whose signature is the op's, a call's record."""
+    return lambda call: run(*call)
+
+
 # Microseconds a call, and bytes of K, FLOP and bytes of logits a microsecond: an H200's, and for the reference a guess.
 TRITON_LOGITS_RATES = {"paged_mqa_logits": (8.0, 3.8e6, 650e6, 4e6), "mqa_logits": (8.0, 3.8e6, 880e6, 4e6)}
 _REFERENCE_LOGITS_RATES = (500.0, 1e5, 1e6, 1e5)
@@ -117,10 +122,13 @@ def _pair(
     attention: bool = False,
     triton_us: Callable[[Any], float] = _triton_us,
     reference_us: Callable[[Any], float] = _reference_us,
+    unpacked: bool = False,
 ) -> None:
     triton_run, reference_run = _lazy(module, op), getattr(reference, op)
     if attention:
         triton_run, reference_run = _attention(triton_run), _attention(_reference_attention(op))
+    if unpacked:
+        reference_run = _unpacked(reference_run)
     if platform.forced and platform.backend == "reference":
         refuse(op, "triton")
     else:
@@ -169,7 +177,7 @@ def register_portable() -> None:
     _pair("list_referenced", "compaction")
     _pair("copy_pages", "compaction")
     for op in ("paged_mqa_logits", "mqa_logits"):
-        _pair(op, "mqa_logits", triton_us=_logits_triton_us, reference_us=_logits_reference_us)
+        _pair(op, "mqa_logits", triton_us=_logits_triton_us, reference_us=_logits_reference_us, unpacked=True)
     _pair("gather_indexer_k", "mqa_logits")
     _pair("get_paged_mqa_logits_metadata", "schedule")
     _pair("topk_transform", "topk")

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from ..common.core import layouts
-from ..common.core.layouts import PagedCache
+from ..common.core.logits_calls import FlatLogitsCall, PagedLogitsCall
 from ..common.core.spaces import TopkMethod
 from ..common.core.vendor import TRITON, VendorLibrary
 from ..common.dispatch.problem import LogitsProblem, SelectionProblem
 from ..common.dispatch.registry import Kernel, register
-from ..common.ops.topk import plain_order, put_in_space
+from ..common.ops.topk import plain_order, put_in_space, row_ranges
 from ..common.portable import TRITON_LOGITS_RATES, logits_us
 
 ARCHS = ("gfx942", "gfx950")
@@ -116,29 +116,19 @@ def _triton_missing() -> list[str]:
     return [f"its ranges and logits are put within bounds by triton: {TRITON.reason}"] if TRITON.reason else []
 
 
-def paged_mqa_logits(
-    q: torch.Tensor,
-    q_scale: torch.Tensor | None,
-    cache: PagedCache,
-    weights: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    max_context_len: int,
-    schedule: torch.Tensor | None,
-    out: torch.Tensor | None,
-    clean_logits: bool,
-) -> torch.Tensor:
+def paged_mqa_logits(call: PagedLogitsCall) -> torch.Tensor:
     """``deepgemm_fp8_paged_mqa_logits``, one of a request's rows at a time, so that each has its own length."""
     from ..common.kernels import mqa_logits as kernels
 
+    q, cache, out, block_table, max_context_len = call.q, call.cache, call.out, call.block_table, call.max_context_len
     batch, next_n = q.shape[:2]
     if out is None:
         out = torch.empty(batch * next_n, max_context_len, dtype=torch.float32, device=q.device)
     most = min(max_context_len, block_table.shape[1] * cache.page_size)
-    lens = context_lens.clamp(0, most).int()
+    lens = call.context_lens.clamp(0, most).int()
     # It reads the page a table names, whatever that is, and takes the table's width for its row stride.
     table = block_table.clamp(0, cache.pages - 1).contiguous()
-    rows, row_weights = out.unflatten(0, (batch, next_n)), weights.unflatten(0, (batch, next_n))
+    rows, row_weights = out.unflatten(0, (batch, next_n)), call.weights.unflatten(0, (batch, next_n))
     for row in range(next_n):
         entry_point("paged_mqa_logits")(
             q_fp8=q[:, row : row + 1].contiguous(),
@@ -150,39 +140,27 @@ def paged_mqa_logits(
             max_model_len=max_context_len,
             KVBlockSize=cache.page_size,
         )
-    if clean_logits:
-        kernels.clean_logits(
-            out, lens, out, max_context_len, table=block_table, page_size=cache.page_size, pages=cache.pages
-        )
+    if call.clean_logits:
+        kernels.clean_logits(out, lens, out, max_context_len, pages=(block_table, cache))
     return out
 
 
-def mqa_logits(
-    q: torch.Tensor,
-    q_scale: torch.Tensor | None,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    weights: torch.Tensor,
-    ks: torch.Tensor,
-    ke: torch.Tensor,
-    max_seqlen_k: int | None,
-    out: torch.Tensor | None,
-    clean_logits: bool,
-) -> torch.Tensor:
+def mqa_logits(call: FlatLogitsCall) -> torch.Tensor:
     """``fp8_mqa_logits``, ranges put within bounds first."""
     from ..common.kernels import mqa_logits as kernels
 
-    starts, ends = kernels.limit_ranges(ks, ke, k.shape[0], k.shape[0])
+    k, out = call.k, call.out
+    starts, ends = kernels.limit_ranges(call.ks, call.ke, k.shape[0], k.shape[0])
     logits = entry_point("mqa_logits")(
-        Q=q.contiguous(),
+        Q=call.q.contiguous(),
         KV=k.contiguous(),
-        kv_scales=k_scale.contiguous(),
-        weights=weights.contiguous(),
+        kv_scales=call.k_scale.contiguous(),
+        weights=call.weights.contiguous(),
         cu_starts=starts,
         cu_ends=ends,
         clean_logits=False,
     )
-    if out is None and not clean_logits:
+    if out is None and not call.clean_logits:
         return logits
     out = logits if out is None else out
     kernels.clean_logits(logits, ends[:, None], out, k.shape[0], starts=starts)
@@ -199,13 +177,8 @@ def topk_transform(
     out: torch.Tensor,
 ) -> None:
     """``top_k_per_row_prefill`` for columns, which become local indices and those of the space asked for. rows > 0."""
-    rows, width = logits.shape
-    starts = torch.zeros(rows, dtype=torch.int32, device=logits.device)
-    if row_starts is not None:
-        starts = row_starts.clamp(0, width).int()
-    lens = width - starts
-    if lengths is not None:
-        lens = torch.minimum(lengths.clamp(0, width).int(), lens)
+    rows = logits.shape[0]
+    starts, lens = row_ranges(logits, lengths, row_starts)
     values = plain_order(logits)
     columns = torch.empty(rows, k, dtype=torch.int32, device=logits.device)
     entry_point("topk_transform")(
