@@ -49,14 +49,15 @@ BY_NAME_ONLY = (
     "triton's table is the same"
 )
 
-# Microseconds a call, bytes of K, FLOP and bytes of logits a microsecond, of an H200.
+# An H200's (benchmarks/results/indexer-h200.json): microseconds a call; bytes of K, FLOP and bytes of logits a
+# microsecond.
 _RATES = (8.0, 3.9e6, 1150e6, 4e6)
 # A pass over logits that are still in the L2: microseconds a call as an eager step sees them, bytes a microsecond.
 _PASS = (20.0, 5e6)
-# A block table's rows repeated for each pair of rows.
+# Microseconds of repeating a block table's rows for each pair of rows.
 _TABLE_US = 5.0
-# What a part costs the host, its copied rows of q and of the weights and its place among the logits included: two took
-# an H200's 243 us where the GPU was done in 116.
+# The host's microseconds of one part: it copies rows of q and of the weights, calls, and copies the logits to their
+# place. A call in two parts took an H200's host 243 us, and its GPU 116.
 _PART_US = 135.0
 
 
@@ -404,7 +405,7 @@ def _paged_us(problem: LogitsProblem) -> float:
         total += logits_us(dataclasses.replace(problem, next_n=part.stop - part.start), *_RATES)
     if len(parts) > 1 or problem.clean:
         call, rate = _PASS
-        # Clean logits are written next to nothing of, those of parts all over again.
+        # Cleaning in place writes little beside what it reads; the logits of parts are copied whole.
         entry_bytes = 8.0 if len(parts) > 1 else 4.0
         total += call + entry_bytes * problem.tokens * problem.next_n * problem.width / rate
     return total
