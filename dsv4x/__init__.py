@@ -6,8 +6,8 @@ device context.
 
 The step, once a step and once a layer::
 
-    meta = dsv4x.AttentionMetadata.build(query_start_loc, seq_lens, swa_block_table, ..., compress_ratio=4)
-    out, lse = dsv4x.sparse_mla_attention(q, swa_cache, extra_cache, meta, topk_indices, attn_sink)
+    step = dsv4x.StepMetadata.build(query_start_loc, seq_lens, swa_block_table, {4: c4_pages, 128: c128_pages}, ...)
+    out, lse = dsv4x.sparse_mla_attention(q, swa_cache, extra_cache, step[4], topk_indices, attn_sink)
 
 Under it, the ops: ``quantize_and_insert_k_cache``, ``dequantize_k_cache_paged``, ``combine_topk_swa_indices``,
 ``sparse_mla_decode``, ``sparse_mla_prefill``. ``gather_referenced_cache_blocks`` and ``gather_referenced_rows`` compact
@@ -25,15 +25,18 @@ The same ops with flat arguments, for torch.compile, are ``torch.ops.dsv4x.*``.
 
 __version__ = "0.1.0"
 
+from . import cuda, rocm
 from .common import ops, reference
 from .common.core import layouts
 from .common.core.calls import Local
 from .common.core.errors import BackendUnavailable, KernelNotSupported
 from .common.core.layouts import CacheLayout, CacheSpec, MLAKVCacheLayout, PagedCache
+from .common.core.model import LayerKind
 from .common.core.platform import platform
 from .common.core.spaces import TopkMethod
 from .common.dispatch.planning import CachePlan, plan_cache
-from .common.dispatch.registry import Problem, explain
+from .common.dispatch.problem import Problem
+from .common.dispatch.registry import explain, refuse
 from .common.ops.cache import (
     convert_cache,
     dequantize_k_cache_paged,
@@ -71,21 +74,25 @@ from .common.ops.indices import (
 from .common.ops.sparse_mla import sparse_mla_decode, sparse_mla_prefill
 from .common.ops.topk import topk_method, topk_transform
 from .common.portable import register_portable
-from .common.step.attention import sparse_mla_attention
+from .common.step.attention import explain_step, sparse_mla_attention
 from .common.step.chunk import SparsePrefillChunkCache
-from .common.step.metadata import AttentionMetadata
-from .common.step.routes import StepExplanation, explain_step
+from .common.step.metadata import AttentionMetadata, ExtraPages, StepMetadata
+from .common.step.plan import StepExplanation
 from .common.step.warmup import warmup
 
-register_portable()
-if platform.backend == "cuda":
-    from .cuda import register_kernels
 
-    register_kernels()
-elif platform.backend == "rocm":
-    from .rocm import register_kernels
+def _register_kernels() -> None:
+    """The portable kernels and those of the backend's vendor; the other vendor's are refused by name."""
+    register_portable()
+    for backend, vendor in (("cuda", cuda), ("rocm", rocm)):
+        if platform.backend == backend:
+            vendor.register_kernels()
+        else:
+            for name in vendor.KERNELS:
+                refuse(None, name)
 
-    register_kernels()
+
+_register_kernels()
 
 __all__ = [
     "AttentionMetadata",
@@ -95,13 +102,16 @@ __all__ = [
     "CacheSpec",
     "CompactedCache",
     "CompactedRows",
+    "ExtraPages",
     "KernelNotSupported",
+    "LayerKind",
     "Local",
     "MLAKVCacheLayout",
     "PagedCache",
     "Problem",
     "SparsePrefillChunkCache",
     "StepExplanation",
+    "StepMetadata",
     "TopkMethod",
     "build_swa_token_ids",
     "combine_swa_extra_indices",

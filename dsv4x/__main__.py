@@ -13,8 +13,9 @@ import torch
 from . import BackendUnavailable, KernelNotSupported, Problem, __version__, cuda, layouts, platform, rocm
 from .common import drawing
 from .common.core.vendor import TRITON
-from .common.dispatch.registry import KERNEL_NAMES, explain, ops
-from .common.step.routes import PATHS
+from .common.dispatch.problem import fields_of
+from .common.dispatch.registry import explain, kernel_names, ops
+from .common.step.attention import PATHS
 from .demo import server as demo
 from .demo.layer import Layer
 
@@ -39,10 +40,9 @@ def collect(self_test: bool) -> dict[str, Any]:
     facts["libraries"] = [library.describe() for library in (TRITON, *cuda.LIBRARIES, *rocm.LIBRARIES)]
     facts["kernels"] = {}
     for op in ops():
-        with_heads = op in ("sparse_mla_decode", "sparse_mla_prefill", "paged_mqa_logits", "mqa_logits")
-        problem = Problem(
-            op, device.type, arch, tokens=128, heads=64 * with_heads, width=128, extra_width=512, rows=65536
-        )
+        sizes = {"heads": 64, "width": 128, "extra_width": 512, "rows": 65536}
+        fields = {name: sizes[name] for name in fields_of(op) if name in sizes}
+        problem = Problem(op, device.type, arch, tokens=128, **fields)
         explanation = explain(problem)
         facts["kernels"][op] = {
             name: {
@@ -50,7 +50,7 @@ def collect(self_test: bool) -> dict[str, Any]:
                 "by_name_only": explanation.by_name_only.get(name),
                 "chosen": name == explanation.chosen,
             }
-            for name in KERNEL_NAMES
+            for name in kernel_names()
         }
     if self_test:
         facts["self_test"] = run_self_test(device)
@@ -131,7 +131,9 @@ def main(argv: list[str] | None = None) -> int:
     show.add_argument("--tokens", type=int, help="use at most this many tokens (default 4096 on a GPU, 768 on a CPU)")
     show.add_argument("--heads", type=int, help="query heads (default 64 on a GPU, 8 on a CPU)")
     show.add_argument("--topk", type=int, default=512, help="compressed entries a C4 query reads (default 512)")
-    show.add_argument("--kernel", choices=KERNEL_NAMES, help="run this attention kernel or fail (default: the chosen)")
+    show.add_argument(
+        "--kernel", choices=kernel_names(), help="run this attention kernel or fail (default: the chosen)"
+    )
     draw = commands.add_parser("layout", help="the byte map of a cache layout's page, as a table and as an SVG")
     draw.add_argument("name", nargs="?", help="a layout, such as DSV4 or 'DSv3.2'; without one, their names")
     draw.add_argument("--page-size", type=int, default=64, help="entries a page (default 64)")

@@ -1,5 +1,6 @@
 """Shared fixtures: kernels and devices to run on, poisoned scratch memory, caches full of garbage."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 
 import dsv4x
 from dsv4x import layouts
+from dsv4x.common.dispatch import registry
 
 # pytest's importlib mode puts nothing on sys.path; the helper modules beside the tests are imported by name.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -77,6 +79,13 @@ def launched_as_on_a_gpu():
 def unchecked(monkeypatch):
     """Value checks are off unless a test turns them on."""
     monkeypatch.delenv("DSV4X_CHECK", raising=False)
+
+
+@pytest.fixture
+def replaced():
+    """``registry.replaced``, entered by a call and undone when the test ends."""
+    with contextlib.ExitStack() as stack:
+        yield lambda *records, **how: stack.enter_context(registry.replaced(*records, **how))
 
 
 @pytest.fixture(params=PORTABLE)

@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 
 import torch
+from layer_kinds import paths_of
 
 import dsv4x
 from dsv4x import PagedCache, layouts
 from dsv4x.common.dispatch import registry
-from dsv4x.common.step.routes import paths_of
 
 DEVICE = "cuda"
 PAGES, PAGE_SIZE = 5, 16

@@ -16,6 +16,7 @@ import aiter_signature
 import pytest
 import torch
 from calling import decode_call, prefill_call
+from layer_kinds import paths_of
 from tolerances import check_close, check_decode, check_prefill
 
 import dsv4x
@@ -23,9 +24,9 @@ from dsv4x import layouts, reference, rocm
 from dsv4x.common.core.errors import BackendUnavailable, KernelNotSupported
 from dsv4x.common.core.layouts import CacheSpec, PagedCache
 from dsv4x.common.dispatch import registry
-from dsv4x.common.dispatch.registry import Kernel, Problem
+from dsv4x.common.dispatch.problem import Problem
+from dsv4x.common.dispatch.registry import Kernel
 from dsv4x.common.ops.sparse_mla import problem_of
-from dsv4x.common.step.routes import paths_of
 from dsv4x.rocm import aiter
 
 INF, NAN = float("inf"), float("nan")
@@ -309,8 +310,9 @@ def reference_dense(entries, indptr):
 
 def forget():
     """What the wiring remembers of the build it has seen."""
-    for cached in (aiter._imported, aiter._parameters, aiter._chosen, registry.select):
+    for cached in (aiter._imported, aiter._parameters):
         cached.cache_clear()
+    registry.clear_caches()
 
 
 @pytest.fixture
@@ -791,26 +793,21 @@ def problem(base=DECODE, **changes):
 
 
 @pytest.fixture
-def own_registry(monkeypatch):
-    monkeypatch.setattr(registry, "_kernels", {})
-    monkeypatch.setattr(registry, "_refused", {})
+def own_registry(replaced):
+    replaced(empty=True)
     for op in ("sparse_mla_decode", "sparse_mla_prefill"):
         registry.register(Kernel(op, "triton", lambda: None, lambda p: 100.0))
     aiter.register_kernels()
-    registry.select.cache_clear()
-    yield
-    registry.select.cache_clear()
 
 
 @pytest.fixture
-def reasons(own_registry, install, monkeypatch):
+def reasons(own_registry, install, replaced):
     """Reasons for a problem with a build installed, whatever this machine has."""
 
     def ask(asked, build=LATER, double=None):
         library = install(asked.arch, build, double)
-        record = registry._kernels[asked.op]["aiter"]
-        monkeypatch.setitem(registry._kernels[asked.op], "aiter", dataclasses.replace(record, library=library))
-        return registry._kernels[asked.op]["aiter"].not_supported_reasons(asked)
+        replaced(dataclasses.replace(registry.find(asked.op, "aiter"), library=library))
+        return registry.find(asked.op, "aiter").not_supported_reasons(asked)
 
     return ask
 
@@ -977,17 +974,18 @@ def test_prediction_picks_it_on_gfx950_where_no_lse_is_asked_for(reasons):
     assert registry.select(on_gfx942).name == "triton"
 
 
-def test_registering_imports_nothing(own_registry, monkeypatch):
+def test_registering_imports_nothing(own_registry, replaced, monkeypatch):
     class Explosive:
         @property
         def reason(self):
             raise AssertionError("the library was asked")
 
     monkeypatch.setattr(aiter, "AITER", Explosive())
-    monkeypatch.setattr(registry, "_kernels", {})
+    replaced(empty=True)
     rocm.register_kernels()
-    assert set(registry._kernels["sparse_mla_decode"]) == set(registry._kernels["sparse_mla_prefill"]) == {"aiter"}
-    record = registry._kernels["sparse_mla_decode"]["aiter"]
+    for op in ("sparse_mla_decode", "sparse_mla_prefill"):
+        assert [record.name for record in registry.kernels(op)] == ["aiter"]
+    record = registry.find("sparse_mla_decode", "aiter")
     assert record.not_supported_reasons(problem(arch="gfx942"))
     assert "need gfx942 or gfx950" in record.not_supported_reasons(problem(arch="gfx90a"))[0]
 
@@ -996,18 +994,15 @@ def test_registering_imports_nothing(own_registry, monkeypatch):
 
 
 @pytest.fixture
-def served(monkeypatch, install):
+def served(replaced, install):
     def put(arch="gfx950", build=RELEASED):
         double = install(arch, build)
-        monkeypatch.setattr(registry, "_kernels", {op: dict(table) for op, table in registry._kernels.items()})
-        for op in ("sparse_mla_decode", "sparse_mla_prefill"):
-            registry._kernels[op].pop("aiter", None)
+        ops = ("sparse_mla_decode", "sparse_mla_prefill")
+        replaced(without=[(op, "aiter") for op in ops if registry.find(op, "aiter")])
         aiter.register_kernels()
-        for op in ("sparse_mla_decode", "sparse_mla_prefill"):
-            record = registry._kernels[op]["aiter"]
-            registry._kernels[op]["aiter"] = dataclasses.replace(
-                record, devices=("cpu",), archs=(), library=None, predicted_us=lambda p: 0.0
-            )
+        for op in ops:
+            record = registry.find(op, "aiter")
+            replaced(dataclasses.replace(record, devices=("cpu",), archs=(), library=None, predicted_us=lambda p: 0.0))
         forget()
         return double
 

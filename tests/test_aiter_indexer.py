@@ -8,6 +8,7 @@ import torch
 
 import dsv4x
 from dsv4x import PagedCache, TopkMethod, layouts, reference
+from dsv4x.common.core.logits_calls import FlatLogitsCall, PagedLogitsCall
 from dsv4x.cuda import flashinfer_topk
 from dsv4x.rocm import aiter_indexer
 
@@ -120,7 +121,7 @@ def test_paged_logits_keep_the_contract(aiter, rng, layout, next_n, given_out):
     lens = torch.randint(0, 40, (4, next_n), generator=rng)
     lens[2], lens[3, 0] = 0, 2**31 - 1
     out = torch.full((4 * next_n, 50), torch.nan) if given_out else None
-    got = aiter_indexer.paged_mqa_logits(q, None, cache, weights, lens, table, 50, None, out, True)
+    got = aiter_indexer.paged_mqa_logits(PagedLogitsCall(q, None, cache, weights, lens, table, 50, None, out, True))
     assert_same(got, reference.paged_mqa_logits(q, None, cache, weights, lens, table, 50))
 
 
@@ -133,7 +134,7 @@ def test_flat_logits_keep_the_contract(aiter, rng, given_out):
     ks = torch.tensor([0, -4, 30, 70, 2**31 - 1, 5], dtype=torch.int32)
     ke = torch.tensor([70, 2**31 - 1, 10, 70, 3, 6], dtype=torch.int32)
     out = torch.full((6, 70), torch.nan) if given_out else None
-    got = aiter_indexer.mqa_logits(q, None, k, k_scale, weights, ks, ke, None, out, True)
+    got = aiter_indexer.mqa_logits(FlatLogitsCall(q, None, k, k_scale, weights, ks, ke, None, out, True))
     assert_same(got, reference.mqa_logits(q, None, k, k_scale, weights, ks, ke))
 
 
@@ -183,12 +184,12 @@ def test_selection_keeps_the_contract(select, rng, method, starts):
 
 
 def problem(op, arch="gfx942", **fields):
-    return dsv4x.Problem(op, "cuda", arch, heads=64, head_dim=128, **fields)
+    return dsv4x.Problem(op, "cuda", arch, **fields)
 
 
-def paged_problem(arch="gfx942", layout=FNUZ, page_size=1, pages=10, q="q e4m3fnuz"):
+def paged_problem(arch="gfx942", layout=FNUZ, page_size=1, pages=10, q="e4m3fnuz"):
     caches = (layouts.CacheSpec(layout.name, page_size, pages, page_size * 144),)
-    return problem("paged_mqa_logits", arch, caches=caches, options=(q,))
+    return problem("paged_mqa_logits", arch, heads=64, caches=caches, q_encoding=q)
 
 
 def test_every_limit_gives_its_reason(aiter):
@@ -200,9 +201,9 @@ def test_every_limit_gives_its_reason(aiter):
     assert paged(paged_problem(layout=layouts.INDEXER_FP4))[0].startswith("q e4m3fnuz and K e2m1")
     assert "arch is gfx1250" in paged(paged_problem("gfx1250"))[0]
     flat = record("mqa_logits").not_supported_reasons
-    fnuz = ("q e4m3fnuz", "k e4m3fnuz")
-    assert flat(problem("mqa_logits", options=fnuz)) == []
-    assert "it writes a column an entry" in flat(problem("mqa_logits", options=(*fnuz, "relative")))[0]
+    fnuz = {"heads": 64, "q_encoding": "e4m3fnuz", "k_encoding": "e4m3fnuz"}
+    assert flat(problem("mqa_logits", **fnuz)) == []
+    assert "it writes a column an entry" in flat(problem("mqa_logits", **fnuz, relative=True))[0]
     topk = record("topk_transform").not_supported_reasons
     assert topk(problem("topk_transform", tokens=4096, width=32768)) == []
     assert "offsets are 32-bit" in topk(problem("topk_transform", tokens=65536, width=32768))[0]
@@ -211,7 +212,8 @@ def test_every_limit_gives_its_reason(aiter):
 @pytest.mark.parametrize("op", ["paged_mqa_logits", "mqa_logits", "topk_transform"])
 def test_another_signature_is_refused_with_what_it_lacks(aiter, op):
     aiter[op] = lambda logits, k: None
-    asked = paged_problem() if op == "paged_mqa_logits" else problem(op, options=("q e4m3fnuz", "k e4m3fnuz"))
+    fnuz = {} if op == "topk_transform" else {"q_encoding": "e4m3fnuz", "k_encoding": "e4m3fnuz"}
+    asked = paged_problem() if op == "paged_mqa_logits" else problem(op, **fnuz)
     reasons = record(op).not_supported_reasons(asked)
     assert "aiter at /site/aiter has no " in reasons[0]
 

@@ -5,7 +5,7 @@ import torch
 
 import dsv4x
 from dsv4x.common.core.layouts import DSV4, DSV32, PagedCache
-from dsv4x.common.step.routes import PATHS
+from dsv4x.common.step.attention import PATHS
 
 BF16, I32, I64, F32 = torch.bfloat16, torch.int32, torch.int64, torch.float32
 T, H = 3, 4

@@ -11,7 +11,7 @@ from dsv4x import PagedCache, layouts
 from dsv4x.common import drawing
 from dsv4x.common.core import encodings
 from dsv4x.common.dispatch import registry
-from dsv4x.common.step.routes import PATHS
+from dsv4x.common.step.attention import PATHS
 
 LAYOUTS = [member.value for member in layouts.MLAKVCacheLayout]
 LAYOUTS += [layout.with_flavour("e4m3fnuz") for layout in LAYOUTS if layout.value_encoding == "e4m3fn"]

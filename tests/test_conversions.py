@@ -10,7 +10,8 @@ from dsv4x import PagedCache, layouts
 from dsv4x.common.core import conversions
 from dsv4x.common.core.layouts import CacheSpec
 from dsv4x.common.dispatch import registry
-from dsv4x.common.dispatch.registry import Kernel, Problem
+from dsv4x.common.dispatch.problem import CacheProblem
+from dsv4x.common.dispatch.registry import Kernel
 
 NAMED = [member.value for member in layouts.MLAKVCacheLayout]
 NAMED += [layout.with_flavour("e4m3fnuz") for layout in NAMED if layout.value_encoding == "e4m3fn"]
@@ -18,7 +19,7 @@ NAMED += [layout.with_flavour("e4m3fnuz") for layout in NAMED if layout.value_en
 
 def refusal(reads, given):
     kernel = Kernel("op", "flash_mla", lambda: None, lambda p: 1.0, layouts=reads)
-    reasons = kernel.not_supported_reasons(Problem("op", caches=(CacheSpec(given, 64, 4, 1 << 16),)))
+    reasons = kernel.not_supported_reasons(CacheProblem("op", caches=(CacheSpec(given, 64, 4, 1 << 16),)))
     assert len(reasons) == 1
     return reasons[0]
 

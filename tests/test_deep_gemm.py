@@ -7,6 +7,7 @@ import torch
 
 import dsv4x
 from dsv4x import PagedCache, layouts, reference
+from dsv4x.common.core.logits_calls import FlatLogitsCall, PagedLogitsCall
 from dsv4x.common.core.platform import DeviceLimits
 from dsv4x.common.dispatch import registry
 from dsv4x.cuda import deep_gemm
@@ -185,7 +186,7 @@ def test_paged_logits_keep_the_contract(double, rng, generation, arch, next_n, g
     q, q_scale, cache, weights, lens, table = problem(rng, next_n)
     width = 280
     out = torch.full((len(q) * next_n, width), torch.nan) if given_out else None
-    got = deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, width, None, out, True)
+    got = deep_gemm.paged_mqa_logits(PagedLogitsCall(q, q_scale, cache, weights, lens, table, width, None, out, True))
     # Where the double writes a NaN a length of 0 has none of its columns.
     assert_same(got, reference.paged_mqa_logits(q, q_scale, cache, weights, lens, table, width))
     assert out is None or got is out
@@ -207,7 +208,7 @@ def test_pairs_of_rows_are_requests_of_one_call(double, rng, generation, next_n)
     module = double(generation)
     q, q_scale, cache, weights, lens, table = problem(rng, next_n)
     width, pages = 250, 4
-    got = deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, width, None, None, False)
+    got = deep_gemm.paged_mqa_logits(PagedLogitsCall(q, q_scale, cache, weights, lens, table, width, None, None, False))
     (call,) = module.calls
     # Raw logits are what DeepGEMM wrote, where it wrote it; q and the weights are read where they are.
     assert got is call.out
@@ -222,7 +223,9 @@ def test_pairs_of_rows_are_requests_of_one_call(double, rng, generation, next_n)
     entries = want > -torch.inf
     assert torch.allclose(got[entries], want[entries], rtol=1e-5, atol=1e-4)
     assert (got[~entries] == GARBAGE).any()
-    clean = deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, width, None, None, True)
+    clean = deep_gemm.paged_mqa_logits(
+        PagedLogitsCall(q, q_scale, cache, weights, lens, table, width, None, None, True)
+    )
     assert clean is module.calls[1].out
     assert_same(clean, want)
 
@@ -233,7 +236,10 @@ def test_pairs_of_rows_with_strides(double, rng):
     q, q_scale, cache, weights, lens, table = problem(rng, 4)
     want = reference.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300)
     q, lens, weights = torch.cat([q, q], 1)[:, :4], lens.long().t().contiguous().t(), weights.t().contiguous().t()
-    assert_same(deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300, None, None, True), want)
+    assert_same(
+        deep_gemm.paged_mqa_logits(PagedLogitsCall(q, q_scale, cache, weights, lens, table, 300, None, None, True)),
+        want,
+    )
 
 
 @pytest.mark.interpreter
@@ -241,7 +247,7 @@ def test_pairs_of_rows_with_strides(double, rng):
 def test_fp4_goes_to_the_newer_entry_point(double, rng, generation, arch):
     double(generation, arch)
     arguments = problem(rng, 2, layouts.INDEXER_FP4)
-    got = deep_gemm.paged_mqa_logits(*arguments, 300, None, None, True)
+    got = deep_gemm.paged_mqa_logits(PagedLogitsCall(*arguments, 300, None, None, True))
     assert_same(got, reference.paged_mqa_logits(*arguments, 300))
 
 
@@ -251,11 +257,15 @@ def test_a_given_schedule_takes_the_lengths_as_they_are(double, rng):
     q, q_scale, cache, weights, lens, table = problem(rng, 2, hostile=False)
     lens = lens.sort(1).values
     schedule = module.get_paged_mqa_logits_metadata(lens, 64, SMS)
-    got = deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300, schedule, None, True)
+    got = deep_gemm.paged_mqa_logits(
+        PagedLogitsCall(q, q_scale, cache, weights, lens, table, 300, schedule, None, True)
+    )
     assert_same(got, reference.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300))
     assert module.calls[0].lens.data_ptr() == lens.data_ptr()
     with pytest.raises(ValueError, match="schedule: shape"):
-        deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300, schedule[:-1], None, True)
+        deep_gemm.paged_mqa_logits(
+            PagedLogitsCall(q, q_scale, cache, weights, lens, table, 300, schedule[:-1], None, True)
+        )
 
 
 @pytest.mark.interpreter
@@ -267,7 +277,9 @@ def test_a_given_schedule_serves_pairs_of_rows(double, rng, next_n, dtype):
     lens = lens.sort(1).values.to(dtype)
     for _ in range(2):
         schedule = dsv4x.get_paged_mqa_logits_metadata(lens, 64, SMS, kernel="reference")
-        got = deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300, schedule, None, True)
+        got = deep_gemm.paged_mqa_logits(
+            PagedLogitsCall(q, q_scale, cache, weights, lens, table, 300, schedule, None, True)
+        )
         assert_same(got, reference.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300))
         call = module.calls.pop()
         assert not module.calls
@@ -275,14 +287,16 @@ def test_a_given_schedule_serves_pairs_of_rows(double, rng, next_n, dtype):
         assert torch.equal(call.lens[:, 1], lens[:, -1].repeat_interleave(next_n // 2))
         lens = torch.zeros_like(lens)
     with pytest.raises(ValueError, match="schedule: shape"):
-        deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300, schedule[:-1], None, True)
+        deep_gemm.paged_mqa_logits(
+            PagedLogitsCall(q, q_scale, cache, weights, lens, table, 300, schedule[:-1], None, True)
+        )
 
 
 @pytest.mark.interpreter
 def test_unclean_logits_are_right_where_there_are_entries(double, rng):
     double("0.1")
     q, q_scale, cache, weights, lens, table = problem(rng, 1, hostile=False)
-    got = deep_gemm.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300, None, None, False)
+    got = deep_gemm.paged_mqa_logits(PagedLogitsCall(q, q_scale, cache, weights, lens, table, 300, None, None, False))
     want = reference.paged_mqa_logits(q, q_scale, cache, weights, lens, table, 300)
     assert torch.allclose(got[want > -torch.inf], want[want > -torch.inf], rtol=1e-5, atol=1e-4)
     assert (got[want == -torch.inf] != -torch.inf).any()
@@ -293,7 +307,7 @@ def test_unclean_logits_are_right_where_there_are_entries(double, rng):
 def test_batches_past_the_schedules_limit_are_split(double, rng, generation):
     module = double(generation, "sm_100", shared_memory=4 * (64 + 2 * 2))
     arguments = problem(rng, 1)
-    got = deep_gemm.paged_mqa_logits(*arguments, 300, None, None, True)
+    got = deep_gemm.paged_mqa_logits(PagedLogitsCall(*arguments, 300, None, None, True))
     assert_same(got, reference.paged_mqa_logits(*arguments, 300))
     assert [call.q.shape[0] for call in module.calls] == [2, 2]
 
@@ -318,18 +332,23 @@ def test_flat_logits_keep_the_contract(double, rng, generation, fp4, relative):
     weights = torch.randn(rows, 32, generator=rng)
     ks = torch.tensor([0, -3, 150, 10, 199, 200, 2**31 - 1, 5, 0], dtype=torch.int32)
     ke = torch.tensor([200, 2**31 - 1, 20, 60, 200, 200, 5, -(2**31), 1], dtype=torch.int32)
-    got = deep_gemm.mqa_logits(q, q_scale, k, k_scale, weights, ks, ke, relative, None, True)
+    got = deep_gemm.mqa_logits(FlatLogitsCall(q, q_scale, k, k_scale, weights, ks, ke, relative, None, True))
     assert_same(got, reference.mqa_logits(q, q_scale, k, k_scale, weights, ks, ke, relative))
     assert len(module.calls) == 1
 
 
-def reasons(op="paged_mqa_logits", arch="sm_90", options=("q e4m3fn",), layout="indexer fp8", page_size=64, tokens=1,
-            next_n=1, rows=0):  # fmt: skip
+def reasons(op="paged_mqa_logits", arch="sm_90", q="e4m3fn", k="e4m3fn", layout="indexer fp8", page_size=64, next_n=1):
     caches = (layouts.CacheSpec(layout, page_size, 10, page_size * 132),) if op == "paged_mqa_logits" else ()
-    record = next(k for k in records() if k.op == op)
-    problem = dsv4x.Problem(op, "cuda", arch, tokens=tokens, heads=32, head_dim=128, width=100, caches=caches,
-                            options=options, next_n=next_n, rows=rows)  # fmt: skip
+    record = next(kernel for kernel in records() if kernel.op == op)
+    problem = dsv4x.Problem(op, "cuda", arch, heads=32, head_dim=128, width=100, caches=caches, q_encoding=q,
+                            k_encoding=k, next_n=next_n)  # fmt: skip
     return record.not_supported_reasons(problem), record.note(problem)
+
+
+def schedule_reasons(page_size, tokens=1):
+    op = "get_paged_mqa_logits_metadata"
+    record = next(kernel for kernel in records() if kernel.op == op)
+    return record.not_supported_reasons(dsv4x.Problem(op, "cuda", "sm_90", tokens=tokens, page_size=page_size))
 
 
 def records():
@@ -345,24 +364,23 @@ def records():
 def test_every_limit_gives_its_reason(double):
     double("0.1")
     assert reasons()[0] == []
-    assert reasons(options=("q e2m1",), layout="indexer fp4")[0] == ["q and K are e2m1, need e4m3fn on SM90"]
-    assert reasons(options=("q e2m1",))[0] == ["q is e2m1 and K e4m3fn, need e4m3fn for both or e2m1 for both"]
+    assert reasons(q="e2m1", layout="indexer fp4")[0] == ["q and K are e2m1, need e4m3fn on SM90"]
+    assert reasons(q="e2m1")[0] == ["q is e2m1 and K e4m3fn, need e4m3fn for both or e2m1 for both"]
     assert reasons(page_size=32)[0] == ["page_size is 32, need 64"]
     assert "arch is sm_80" in reasons(arch="sm_80")[0][0]
     assert reasons(layout="DSv4")[0]
-    flat = ("q e4m3fnuz", "k e4m3fnuz")
-    assert "q is e4m3fnuz" in reasons(op="mqa_logits", options=flat)[0][0]
-    assert reasons(op="mqa_logits", options=("q e4m3fn", "k e4m3fn"))[0] == []
+    assert "q is e4m3fnuz" in reasons(op="mqa_logits", q="e4m3fnuz", k="e4m3fnuz")[0][0]
+    assert "q is e4m3fn and K e2m1" in reasons(op="mqa_logits", k="e2m1")[0][0]
+    assert reasons(op="mqa_logits")[0] == []
 
 
 def test_the_schedules_limit_follows_from_the_shared_memory(double):
     double("0.1")
-    op = "get_paged_mqa_logits_metadata"
     assert deep_gemm.schedule_limit("sm_90", 232448) == 58112
     assert deep_gemm.schedule_limit("sm_100", 232448) < 29056
-    assert reasons(op=op, rows=64, tokens=58112)[0] == []
-    assert "58113 requests, need <= 58112" in reasons(op=op, rows=64, tokens=58113)[0][0]
-    assert "page_size is 16" in reasons(op=op, rows=16)[0][0]
+    assert schedule_reasons(64, tokens=58112) == []
+    assert "58113 requests, need <= 58112" in schedule_reasons(64, tokens=58113)[0]
+    assert "page_size is 16" in schedule_reasons(16)[0]
 
 
 def test_next_n_is_a_note_of_the_explanation(double):
@@ -377,20 +395,20 @@ def test_next_n_is_a_note_of_the_explanation(double):
     assert reasons(arch="sm_100", next_n=7)[1] == "next_n 7 natively"
 
 
-def times(next_n, tokens, *options, capturing=False):
+def times(next_n, tokens, clean=False, capturing=False):
     """What ranks DeepGEMM and Triton on SM90, microseconds."""
     asked = dsv4x.Problem(
         "paged_mqa_logits", "cuda", "sm_90", tokens=tokens, next_n=next_n, heads=64, head_dim=128, width=16384,
-        options=("q e4m3fn", *options), interpreter=False, capturing=capturing,
+        clean=clean, interpreter=False, capturing=capturing,
     )  # fmt: skip
     ranked = (next(k for k in records() if k.op == asked.op), registry.find(asked.op, "triton"))
     return [record.call_us(asked) for record in ranked]
 
 
-@pytest.mark.parametrize("options", [(), ("clean",)])
+@pytest.mark.parametrize("clean", [False, True])
 @pytest.mark.parametrize("tokens", [64, 256])
-def test_even_rows_are_predicted_as_pairs_that_share_a_call(tokens, options):
-    two, four = times(2, tokens, *options)[0], times(4, tokens, *options)
+def test_even_rows_are_predicted_as_pairs_that_share_a_call(tokens, clean):
+    two, four = times(2, tokens, clean)[0], times(4, tokens, clean)
     assert 1.5 * two < four[0] <= 2.1 * two
     assert four[0] < four[1]
     assert times(4, tokens)[0] == times(2, 2 * tokens)[0] + 5

@@ -25,7 +25,7 @@ from dsv4x import cuda, layouts, reference
 from dsv4x.common.core.errors import BackendUnavailable, KernelNotSupported
 from dsv4x.common.core.layouts import CacheSpec
 from dsv4x.common.dispatch import registry
-from dsv4x.common.dispatch.registry import Problem
+from dsv4x.common.dispatch.problem import Problem
 from dsv4x.cuda import flashinfer
 
 SCALE = 192**-0.5
@@ -466,23 +466,19 @@ def problem(**changes):
 
 
 @pytest.fixture
-def own_registry(monkeypatch):
-    monkeypatch.setattr(registry, "_kernels", {})
-    monkeypatch.setattr(registry, "_refused", {})
-    registry.select.cache_clear()
-    yield
-    registry.select.cache_clear()
+def own_registry(replaced):
+    replaced(empty=True)
 
 
 @pytest.fixture
-def reasons(own_registry, monkeypatch):
+def reasons(own_registry, replaced, monkeypatch):
     """Reasons for a problem with a release (or another library) installed, whatever this machine has."""
 
     def ask(asked, release=SUPPORTED[-1], library=None):
         monkeypatch.setattr(flashinfer, "FLASHINFER", library or Library(release_double(release, Launcher())))
-        registry._kernels.clear()
+        replaced(empty=True)
         flashinfer.register_kernels()
-        return registry._kernels["sparse_mla_decode"]["flashinfer"].not_supported_reasons(asked)
+        return registry.find("sparse_mla_decode", "flashinfer").not_supported_reasons(asked)
 
     return ask
 
@@ -574,8 +570,8 @@ def test_it_is_never_chosen_by_prediction_and_says_why(reasons):
 
 def test_there_is_no_prefill_kernel_and_a_reason_for_it(reasons):
     reasons(PROBLEM)
-    assert "flashinfer" not in registry._kernels.get("sparse_mla_prefill", {})
-    assert "workspace" in registry._refused["sparse_mla_prefill", "flashinfer"]
+    assert registry.find("sparse_mla_prefill", "flashinfer") is None
+    assert "workspace" in registry.absent("sparse_mla_prefill", "flashinfer")
 
 
 def test_registering_on_cuda_imports_neither_library(own_registry, monkeypatch):
@@ -591,24 +587,20 @@ def test_registering_on_cuda_imports_neither_library(own_registry, monkeypatch):
     monkeypatch.setattr(cuda.flash_mla, "FLASH_MLA", Explosive())
     monkeypatch.setattr(flashinfer, "FLASHINFER", Explosive())
     cuda.register_kernels()
-    assert set(registry._kernels["sparse_mla_decode"]) == {"flash_mla", "gluon", "flashinfer"}
-    refused = registry._kernels["sparse_mla_decode"]["flashinfer"].not_supported_reasons(problem(arch="sm_90"))
+    assert {record.name for record in registry.kernels("sparse_mla_decode")} == {"flash_mla", "gluon", "flashinfer"}
+    refused = registry.find("sparse_mla_decode", "flashinfer").not_supported_reasons(problem(arch="sm_90"))
     assert refused == ["arch is sm_90, need sm_100 or sm_103"]
 
 
 @pytest.mark.parametrize("layout", [NATIVE, BF16], ids=lambda x: x.name)
-def test_the_wiring_is_what_the_op_runs(layout, newest, decode_case, monkeypatch, request):
+def test_the_wiring_is_what_the_op_runs(layout, newest, decode_case, replaced):
     """From the public op down, on a machine that would have FlashInfer."""
     k_scale = 0.25 if layout is NATIVE else 1.0
     case = decode_case(heads=20, width=70, layout=layout, k_scale=k_scale)
-    request.addfinalizer(registry.select.cache_clear)
-    monkeypatch.setattr(registry, "_kernels", {})
-    monkeypatch.setattr(registry, "_refused", {})
+    replaced(empty=True)
     flashinfer.register_kernels()
-    record = registry._kernels["sparse_mla_decode"]["flashinfer"]
-    table = {"flashinfer": dataclasses.replace(record, devices=("cpu",), archs=())}
-    monkeypatch.setattr(registry, "_kernels", {"sparse_mla_decode": table})
-    registry.select.cache_clear()
+    record = registry.find("sparse_mla_decode", "flashinfer")
+    replaced(dataclasses.replace(record, devices=("cpu",), archs=()), empty=["sparse_mla_decode"])
     out, lse = dsv4x.sparse_mla_decode(**case, softmax_scale=SCALE, kernel="flashinfer", swa_k_scale=k_scale)
     q = as_rounded(case["q"]) if layout is NATIVE else case["q"]
     case["q"] = q

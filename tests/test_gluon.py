@@ -11,7 +11,8 @@ import dsv4x
 from dsv4x.common import portable
 from dsv4x.common.core.layouts import CacheSpec
 from dsv4x.common.dispatch import costs, registry
-from dsv4x.common.dispatch.registry import Problem, select
+from dsv4x.common.dispatch.problem import Problem
+from dsv4x.common.dispatch.registry import select
 from dsv4x.common.step.routes import step_kernel
 from dsv4x.cuda import flash_mla, gluon
 
@@ -19,10 +20,9 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 @pytest.fixture
-def records(monkeypatch):
+def records(monkeypatch, replaced):
     """Both libraries' kernels registered, as if both were usable."""
-    monkeypatch.setattr(registry, "_kernels", {})
-    monkeypatch.setattr(registry, "_refused", {})
+    replaced(empty=True)
     for library in (gluon.GLUON, flash_mla.FLASH_MLA):
         monkeypatch.setitem(vars(library), "_loaded", (None, None, None))
     monkeypatch.setattr(flash_mla, "_prefill_reasons", lambda problem: [])
@@ -31,11 +31,9 @@ def records(monkeypatch):
     each = {name: us + registry.HIDDEN_HOST_US for name, us in shown.items()}
     host = dict.fromkeys(("sparse_mla_decode", "sparse_mla_prefill"), each)
     monkeypatch.setitem(costs.table_of("sm_90")["host"], "kernels", host)
-    select.cache_clear()
     gluon.register_kernels()
     flash_mla.register_kernels()
-    yield registry._kernels["sparse_mla_prefill"]
-    select.cache_clear()
+    return {record.name: record for record in registry.kernels("sparse_mla_prefill")}
 
 
 def measured(op):
@@ -82,7 +80,7 @@ def test_an_eager_call_that_waits_for_the_host_gets_what_the_host_is_done_with_s
         assert select(asked).name == eager
         assert select(dataclasses.replace(asked, capturing=True)).name == captured
         assert registry.explain(asked).predicted_us["flash_mla"] >= 35
-    record, decoding = registry._kernels["sparse_mla_decode"]["flash_mla"], decode_problem(tokens=64)
+    record, decoding = registry.find("sparse_mla_decode", "flash_mla"), decode_problem(tokens=64)
     assert record.call_us(decoding) == max(35, record.predicted_us(decoding))
     # A captured call schedules itself.
     assert record.call_us(dataclasses.replace(decoding, capturing=True)) > record.predicted_us(decoding)
@@ -101,7 +99,7 @@ def test_a_step_waits_for_the_longer_of_host_and_gpu():
 
 def test_a_kernel_that_spares_the_step_a_launch_may_be_slower_itself(records):
     decoding = decode_problem(tokens=128, capturing=False)
-    flash, own = (registry._kernels["sparse_mla_decode"][name] for name in ("flash_mla", "gluon"))
+    flash, own = (registry.find("sparse_mla_decode", name) for name in ("flash_mla", "gluon"))
     assert flash.call_us(decoding) < own.call_us(decoding)
     assert step_kernel("direct", decoding, None, None)[0] is flash
     topk = torch.zeros(128, 512, dtype=torch.int32)
@@ -118,7 +116,7 @@ def test_a_kernel_that_spares_the_step_a_launch_may_be_slower_itself(records):
 
 def test_a_step_picks_no_kernel_that_refuses_or_runs_by_name_only(records):
     decoding = decode_problem(tokens=128)
-    own = dataclasses.replace(registry._kernels["sparse_mla_decode"]["gluon"], predicted_us=lambda problem: 0.0)
+    own = dataclasses.replace(registry.find("sparse_mla_decode", "gluon"), predicted_us=lambda problem: 0.0)
     registry.register(dataclasses.replace(own, name="flashinfer", by_name_only="it rounds q"))
     registry.register(dataclasses.replace(own, name="aiter", archs=("gfx942",)))
     assert step_kernel("direct", decoding, None, None)[0].name in ("flash_mla", "gluon")
@@ -127,9 +125,8 @@ def test_a_step_picks_no_kernel_that_refuses_or_runs_by_name_only(records):
         step_kernel("direct", decoding, None, None, "aiter")
 
 
-def test_without_flash_mla_it_is_chosen(records):
-    del registry._kernels["sparse_mla_prefill"]["flash_mla"]
-    select.cache_clear()
+def test_without_flash_mla_it_is_chosen(records, replaced):
+    replaced(without=[("sparse_mla_prefill", "flash_mla")])
     assert select(problem()).name == "gluon"
 
 
@@ -149,7 +146,7 @@ def test_heads_past_128_take_their_blocks_time_and_a_pool_past_l2_takes_longer(r
 
 @pytest.fixture
 def decode_record(records):
-    return registry._kernels["sparse_mla_decode"]["gluon"]
+    return registry.find("sparse_mla_decode", "gluon")
 
 
 def decode_problem(layout="DSv4", extra="DSv4", pages=64, **fields):

@@ -4,11 +4,12 @@ import random
 
 import pytest
 import torch
+from layer_kinds import paths_of
 from tolerances import check_decode, check_prefill
 
 import dsv4x
 from dsv4x import PagedCache, layouts, platform, reference
-from dsv4x.common.step.routes import PATHS, paths_of
+from dsv4x.common.step.attention import PATHS
 
 pytestmark = pytest.mark.gpu
 

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from layer_kinds import paths_of
 
 from dsv4x import platform
-from dsv4x.common.step.routes import paths_of
 from dsv4x.demo import layer as layer_module
 from dsv4x.demo import server as demo
 from dsv4x.demo.layer import Layer, as_stored

@@ -177,15 +177,9 @@ def flash_mla_record():
     from dsv4x.common.dispatch import registry
     from dsv4x.cuda import flash_mla
 
-    if "flash_mla" not in registry._kernels["sparse_mla_decode"]:
-        kept, registry._kernels = registry._kernels, {}
-        try:
-            flash_mla.register_kernels()
-            return registry._kernels["sparse_mla_decode"]["flash_mla"]
-        finally:
-            registry._kernels = kept
-            registry.select.cache_clear()
-    return registry._kernels["sparse_mla_decode"]["flash_mla"]
+    with registry.replaced(empty=True):
+        flash_mla.register_kernels()
+        return registry.find("sparse_mla_decode", "flash_mla")
 
 
 def with_caches(problem, specs):

@@ -36,11 +36,9 @@ def test_info_as_json_holds_every_fact(capsys):
     assert facts["self_test"]["passed"] is True
 
 
-def test_info_shows_why_a_kernel_runs_only_by_name(monkeypatch, capsys, request):
-    request.addfinalizer(registry.select.cache_clear)
-    table = registry._kernels["window_slots"]
-    named = dataclasses.replace(table["reference"], name="flashinfer", by_name_only="it rounds")
-    monkeypatch.setitem(registry._kernels, "window_slots", {**table, "flashinfer": named})
+def test_info_shows_why_a_kernel_runs_only_by_name(capsys, replaced):
+    record = registry.find("window_slots", "reference")
+    replaced(dataclasses.replace(record, name="flashinfer", by_name_only="it rounds"))
     assert main(["info"]) == 0
     assert "flashinfer only by name: it rounds" in capsys.readouterr().out
 

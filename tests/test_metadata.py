@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import slow
 import torch
+from layer_kinds import paths_of
 from tolerances import check_decode, check_prefill
 
 import dsv4x
 from dsv4x.common.core.layouts import DSV4, PagedCache
 from dsv4x.common.dispatch import registry
 from dsv4x.common.step import metadata
-from dsv4x.common.step import routes as routing
+from dsv4x.common.step.attention import PATHS
 from dsv4x.common.step.chunk import chunk_of
-from dsv4x.common.step.routes import PATHS, choose_step, path_problems, paths_of
 
 GARBAGE = [-1, -2, -(2**31), 2**31 - 1, 1_000_000_007]
 int32 = partial(torch.tensor, dtype=torch.int32)
@@ -347,7 +347,7 @@ def test_pages_outside_the_pool_are_no_entries_on_any_path(ratio, path, kernel_d
 @pytest.mark.parametrize("columns", [0, 3, 7])
 @pytest.mark.parametrize("ratio", [1, 4, 128])
 @pytest.mark.parametrize("name", BATCHES)
-def test_what_the_entry_point_vouches_for_is_true(name, ratio, columns, make_step, rng, monkeypatch, request):
+def test_what_the_entry_point_vouches_for_is_true(name, ratio, columns, make_step, rng, replaced):
     """Indices and lengths go to the ops as trusted: FlashMLA would read past a row, or fault, if they were not."""
     step = make_step(BATCHES[name], ratio, padding=2)
     seen = []
@@ -372,10 +372,7 @@ def test_what_the_entry_point_vouches_for_is_true(name, ratio, columns, make_ste
         return call.q, call.q[..., 0]
 
     for op, run in (("sparse_mla_decode", decode), ("sparse_mla_prefill", prefill)):
-        record = dataclasses.replace(registry.find(op, "reference"), run=run)
-        monkeypatch.setitem(registry._kernels[op], "reference", record)
-    registry.select.cache_clear()
-    request.addfinalizer(registry.select.cache_clear)
+        replaced(dataclasses.replace(registry.find(op, "reference"), run=run))
     q, topk, sink = attention_case(step, rng, columns=columns)
     for path in ("direct", "gathered"):
         arguments = (q, step.swa, step.extra, step.build(), topk, sink)
@@ -609,15 +606,13 @@ def test_a_rebuilt_chunk_forgets_the_one_before(make_step, rng):
 
 
 @pytest.mark.parametrize(("op", "path"), [("sparse_mla_decode", "gathered"), ("sparse_mla_prefill", "direct")])
-def test_a_path_whose_kernel_refuses_leaves_the_other(op, path, make_step, rng, monkeypatch, request):
+def test_a_path_whose_kernel_refuses_leaves_the_other(op, path, make_step, rng, replaced):
     step = make_step(BATCHES["mixed"])
     q, topk, _ = attention_case(step, rng)
     arguments = (q, step.swa, step.extra, step.build(), topk)
     for name in (op, "sparse_mla_prefill"):
-        record = dataclasses.replace(registry.find(name, "reference"), further_reasons=lambda problem: ["it is not in"])
-        monkeypatch.setitem(registry._kernels[name], "reference", record)
-        registry.select.cache_clear()
-        request.addfinalizer(registry.select.cache_clear)
+        record = registry.find(name, "reference")
+        replaced(dataclasses.replace(record, further_reasons=lambda problem: ["it is not in"]))
         if name == op:
             assert choose_step(*arguments, kernel="reference") == (path, "reference")
     if op == "sparse_mla_decode":

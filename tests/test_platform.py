@@ -33,6 +33,16 @@ def succeeds(code, *path, **environment):
     return done.stdout
 
 
+@pytest.mark.parametrize(("asked", "wrapped"), [("1", True), ("0", False), ("", False)])
+def test_kernels_are_wrapped_for_the_profiler_where_the_environment_asks(asked, wrapped):
+    code = """
+import dsv4x
+from dsv4x.common.dispatch import registry
+print(all(hasattr(record.run, "__wrapped__") for op in registry.ops() for record in registry.kernels(op)))
+"""
+    assert succeeds(code, DSV4X_PROFILE=asked).strip() == str(wrapped)
+
+
 def test_importing_creates_no_context_imports_no_kernels_and_may_be_forked():
     succeeds(
         """

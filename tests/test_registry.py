@@ -1,17 +1,24 @@
 """Which kernel runs, why the others do not, and that an explicit choice is never swapped for another."""
 
+import concurrent.futures
+import copy
 import dataclasses
+import logging
+import multiprocessing
+import pickle
 import types
 
 import pytest
 import torch
 
 import dsv4x
+from dsv4x import layouts
 from dsv4x.common.core.errors import BackendUnavailable, KernelNotSupported
 from dsv4x.common.core.layouts import DSV4, CacheSpec, PagedCache
 from dsv4x.common.core.vendor import VendorLibrary
-from dsv4x.common.dispatch import registry
-from dsv4x.common.dispatch.registry import KERNEL_NAMES, Kernel, Problem, explain, select
+from dsv4x.common.dispatch import registry, trace
+from dsv4x.common.dispatch.problem import AttentionProblem, CacheProblem, Problem, SelectionProblem, fields_of
+from dsv4x.common.dispatch.registry import Kernel, explain, kernel_names, select
 from dsv4x.cuda import flash_mla
 
 V4 = CacheSpec("DSv4", 64, 4, 37440)
@@ -25,13 +32,9 @@ def problem(base=DECODE, **changes):
 
 
 @pytest.fixture
-def empty_registry(monkeypatch):
-    """An op of its own, so that nothing registered here outlives the test."""
-    monkeypatch.setattr(registry, "_kernels", {})
-    monkeypatch.setattr(registry, "_refused", {})
-    select.cache_clear()
-    yield
-    select.cache_clear()
+def empty_registry(replaced):
+    """No kernels, and nothing registered here outlives the test."""
+    replaced(empty=True)
 
 
 def kernel(name, predicted=1.0, op="op", **fields):
@@ -46,23 +49,22 @@ def broken_library():
 
 @pytest.mark.parametrize("op", ["sparse_mla_decode", "sparse_mla_prefill", "dequantize_k_cache_paged", "window_slots"])
 def test_explain_lists_every_kernel_and_the_chosen_one_has_no_reasons(op):
-    explanation = explain(Problem(op, **ON_CPU, heads=8, tokens=2, width=64))
-    assert set(explanation.reasons) == set(KERNEL_NAMES)
+    explanation = explain(Problem(op, **ON_CPU, tokens=2, width=64))
+    assert set(explanation.reasons) == set(kernel_names())
     assert explanation.chosen == "reference"
     assert explanation.reasons["reference"] == []
-    assert all(explanation.reasons[name] for name in KERNEL_NAMES if name != "reference")
-    assert set(explanation.predicted_us) == {name for name in KERNEL_NAMES if not explanation.reasons[name]}
+    assert all(explanation.reasons[name] for name in kernel_names() if name != "reference")
+    assert set(explanation.predicted_us) == {name for name in kernel_names() if not explanation.reasons[name]}
     text = str(explanation)
-    for name in KERNEL_NAMES:
+    for name in kernel_names():
         assert name in text
         assert all(reason in text for reason in explanation.reasons[name])
 
 
 def test_absent_kernels_say_which_backend_this_is():
     reasons = explain(problem(**ON_CPU)).reasons
-    for name in {"flash_mla", "aiter"} - set(registry._kernels["sparse_mla_decode"]):
-        assert dsv4x.platform.backend in reasons[name][0]
-        assert dsv4x.platform.reason in reasons[name][0] or (("sparse_mla_decode", name) in registry._refused)
+    for name in {"flash_mla", "aiter"} - {record.name for record in registry.kernels("sparse_mla_decode")}:
+        assert reasons[name] == [f"not on backend {dsv4x.platform.backend} ({dsv4x.platform.reason})"]
 
 
 def test_triton_on_a_cpu_says_what_it_would_take():
@@ -80,7 +82,7 @@ def test_the_interpreter_is_never_chosen_over_the_reference():
 
 def test_every_reason_is_listed_at_once():
     bad = problem(caches=(V4, CacheSpec("DSv3.2", 64, 4, 41984)), capturing=True, device="xpu", arch="xe")
-    record = dataclasses.replace(registry._kernels[bad.op]["reference"], layouts=("DSv4",), max_heads=32)
+    record = dataclasses.replace(registry.find(bad.op, "reference"), layouts=("DSv4",), max_heads=32)
     reasons = record.not_supported_reasons(bad)
     assert len(reasons) == 4
     assert any("xpu" in r and "cuda or cpu" in r for r in reasons)
@@ -94,8 +96,8 @@ def test_no_kernel_at_all_raises_with_every_kernels_reasons():
     assert explain(bad).chosen is None
     with pytest.raises(KernelNotSupported) as raised:
         select(bad)
-    assert set(raised.value.reasons) == set(KERNEL_NAMES)
-    for name in KERNEL_NAMES:
+    assert set(raised.value.reasons) == set(kernel_names())
+    for name in kernel_names():
         assert name in str(raised.value)
 
 
@@ -124,21 +126,20 @@ def test_every_op_hands_its_kernel_argument_on():
             rows, torch.tensor([0, 1]), *[slots] * 4, window_size=1, compress_ratio=1, topk=1, **k
         ),
     }
-    for name, call in calls.items():
+    for call in calls.values():
         call(kernel="reference")
         with pytest.raises(KernelNotSupported, match="aiter"):
             call(kernel="aiter")
         with pytest.raises(ValueError, match="kernel: got 'cutlass'"):
             call(kernel="cutlass")
-        assert name
 
 
 def test_an_unknown_kernel_or_op_is_named():
-    with pytest.raises(
-        ValueError,
-        match=r"kernel: got 'cutlass', need one of flash_mla, deep_gemm, gluon, triton, aiter, flashinfer, reference",
-    ):
+    assert set(kernel_names()) >= {"flash_mla", "deep_gemm", "gluon", "triton", "aiter", "flashinfer", "reference"}
+    with pytest.raises(ValueError, match=f"kernel: got 'cutlass', need one of {', '.join(kernel_names())} or None"):
         select(DECODE, "cutlass")
+    with pytest.raises(TypeError, match="kernel: got list, need a kernel's name or None"):
+        select(DECODE, ["triton"])
     with pytest.raises(ValueError, match=r"op: got 'nothing'"):
         explain(Problem("nothing"))
 
@@ -195,6 +196,292 @@ def test_a_refusal_is_said_in_the_backends_words(empty_registry):
         select(Problem("op"), "aiter")
 
 
+def test_a_kernel_of_another_package_is_known_by_its_name_everywhere(empty_registry):
+    registry.register(kernel("reference"))
+    registry.register(kernel("mine", 0.5))
+    registry.register(kernel("triton", op="other"))
+    assert kernel_names() == ("reference", "mine", "triton")
+    assert select(Problem("op")).name == select(Problem("op"), "mine").name == "mine"
+    assert explain(Problem("op")).reasons == {"reference": [], "mine": [], "triton": ["it has no op"]}
+    with pytest.raises(KernelNotSupported, match="kernel='triton' cannot run op: it has no op"):
+        select(Problem("op"), "triton")
+
+
+def test_a_name_refused_for_every_op_is_known_and_gives_way_to_closer_reasons(empty_registry):
+    registry.register(kernel("reference"))
+    registry.refuse(None, "aiter")
+    registry.refuse(None, "gluon", "no Gluon here")
+    registry.refuse("op", "gluon", "it returns no lse")
+    reasons = explain(Problem("op")).reasons
+    assert reasons["aiter"] == [f"not on backend {dsv4x.platform.backend} ({dsv4x.platform.reason})"]
+    assert reasons["gluon"] == ["it returns no lse"]
+    assert registry.absent("other", "gluon") == "no Gluon here"
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "says"),
+    [
+        ({"name": "my kernel"}, ValueError, "name: got 'my kernel', need an identifier"),
+        ({"op": ""}, ValueError, "op: got '', need an identifier"),
+        ({"name": None}, TypeError, "name: got NoneType, need a str"),
+        ({"run": None}, TypeError, "run of kernel mine of op: got NoneType, need a callable"),
+        ({"predicted_us": 3.0}, TypeError, "predicted_us of kernel mine of op: got float, need a callable"),
+        ({"archs": "sm_90"}, TypeError, "archs of kernel mine of op: got 'sm_90', need a tuple of str"),
+        ({"layouts": (layouts.DSV4,)}, TypeError, "layouts of kernel mine of op: got .*, need a tuple of str"),
+        ({"remaps": 1}, TypeError, "remaps of kernel mine of op: got int, need a bool"),
+        ({"max_heads": -1}, ValueError, "max_heads of kernel mine of op: got -1, need an int >= 0"),
+        ({"by_name_only": True}, TypeError, "by_name_only of kernel mine of op: got bool, need a str"),
+    ],
+)
+def test_a_record_that_makes_no_sense_is_not_registered(fields, error, says, empty_registry):
+    with pytest.raises(error, match=says):
+        registry.register(dataclasses.replace(kernel("mine"), **fields))
+    assert registry.ops() == []
+
+
+def test_what_is_no_record_is_not_registered():
+    with pytest.raises(TypeError, match="kernel: got str, need a Kernel"):
+        registry.register("triton")
+
+
+def test_replaced_kernels_come_back(empty_registry):
+    registry.register(kernel("reference", 9.0))
+    registry.register(kernel("triton", 3.0))
+    registry.refuse("op", "aiter", "it returns no lse")
+    with registry.replaced(kernel("triton", 10.0), kernel("mine", 11.0)):
+        assert select(Problem("op")).name == "reference"
+        with registry.replaced(without=[("op", "reference")]):
+            assert select(Problem("op")).name == "triton"
+            registry.register(kernel("more", 1.0))
+            registry.refuse(None, "gluon")
+            assert select(Problem("op")).name == "more"
+        assert kernel_names() == ("reference", "triton", "mine", "aiter")
+        with registry.replaced(empty=True):
+            assert kernel_names() == ()
+        with registry.replaced(kernel("triton"), empty=["op"]):
+            assert kernel_names() == ("triton", "aiter")
+    assert select(Problem("op")).name == "triton"
+    with pytest.raises(RuntimeError, match="inside"), registry.replaced(empty=True):
+        raise RuntimeError("inside")
+    assert kernel_names() == ("reference", "triton", "aiter")
+
+
+def test_a_cached_choice_is_forgotten_when_the_kernels_change(empty_registry):
+    @registry.cached(8)
+    def names(op):
+        return [record.name for record in registry.kernels(op)]
+
+    registry.register(kernel("reference"))
+    assert names("op") == ["reference"]
+    registry.register(kernel("triton"))
+    assert names("op") == ["reference", "triton"]
+    with registry.replaced(without=[("op", "triton")]):
+        assert names("op") == ["reference"]
+    assert names("op") == ["reference", "triton"]
+
+
+class EntryPoint:
+    """One entry point of an installed package."""
+
+    name, value = "mine", "mine.kernels:register"
+
+    def __init__(self, function):
+        self.function = function
+
+    def load(self):
+        return self.function
+
+
+@pytest.fixture
+def installed(empty_registry, monkeypatch):
+    """Packages with these entry points, not loaded yet."""
+
+    def put(*functions):
+        monkeypatch.setattr(registry, "_unloaded", [registry.ENTRY_POINTS])
+        points = {registry.ENTRY_POINTS: [EntryPoint(function) for function in functions]}
+        monkeypatch.setattr(registry.importlib.metadata, "entry_points", lambda group: points[group])
+
+    return put
+
+
+def test_another_packages_kernels_are_loaded_before_the_first_choice_and_once(installed):
+    calls = []
+
+    def theirs():
+        calls.append(kernel_names())
+        registry.register(kernel("mine"))
+
+    installed(theirs)
+    assert select(Problem("op")).name == "mine"
+    assert select(Problem("op"), "mine").name == "mine"
+    assert calls == [()]
+
+
+def test_a_package_that_fails_is_a_reason_and_no_error(installed):
+    def theirs():
+        raise OSError("libmine.so: not found")
+
+    installed(theirs, lambda: registry.register(kernel("reference")))
+    explanation = explain(Problem("op"))
+    assert explanation.chosen == "reference"
+    (reason,) = explanation.reasons["mine"]
+    assert reason == "entry point mine.kernels:register failed: OSError: libmine.so: not found"
+
+
+def test_the_vendors_kernels_are_known_by_name_where_their_backend_is_not(empty_registry):
+    for vendor in (dsv4x.cuda, dsv4x.rocm):
+        with registry.replaced(kernel("triton", op="sparse_mla_decode")):
+            vendor.register_kernels()
+            assert set(kernel_names()) - {"triton"} == set(vendor.KERNELS)
+
+
+# The log and the profiler.
+
+
+@pytest.fixture
+def log(caplog):
+    trace.forget()
+    with caplog.at_level(logging.INFO, logger="dsv4x"):
+        yield lambda: [record.getMessage() for record in caplog.records if record.name == "dsv4x"]
+    trace.forget()
+
+
+def test_a_first_choice_is_logged_once_with_its_reason(empty_registry, log):
+    registry.register(kernel("reference", 9.0))
+    select(Problem("op", arch="sm_90"))
+    registry.register(kernel("triton", 3.0))
+    for tokens in (1, 2, 3):
+        select(Problem("op", arch="sm_90", tokens=tokens))
+    select(Problem("op", arch="sm_90", capturing=True))
+    select(Problem("op"), "reference")
+    assert log() == [
+        "op on sm_90: reference, the only kernel to choose from",
+        "op on sm_90: triton, predicted 3 us (reference 9 us)",
+        "op on sm_90 in a graph: triton, predicted 3 us (reference 9 us)",
+        "op on cuda: reference, asked for by name",
+    ]
+
+
+def test_nothing_is_remembered_as_logged_while_info_is_off(empty_registry, caplog):
+    trace.forget()
+    with caplog.at_level(logging.WARNING, logger="dsv4x"):
+        trace.logged("key", "unheard")
+    with caplog.at_level(logging.INFO, logger="dsv4x"):
+        trace.logged("key", "heard")
+        trace.logged("key", "heard")
+    trace.forget()
+    assert [record.getMessage() for record in caplog.records] == ["heard"]
+
+
+def test_the_packages_logger_is_silent_by_default():
+    assert any(isinstance(handler, logging.NullHandler) for handler in logging.getLogger("dsv4x").handlers)
+
+
+def test_profiled_kernels_have_ranges_and_others_are_not_wrapped(monkeypatch, empty_registry):
+    record = kernel("triton")
+    registry.register(record)
+    assert registry.find("op", "triton") is record
+    monkeypatch.setattr(trace, "PROFILING", True)
+    with registry.replaced(record), torch.profiler.profile() as profile:
+        assert registry.find("op", "triton").run() == "triton"
+        with trace.range("path/direct"):
+            pass
+    assert {"dsv4x::op/triton", "dsv4x::path/direct"} <= {event.key for event in profile.key_averages()}
+
+
+def test_without_profiling_a_range_is_nothing(monkeypatch):
+    monkeypatch.setattr(trace, "PROFILING", False)
+    with torch.profiler.profile() as profile, trace.range("path/direct"):
+        torch.zeros(1)
+    assert "dsv4x::path/direct" not in {event.key for event in profile.key_averages()}
+
+
+# Problems.
+
+
+def test_an_ops_name_decides_the_family_of_its_problem():
+    assert type(Problem("sparse_mla_decode", heads=8)) is AttentionProblem
+    assert type(Problem(op="topk_transform", k=5)) is SelectionProblem
+    assert type(Problem("nothing")) is Problem
+    assert Problem("copy_pages", "cpu", "cpu", 3, caches=(V4,)) == CacheProblem(
+        "copy_pages", "cpu", "cpu", 3, caches=(V4,)
+    )
+    on = Problem.on("topk_merge", torch.device("cpu"), tokens=2, k=7)
+    assert (type(on), on.device, on.arch, on.tokens, on.k) == (SelectionProblem, "cpu", "cpu", 2, 7)
+
+
+@pytest.mark.parametrize("op", ["nothing", *registry.ops()])
+def test_a_problem_of_every_op_survives_a_copy_and_a_pickle(op):
+    asked = Problem(op, "cuda", "sm_90", tokens=3)
+    for made in (pickle.loads(pickle.dumps(asked)), copy.copy(asked), copy.deepcopy(asked), dataclasses.replace(asked)):
+        assert made == asked
+        assert type(made) is type(asked)
+        assert hash(made) == hash(asked)
+
+
+@pytest.mark.parametrize("op", registry.ops())
+def test_every_op_has_a_family_of_its_own_fields(op):
+    assert type(Problem(op)) is not Problem
+
+
+def test_a_field_the_family_lacks_is_named_with_those_it_has():
+    with pytest.raises(
+        TypeError, match=f"k: no field of a problem of mqa_logits, need one of {', '.join(fields_of('mqa_logits'))}"
+    ):
+        Problem("mqa_logits", k=5)
+    with pytest.raises(
+        TypeError, match="heads: no field of a problem of nothing, need one of op, device, arch, tokens, "
+    ):
+        Problem("nothing", heads=5)
+    with pytest.raises(TypeError, match=r"width: no field of a problem of get_paged_mqa_logits_metadata, .*num_sms"):
+        Problem.on("get_paged_mqa_logits_metadata", torch.device("cpu"), width=5)
+    with pytest.raises(TypeError, match="op: got NoneType, need an op's name"):
+        Problem(None)
+
+
+def test_explain_asks_for_the_other_mode_and_for_a_problem():
+    asked = Problem("sparse_mla_decode", **ON_CPU, heads=8, width=64)
+    assert "captured" not in explain(asked).reasons["reference"]
+    assert any("captured" in reason for reason in explain(asked, capturing=True).reasons["reference"])
+    captured = dataclasses.replace(asked, capturing=True)
+    assert explain(captured, capturing=False) == explain(asked)
+    with pytest.raises(TypeError, match=r"problem: got str, need a dsv4x\.Problem"):
+        explain("sparse_mla_decode")
+
+
+def test_local_entries_are_refused_by_a_kernel_that_does_not_remap_them():
+    asked = problem(local=True, extra_width=8)
+    says = "extra indices are local entries, need slots: it does not remap them"
+    assert kernel("mine").not_supported_reasons(asked) == [says]
+    assert kernel("mine", remaps=True).not_supported_reasons(asked) == []
+    assert kernel("mine").not_supported_reasons(problem(extra_width=8)) == []
+
+
+# Errors.
+
+
+def in_another_process(error):
+    raise error
+
+
+@pytest.mark.parametrize("remake", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))])
+def test_errors_survive_a_copy_and_a_pickle(remake):
+    error = KernelNotSupported("why", {"triton": ["no"]})
+    error.request = 7
+    made = remake(error)
+    assert (type(made), str(made), made.reasons, made.request) == (KernelNotSupported, "why", {"triton": ["no"]}, 7)
+    made = remake(BackendUnavailable("no driver"))
+    assert (type(made), str(made)) == (BackendUnavailable, "no driver")
+
+
+def test_errors_survive_a_pool_of_processes():
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        for error in (KernelNotSupported("why", {"triton": ["no"]}), BackendUnavailable("no driver")):
+            with pytest.raises(type(error), match=str(error)) as raised:
+                pool.submit(in_another_process, error).result()
+            assert getattr(raised.value, "reasons", None) == getattr(error, "reasons", None)
+
+
 def test_a_missing_library_is_unavailable_when_named_and_a_reason_otherwise(empty_registry):
     registry.register(kernel("reference", 9.0))
     registry.register(kernel("flash_mla", 1.0, library=broken_library()))
@@ -244,15 +531,15 @@ class FakeLibrary:
 
 
 @pytest.fixture
-def flash_reasons(empty_registry, monkeypatch):
+def flash_reasons(replaced, monkeypatch):
     """Reasons of FlashMLA's kernel for a problem, whatever this machine is."""
 
     def ask(asked, module=None, reason=None):
         library = FakeLibrary(module or fake_module(", extra_k_cache, use_legacy"), reason)
         monkeypatch.setattr(flash_mla, "FLASH_MLA", library)
-        registry._kernels.clear()
+        replaced(empty=True)
         flash_mla.register_kernels()
-        return registry._kernels[asked.op]["flash_mla"].not_supported_reasons(asked)
+        return registry.find(asked.op, "flash_mla").not_supported_reasons(asked)
 
     return ask
 
@@ -343,7 +630,7 @@ def test_a_batch_is_bounded_by_the_scheduler_and_by_its_partial_outputs():
 @pytest.mark.parametrize("base", [DECODE, PREFILL])
 def test_padded_heads_count_in_the_prediction(base, flash_reasons):
     flash_reasons(base)
-    record = registry._kernels[base.op]["flash_mla"]
+    record = registry.find(base.op, "flash_mla")
     big = problem(base, tokens=4096)
     problems = [dataclasses.replace(big, heads=h) for h in (1, 64, 65, 128)]
     paddings = [flash_mla.padding_us(each) for each in problems]

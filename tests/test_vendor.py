@@ -614,20 +614,15 @@ def test_prefill_of_an_empty_workspace_is_served(one_double, prefill_case):
 
 
 @pytest.mark.interpreter
-def test_the_wiring_is_what_the_registered_kernel_runs(one_double, decode_case, monkeypatch, request):
+def test_the_wiring_is_what_the_registered_kernel_runs(one_double, decode_case, replaced):
     """From the public op down, on a machine that would choose FlashMLA."""
     from dsv4x.common.dispatch import registry
 
     case = decode_case(tokens=2, heads=20, extra_width=9)
-    request.addfinalizer(registry.select.cache_clear)
-    monkeypatch.setattr(registry, "_kernels", {})
+    replaced(empty=["sparse_mla_decode", "sparse_mla_prefill"])
     flash_mla.register_kernels()
-    record = registry._kernels["sparse_mla_decode"]["flash_mla"]
-    monkeypatch.setattr(registry, "_kernels", {
-        "sparse_mla_decode": {"flash_mla": dataclasses.replace(
-            record, devices=("cpu",), archs=(), further_reasons=lambda problem: (), library=None)}
-    })  # fmt: skip
-    registry.select.cache_clear()
+    record = registry.find("sparse_mla_decode", "flash_mla")
+    replaced(dataclasses.replace(record, devices=("cpu",), archs=(), further_reasons=lambda problem: (), library=None))
     got = dsv4x.sparse_mla_decode(**case, kernel="flash_mla")
     check_decode(*got, *reference.sparse_mla_decode(**case, dtype=torch.float64))
     assert one_double.calls == [2]

@@ -5,11 +5,11 @@ import random
 
 import pytest
 import torch
+from layer_kinds import paths_of
 
 import dsv4x
 from dsv4x import PagedCache, layouts
 from dsv4x.common.step import warmup as warmup_module
-from dsv4x.common.step.routes import paths_of
 
 
 @pytest.mark.parametrize("layout", [layouts.DSV4, layouts.DSV32])

@@ -7,12 +7,16 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from . import reference
 from .core.calls import DecodeCall, PrefillCall, Result, deliver, queries, sinks
+from .core.layouts import INDEXER_FP8
 from .core.platform import platform
 from .core.vendor import TRITON
 from .dispatch import costs
-from .dispatch.registry import Kernel, Problem, register
+from .dispatch.problem import AttentionProblem, LogitsProblem, Problem
+from .dispatch.registry import Kernel, refuse, register
 
 # Microseconds a call and FLOP a microsecond. Triton's are an H200's (decode-kernels-h200.json of benchmarks/results,
 # over DSv4 entries); the reference's are a guess that keeps it last on a GPU.
@@ -34,10 +38,15 @@ def _lazy(module: str, name: str) -> Callable[..., Any]:
 
 def _triton_us(problem: Problem) -> float:
     call, rate = _TRITON_RATES.get(problem.op, _OTHER_TRITON_RATES)
-    return call + problem.attention_flops / rate + (_INTERPRETER_US if problem.interpreter else 0.0)
+    return call + _flops(problem) / rate + (_INTERPRETER_US if problem.interpreter else 0.0)
 
 
-def _triton_prefill_us(problem: Problem) -> float:
+def _flops(problem: Problem) -> float:
+    """What attention multiplies; every other op is predicted by its launch alone."""
+    return problem.attention_flops if isinstance(problem, AttentionProblem) else 0.0
+
+
+def _triton_prefill_us(problem: AttentionProblem) -> float:
     """Every program takes its block of heads for full: gathering bounds few heads, and products count rows."""
     block = 16 if problem.heads <= 16 else 64
     call, rate = _TRITON_PREFILL_RATES[block]
@@ -47,7 +56,7 @@ def _triton_prefill_us(problem: Problem) -> float:
 
 def _reference_us(problem: Problem) -> float:
     call, rate = _REFERENCE_RATES
-    return call + problem.attention_flops / rate
+    return call + _flops(problem) / rate
 
 
 def _triton_reasons(problem: Problem) -> list[str]:
@@ -81,24 +90,29 @@ def _reference_prefill(call: PrefillCall) -> Result:
     return deliver(call, values.to(call.q.dtype), lse)
 
 
+def _unpacked(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Give the oracle, whose signature is the op's, a call's record."""
+    return lambda call: run(*call)
+
+
 # Microseconds a call, and bytes of K, FLOP and bytes of logits a microsecond: an H200's, and for the reference a guess.
 TRITON_LOGITS_RATES = {"paged_mqa_logits": (8.0, 3.8e6, 650e6, 4e6), "mqa_logits": (8.0, 3.8e6, 880e6, 4e6)}
 _REFERENCE_LOGITS_RATES = (500.0, 1e5, 1e6, 1e5)
 
 
-def logits_us(problem: Problem, call: float, k_rate: float, flop_rate: float, logits_rate: float) -> float:
+def logits_us(problem: LogitsProblem, call: float, k_rate: float, flop_rate: float, logits_rate: float) -> float:
     """Predicted microseconds of logits: a call, and the slowest of reading K, multiplying, and writing logits."""
     rows = problem.tokens * problem.next_n
-    read = (problem.tokens if problem.op == "paged_mqa_logits" else 1) * problem.width * 132
+    read = (problem.tokens if problem.op == "paged_mqa_logits" else 1) * problem.width * INDEXER_FP8.entry_bytes
     flops = 2.0 * rows * problem.heads * problem.head_dim * problem.width
     return call + max(read / k_rate, flops / flop_rate, 4.0 * rows * problem.width / logits_rate)
 
 
-def _logits_triton_us(problem: Problem) -> float:
+def _logits_triton_us(problem: LogitsProblem) -> float:
     return logits_us(problem, *TRITON_LOGITS_RATES[problem.op]) + (_INTERPRETER_US if problem.interpreter else 0.0)
 
 
-def _logits_reference_us(problem: Problem) -> float:
+def _logits_reference_us(problem: LogitsProblem) -> float:
     return logits_us(problem, *_REFERENCE_LOGITS_RATES)
 
 
@@ -107,10 +121,17 @@ def _pair(
     module: str,
     *,
     reference_run: Callable[..., Any] | None = None,
-    triton_us: Callable[[Problem], float] = _triton_us,
-    reference_us: Callable[[Problem], float] = _reference_us,
+    triton_us: Callable[[Any], float] = _triton_us,
+    reference_us: Callable[[Any], float] = _reference_us,
+    unpacked: bool = False,
 ) -> None:
-    if not (platform.forced and platform.backend == "reference"):
+    if reference_run is None:
+        reference_run = getattr(reference, op)
+    if unpacked:
+        reference_run = _unpacked(reference_run)
+    if platform.forced and platform.backend == "reference":
+        refuse(op, "triton")
+    else:
         register(
             Kernel(
                 op,
@@ -129,7 +150,7 @@ def _pair(
         Kernel(
             op,
             "reference",
-            reference_run or getattr(reference, op),
+            reference_run,
             reference_us,
             devices=("cuda", "cpu"),
             capture_safe=False,
@@ -159,7 +180,7 @@ def register_portable() -> None:
     _pair("list_referenced", "compaction")
     _pair("copy_pages", "compaction")
     for op in ("paged_mqa_logits", "mqa_logits"):
-        _pair(op, "mqa_logits", triton_us=_logits_triton_us, reference_us=_logits_reference_us)
+        _pair(op, "mqa_logits", triton_us=_logits_triton_us, reference_us=_logits_reference_us, unpacked=True)
     _pair("gather_indexer_k", "mqa_logits")
     _pair("get_paged_mqa_logits_metadata", "schedule")
     _pair("topk_transform", "topk")

@@ -8,6 +8,9 @@ from .deep_gemm import DEEP_GEMM
 
 costs.add_table("sm_90", Path(__file__).parent / "costs_sm_90.json")
 
+KERNELS = ("flash_mla", "deep_gemm", "flashinfer", "gluon")
+"""The names of its kernels."""
+
 LIBRARIES = (flash_mla.FLASH_MLA, DEEP_GEMM, flashinfer.FLASHINFER)
 
 
@@ -20,4 +23,4 @@ def register_kernels() -> None:
     gluon.register_kernels()
 
 
-__all__ = ["DEEP_GEMM", "LIBRARIES", "register_kernels"]
+__all__ = ["DEEP_GEMM", "KERNELS", "LIBRARIES", "register_kernels"]

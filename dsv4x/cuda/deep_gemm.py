@@ -15,17 +15,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from ..common.core import layouts
-from ..common.core.layouts import ALIGNMENT, PagedCache
+from ..common.core.layouts import ALIGNMENT
+from ..common.core.logits_calls import FlatLogitsCall, PagedLogitsCall
 from ..common.core.platform import platform
 from ..common.core.vendor import TRITON, VendorLibrary
-from ..common.dispatch.registry import Kernel, Problem, register
-from ..common.ops.indexer import SPLIT_PAGES, encoding_of
+from ..common.dispatch.problem import LogitsProblem, ScheduleProblem
+from ..common.dispatch.registry import Kernel, register
+from ..common.ops.indexer import SPLIT_PAGES
 from ..common.portable import logits_us
 
 DEEP_GEMM = VendorLibrary(
@@ -40,21 +43,21 @@ ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120")
 LAYOUTS = (layouts.INDEXER_FP8.name, layouts.INDEXER_FP4.name)
 PAGE_SIZES = {"sm_90": (64,), "sm_100": (32, 64), "sm_103": (32, 64), "sm_120": (64,)}
 SM90_NEXT_N = 2
-FLAT_WIDTH = 256
 
 BY_NAME_ONLY = (
     "it compiles a kernel for every 32 requests and reads past its shared memory where no request has an entry; "
     "triton's table is the same"
 )
 
-# Microseconds a call, bytes of K, FLOP and bytes of logits a microsecond, of an H200.
+# An H200's (benchmarks/results/indexer-h200.json): microseconds a call; bytes of K, FLOP and bytes of logits a
+# microsecond.
 _RATES = (8.0, 3.9e6, 1150e6, 4e6)
 # A pass over logits that are still in the L2: microseconds a call as an eager step sees them, bytes a microsecond.
 _PASS = (20.0, 5e6)
-# A block table's rows repeated for each pair of rows.
+# Microseconds of repeating a block table's rows for each pair of rows.
 _TABLE_US = 5.0
-# What a part costs the host, its copied rows of q and of the weights and its place among the logits included: two took
-# an H200's 243 us where the GPU was done in 116.
+# The host's microseconds of one part: it copies rows of q and of the weights, calls, and copies the logits to their
+# place. A call in two parts took an H200's host 243 us, and its GPU 116.
 _PART_US = 135.0
 
 
@@ -80,20 +83,20 @@ def _parameters(function: Any) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
-def _wheel_reasons(problem: Problem, name: str) -> list[str]:
+def _wheel_reasons(problem: LogitsProblem, name: str) -> list[str]:
     """What the installed build lacks. Only asked where a GPU could run it."""
     if problem.device != "cuda" or problem.arch not in ARCHS or DEEP_GEMM.reason is not None:
         return []
-    packed = "q e2m1" in problem.options
+    packed = problem.q_encoding == "e2m1"
     if _function(name, packed) is None:
         need = f"fp8_fp4_{name}" if packed else f"fp8_{name} or fp8_fp4_{name}"
         return [f"deep_gemm at {DEEP_GEMM.path} has no {need}"]
     return []
 
 
-def _operand_reasons(problem: Problem, k: str) -> list[str]:
+def _operand_reasons(problem: LogitsProblem, k: str) -> list[str]:
     """What its matrix products do not take."""
-    q = encoding_of(problem, "q")
+    q = problem.q_encoding
     if q != k or q == "e4m3fnuz":
         return [f"q is {q} and K {k}, need e4m3fn for both or e2m1 for both"]
     if q == "e2m1" and problem.arch == "sm_90":
@@ -105,7 +108,7 @@ def _triton_missing() -> list[str]:
     return [f"its lengths and logits are put within bounds by triton: {TRITON.reason}"] if TRITON.reason else []
 
 
-def _paged_reasons(problem: Problem) -> list[str]:
+def _paged_reasons(problem: LogitsProblem) -> list[str]:
     reasons = []
     for cache in problem.caches:
         if cache.layout in LAYOUTS:
@@ -118,16 +121,16 @@ def _paged_reasons(problem: Problem) -> list[str]:
     return reasons + (_wheel_reasons(problem, "paged_mqa_logits") or _triton_missing())
 
 
-def _flat_reasons(problem: Problem) -> list[str]:
-    reasons = _operand_reasons(problem, encoding_of(problem, "k"))
+def _flat_reasons(problem: LogitsProblem) -> list[str]:
+    reasons = _operand_reasons(problem, problem.k_encoding)
     return reasons + (_wheel_reasons(problem, "mqa_logits") or _triton_missing())
 
 
-def _schedule_reasons(problem: Problem) -> list[str]:
+def _schedule_reasons(problem: ScheduleProblem) -> list[str]:
     reasons = []
     sizes = PAGE_SIZES.get(problem.arch, ())
-    if sizes and problem.rows not in sizes:
-        reasons.append(f"page_size is {problem.rows}, need {' or '.join(map(str, sizes))}")
+    if sizes and problem.page_size not in sizes:
+        reasons.append(f"page_size is {problem.page_size}, need {' or '.join(map(str, sizes))}")
     if problem.device == "cuda" and sizes:
         limit = schedule_limit(problem.arch, platform.limits().shared_memory)
         if problem.tokens > limit:
@@ -157,7 +160,7 @@ def next_n_parts(arch: str, next_n: int) -> list[slice]:
     return [slice(at, min(at + SM90_NEXT_N, next_n)) for at in range(0, next_n, SM90_NEXT_N)]
 
 
-def _note(problem: Problem) -> str:
+def _note(problem: LogitsProblem) -> str:
     if problem.next_n == 1:
         return ""
     parts = next_n_parts(problem.arch, problem.next_n)
@@ -189,19 +192,8 @@ def _options(function: Any) -> dict[str, Any]:
     return {"clean_logits": False} if "clean_logits" in _parameters(function) else {}
 
 
-def paged_mqa_logits(
-    q: torch.Tensor,
-    q_scale: torch.Tensor | None,
-    cache: PagedCache,
-    weights: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    max_context_len: int,
-    schedule: torch.Tensor | None,
-    out: torch.Tensor | None,
-    clean_logits: bool,
-) -> torch.Tensor:
-    """``fp8_paged_mqa_logits`` or ``fp8_fp4_paged_mqa_logits``. Arguments as in :func:`dsv4x.paged_mqa_logits`.
+def paged_mqa_logits(call: PagedLogitsCall) -> torch.Tensor:
+    """``fp8_paged_mqa_logits`` or ``fp8_fp4_paged_mqa_logits``.
 
     SM90's kernel takes two rows of a request: each pair of an even number is a request of its own in one call, an odd
     number is taken in parts, each over the whole block table. Batches past its schedule's limit on SM100 and SM120 are
@@ -209,109 +201,107 @@ def paged_mqa_logits(
     """
     from ..common.kernels.mqa_logits import empty_logits
 
-    batch, next_n = q.shape[:2]
-    limits = platform.limits(q.device)
+    batch, next_n = call.q.shape[:2]
+    limits = platform.limits(call.q.device)
     step = batch if limits.arch == "sm_90" else schedule_limit(limits.arch, limits.shared_memory)
     if _needs_requests(limits.arch):
         step = max(1, step // next_n)
     if step >= batch:
-        logits = _paged_batch(q, q_scale, cache, weights, context_lens, block_table, max_context_len, schedule)
-        return _deliver(logits, cache, context_lens, block_table, max_context_len, out, clean_logits)
-    if schedule is not None:
+        return _deliver(_paged_batch(call), call)
+    if call.schedule is not None:
         raise ValueError(f"schedule: given for {batch} requests, need None above {step}: the batch is split there")
+    out = call.out
     if out is None:
-        out = empty_logits(batch * next_n, max_context_len, q.device)
+        out = empty_logits(batch * next_n, call.max_context_len, call.q.device)
+    whole = call._replace(out=out, clean_logits=True)
     for start in range(0, batch, step):
-        requests, rows = slice(start, start + step), slice(start * next_n, (start + step) * next_n)
-        logits = _paged_batch(
-            q[requests], None if q_scale is None else q_scale[requests], cache, weights[rows], context_lens[requests],
-            block_table[requests], max_context_len, None,
-        )  # fmt: skip
-        _deliver(logits, cache, context_lens[requests], block_table[requests], max_context_len, out[rows], True)
+        part = whole.part(slice(start, start + step))
+        _deliver(_paged_batch(part), part)
     return out
 
 
-def _paged_batch(
-    q: torch.Tensor,
-    q_scale: torch.Tensor | None,
-    cache: PagedCache,
-    weights: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    max_context_len: int,
-    schedule: torch.Tensor | None,
-) -> list[torch.Tensor]:
+def _paged_batch(call: PagedLogitsCall) -> list[torch.Tensor]:
     """The logits of each part of the requests' rows, ``[B * part, >= max_context_len]``, unclean."""
     from ..common.kernels.schedule import limit_lens
 
-    function = _function("paged_mqa_logits", packed=q_scale is not None)
-    module = DEEP_GEMM.load()
-    arch = platform.limits(q.device).arch
-    most = min(max_context_len, block_table.shape[1] * cache.page_size)
-    if _taken_as_pairs(arch, q.shape[1]):
-        # A server's table is as wide as its longest request may get, and pages that no length reaches need no copy.
-        block_table = block_table[:, : -(-most // cache.page_size)]
-        q, context_lens, block_table = _pairs(q, context_lens, block_table, schedule is not None)
-    batch, next_n, heads = q.shape[:3]
-    parts = next_n_parts(arch, next_n)
-    if _needs_requests(arch) and not _has_row_view(block_table, next_n):
-        parts = [slice(at, at + 1) for at in range(next_n)]
-    view = cache.servers_view
-
-    def call(part: slice, lens: torch.Tensor, table: torch.Tensor, plan: torch.Tensor, **more: Any) -> torch.Tensor:
-        rows, row_scale, row_weights = q, q_scale, weights
-        if len(parts) > 1:
-            rows = q[:, part]
-            row_scale = None if q_scale is None else q_scale[:, part]
-            row_weights = weights.unflatten(0, (batch, next_n))[:, part].reshape(-1, heads)
-        if "indices" in more:
-            rows = rows.reshape(-1, 1, *rows.shape[2:])
-            row_scale = None if row_scale is None else row_scale.reshape(-1, 1, *row_scale.shape[2:])
-        return function(
-            _pair(rows, row_scale, function), view, _aligned(row_weights), lens, table, plan, max_context_len,
-            **_options(function), **more,
-        )  # fmt: skip
-
+    arch, module = platform.limits(call.q.device).arch, DEEP_GEMM.load()
+    most = min(call.max_context_len, call.block_table.shape[1] * call.cache.page_size)
     if _needs_requests(arch):
-        # Only the table row of a request's first row is read: row b * n of this view is row b of the table.
-        requests = torch.arange(batch, dtype=torch.int32, device=q.device)
-        size, table = parts[0].stop, block_table
-        if size > 1:
-            stride = block_table.stride(0) // size
-            table = block_table.as_strided((batch * size, block_table.shape[1]), (stride, 1))
-        lens = limit_lens(context_lens, most, size).view(-1, 1)
-        indices = requests.repeat_interleave(size)
-        plan = module.get_paged_mqa_logits_metadata(lens, cache.page_size, module.get_num_sms(), indices)
-        return [call(part, lens, table, plan, indices=indices) for part in parts]
-    if schedule is not None and len(parts) == 1:
-        _check_schedule(schedule, module.get_num_sms())
-        return [call(parts[0], context_lens.int().contiguous(), block_table, schedule)]
+        return _paged_rows(call, most)
+    if _taken_as_pairs(arch, call.q.shape[1]):
+        call = _pairs(call, most)
+    parts = next_n_parts(arch, call.q.shape[1])
+    if call.schedule is not None and len(parts) == 1:
+        _check_schedule(call.schedule, module.get_num_sms())
+        return [_score(call, call.context_lens.int().contiguous(), call.schedule)]
     # Only the last of a request's lengths is read, for all of its rows.
+    lens = limit_lens(call.context_lens, most, parts[0].stop)
+    plan = _schedule(lens, call.cache.page_size, module, arch)
+    return [_score(_of_rows(call, part), lens[:, : part.stop - part.start].contiguous(), plan) for part in parts]
+
+
+def _paged_rows(call: PagedLogitsCall, most: int) -> list[torch.Tensor]:
+    """:func:`_paged_batch` where the kernel takes single rows and a request number for each."""
+    from ..common.kernels.schedule import limit_lens
+
+    module, table = DEEP_GEMM.load(), call.block_table
+    batch, next_n = call.q.shape[:2]
+    whole = _has_row_view(table, next_n)
+    parts = [slice(0, next_n)] if whole else [slice(at, at + 1) for at in range(next_n)]
     size = parts[0].stop
-    lens = limit_lens(context_lens, most, size)
-    plan = _schedule(lens, cache.page_size, module, arch)
-    found = []
-    for part in parts:
-        width = part.stop - part.start
-        found.append(call(part, lens if width == size else lens[:, :width].contiguous(), block_table, plan))
-    return found
+    if size > 1:
+        # Only the table row of a request's first row is read: row b * n of this view is row b of the table.
+        table = table.as_strided((batch * size, table.shape[1]), (table.stride(0) // size, 1))
+    lens = limit_lens(call.context_lens, most, size).view(-1, 1)
+    requests = torch.arange(batch, dtype=torch.int32, device=table.device).repeat_interleave(size)
+    plan = module.get_paged_mqa_logits_metadata(lens, call.cache.page_size, module.get_num_sms(), requests)
+    call = call._replace(block_table=table)
+    return [_score(_of_rows(call, part), lens, plan, requests) for part in parts]
 
 
-def _pairs(
-    q: torch.Tensor, context_lens: torch.Tensor, block_table: torch.Tensor, scheduled: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q ``[B * n / 2, 2, H, D]``, lengths ``[B * n / 2, 2]`` and block table ``[B * n / 2, m]``: a request a pair.
+def _of_rows(call: PagedLogitsCall, rows: slice) -> PagedLogitsCall:
+    """The queries and weights of some of each request's rows."""
+    batch, next_n, heads = call.q.shape[:3]
+    if rows == slice(0, next_n):
+        return call
+    weights = call.weights.unflatten(0, (batch, next_n))[:, rows].reshape(-1, heads)
+    q_scale = None if call.q_scale is None else call.q_scale[:, rows]
+    return call._replace(q=call.q[:, rows], q_scale=q_scale, weights=weights)
 
-    ``scheduled``: the caller gave a schedule, which counts every pair by the last length of the request it is of, so
-    that this is the pair's length. Otherwise each pair has its own.
+
+def _score(
+    call: PagedLogitsCall, lens: torch.Tensor, plan: torch.Tensor, requests: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One call of DeepGEMM; with ``requests``, the number of each row's request, rows are single."""
+    function = _function("paged_mqa_logits", packed=call.q_scale is not None)
+    q, q_scale, more = call.q, call.q_scale, _options(function)
+    if requests is not None:
+        q = q.reshape(-1, 1, *q.shape[2:])
+        q_scale = None if q_scale is None else q_scale.reshape(-1, 1, *q_scale.shape[2:])
+        more["indices"] = requests
+    return function(
+        _pair(q, q_scale, function), call.cache.servers_view, _aligned(call.weights), lens, call.block_table, plan,
+        call.max_context_len, **more,
+    )  # fmt: skip
+
+
+def _pairs(call: PagedLogitsCall, most: int) -> PagedLogitsCall:
+    """The call with each pair of a request's rows as a request of its own, which has at most ``most`` entries.
+
+    A schedule that the caller gave counts every pair by the last length of its request, so that is the pair's length.
+    Without one each pair has its own.
     """
-    next_n = q.shape[1]
+    q, next_n, lens = call.q, call.q.shape[1], call.context_lens
+    # A server's table is as wide as its longest request may get, and pages that no length reaches need no copy.
+    table = call.block_table[:, : -(-most // call.cache.page_size)]
     # DeepGEMM reads a table row a request, and no strides can express a row that is repeated. The copy is 4 bytes a
     # page; putting the logits of parts in their order would write 4 bytes a row and entry.
-    table = block_table.repeat_interleave(next_n // SM90_NEXT_N, 0)
-    if scheduled:
-        context_lens = context_lens[:, -1:].expand(-1, next_n)
-    return q.reshape(-1, SM90_NEXT_N, *q.shape[2:]), context_lens.reshape(-1, SM90_NEXT_N), table
+    table = table.repeat_interleave(next_n // SM90_NEXT_N, 0)
+    if call.schedule is not None:
+        lens = lens[:, -1:].expand(-1, next_n)
+    return call._replace(
+        q=q.reshape(-1, SM90_NEXT_N, *q.shape[2:]), context_lens=lens.reshape(-1, SM90_NEXT_N), block_table=table
+    )
 
 
 def _has_row_view(block_table: torch.Tensor, next_n: int) -> bool:
@@ -341,70 +331,48 @@ def _check_schedule(schedule: torch.Tensor, num_sms: int) -> None:
         )
 
 
-def _deliver(
-    parts: list[torch.Tensor],
-    cache: PagedCache,
-    context_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    max_context_len: int,
-    out: torch.Tensor | None,
-    clean: bool,
-) -> torch.Tensor:
-    """The parts' rows in their order, clean where asked for, in ``out`` or in DeepGEMM's own buffer."""
+def _deliver(parts: list[torch.Tensor], call: PagedLogitsCall) -> torch.Tensor:
+    """The parts' rows in their order, clean where asked for, in the call's ``out`` or in DeepGEMM's own buffer."""
     from ..common.kernels.mqa_logits import clean_logits, empty_logits
 
-    batch, next_n = context_lens.shape
-    if len(parts) == 1 and out is None and not clean:
+    out, width = call.out, call.max_context_len
+    batch, next_n = call.context_lens.shape
+    if len(parts) == 1 and out is None and not call.clean_logits:
         return parts[0]
     if out is None:
-        out = parts[0]
-        if len(parts) > 1:
-            out = empty_logits(batch * next_n, max_context_len, context_lens.device)
+        out = parts[0] if len(parts) == 1 else empty_logits(batch * next_n, width, call.q.device)
     first = 0
     for part in parts:
-        width = part.shape[0] // batch
-        clean_logits(
-            part, context_lens, out, max_context_len, first=first, next_n=width, table=block_table,
-            page_size=cache.page_size, pages=cache.pages,
-        )  # fmt: skip
-        first += width
+        rows = slice(first, first + part.shape[0] // batch)
+        clean_logits(part, call.context_lens, out, width, rows=rows, pages=(call.block_table, call.cache))
+        first = rows.stop
     return out
 
 
-def mqa_logits(
-    q: torch.Tensor,
-    q_scale: torch.Tensor | None,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    weights: torch.Tensor,
-    ks: torch.Tensor,
-    ke: torch.Tensor,
-    max_seqlen_k: int | None,
-    out: torch.Tensor | None,
-    clean_logits: bool,
-) -> torch.Tensor:
-    """``fp8_mqa_logits`` or ``fp8_fp4_mqa_logits``. Arguments as in :func:`dsv4x.mqa_logits`.
+def mqa_logits(call: FlatLogitsCall) -> torch.Tensor:
+    """``fp8_mqa_logits`` or ``fp8_fp4_mqa_logits``.
 
     Ranges are put within bounds first: of one that ends before it begins DeepGEMM's kernel makes 2**32 entries. Its
     newest generation counts columns from ks only, so that a result of all entries takes a copy there.
     """
     from ..common.kernels import mqa_logits as kernels
 
+    q, q_scale, k, max_seqlen_k, out = call.q, call.q_scale, call.k, call.max_seqlen_k, call.out
     function = _function("mqa_logits", packed=q_scale is not None)
     entries, width = k.shape[0], k.shape[0] if max_seqlen_k is None else max_seqlen_k
     relative = max_seqlen_k is not None or "clean_logits" not in _parameters(function)
     # Written a segment at a time, past ke too where columns are entries; where they count from ks, never.
-    starts, ends = kernels.limit_ranges(ks, ke, entries, width)
-    kv = (_aligned(k), _aligned(k_scale))
+    starts, ends = kernels.limit_ranges(call.ks, call.ke, entries, width)
+    kv = (_aligned(k), _aligned(call.k_scale))
     if q_scale is not None:
         kv = (kv[0].view(torch.int8), kv[1].view(torch.int32).squeeze(-1))
     logits = function(
-        _pair(q, q_scale, function), kv, _aligned(weights), starts, ends,
+        _pair(q, q_scale, function), kv, _aligned(call.weights), starts, ends,
         max_seqlen_k=width if relative else 0, **_options(function),
     )[:, :width]  # fmt: skip
     shifted = relative and max_seqlen_k is None
     if out is None and not shifted:
-        if not clean_logits:
+        if not call.clean_logits:
             return logits
         out = logits
     elif out is None:
@@ -425,7 +393,7 @@ def get_paged_mqa_logits_metadata(
     out.copy_(module.get_paged_mqa_logits_metadata(lens, split // SPLIT_PAGES, num_sms))
 
 
-def _paged_us(problem: Problem) -> float:
+def _paged_us(problem: LogitsProblem) -> float:
     """A call, or one a part, each of which reads all of K, and a pass over logits that are cleaned or put together."""
     total = 0.0
     if _taken_as_pairs(problem.arch, problem.next_n):
@@ -435,23 +403,23 @@ def _paged_us(problem: Problem) -> float:
     parts = next_n_parts(problem.arch, problem.next_n)
     for part in parts:
         total += logits_us(dataclasses.replace(problem, next_n=part.stop - part.start), *_RATES)
-    if len(parts) > 1 or "clean" in problem.options:
+    if len(parts) > 1 or problem.clean:
         call, rate = _PASS
-        # Clean logits are written next to nothing of, those of parts all over again.
+        # Cleaning in place writes little beside what it reads; the logits of parts are copied whole.
         entry_bytes = 8.0 if len(parts) > 1 else 4.0
         total += call + entry_bytes * problem.tokens * problem.next_n * problem.width / rate
     return total
 
 
-def _paged_host_us(problem: Problem) -> float:
+def _paged_host_us(problem: LogitsProblem) -> float:
     """The host's time of parts; that of one call was not measured."""
     parts = next_n_parts(problem.arch, problem.next_n)
     return len(parts) * _PART_US if len(parts) > 1 else 0.0
 
 
-def _flat_us(problem: Problem) -> float:
+def _flat_us(problem: LogitsProblem) -> float:
     call, rate = _PASS
-    passed = call + 4.0 * problem.tokens * problem.width / rate if "clean" in problem.options else 0.0
+    passed = call + 4.0 * problem.tokens * problem.width / rate if problem.clean else 0.0
     return logits_us(problem, *_RATES) + passed
 
 
@@ -482,7 +450,8 @@ def register_kernels() -> None:
         "get_paged_mqa_logits_metadata",
         "deep_gemm",
         get_paged_mqa_logits_metadata,
-        lambda problem: 6.0 + 0.003 * problem.tokens,
+        # Never predicted, because it runs by name only.
+        lambda problem: math.inf,
         library=DEEP_GEMM,
         archs=ARCHS,
         by_name_only=BY_NAME_ONLY,

@@ -22,7 +22,8 @@ from ..common.core.model import VALUE_DIM
 from ..common.core.platform import platform
 from ..common.core.vendor import TRITON, VendorLibrary
 from ..common.dispatch import costs
-from ..common.dispatch.registry import Kernel, Problem, register
+from ..common.dispatch.problem import AttentionProblem
+from ..common.dispatch.registry import Kernel, register
 
 FLASH_MLA = VendorLibrary(
     "flash_mla",
@@ -77,7 +78,7 @@ def _out(function: Callable[..., Any], call: AttentionCall, heads: int, *middle:
     return {"out": out.view(out.shape[0], *middle, heads, VALUE_DIM)}
 
 
-def _wheel_reasons(problem: Problem) -> list[str]:
+def _wheel_reasons(problem: AttentionProblem) -> list[str]:
     """What the installed build lacks. Only asked where a GPU could run it."""
     if problem.device != "cuda" or problem.arch not in ARCHS or FLASH_MLA.reason is not None:
         return []
@@ -93,7 +94,7 @@ def _wheel_reasons(problem: Problem) -> list[str]:
     return []
 
 
-def _decode_reasons(problem: Problem) -> list[str]:
+def _decode_reasons(problem: AttentionProblem) -> list[str]:
     reasons = _wheel_reasons(problem)
     if len(problem.caches) == 2 and any(cache.layout != layouts.DSV4.name for cache in problem.caches):
         names = " and ".join(cache.layout for cache in problem.caches)
@@ -114,7 +115,7 @@ def _decode_reasons(problem: Problem) -> list[str]:
     return reasons + _triton_missing()
 
 
-def _prefill_reasons(problem: Problem) -> list[str]:
+def _prefill_reasons(problem: AttentionProblem) -> list[str]:
     return _wheel_reasons(problem) + _triton_missing()
 
 
@@ -263,7 +264,7 @@ _RATES = {"sparse_mla_decode": (17.0, 300e6), "sparse_mla_prefill": (20.0, 480e6
 _PADDING = (8.0, 0.02, 0.0025)
 
 
-def padding_us(problem: Problem) -> float:
+def padding_us(problem: AttentionProblem) -> float:
     """What prefill's copies of q and of the output take where heads are padded; 0 elsewhere."""
     if problem.op != "sparse_mla_prefill" or problem.heads in HEADS:
         return 0.0
@@ -275,12 +276,12 @@ def padding_us(problem: Problem) -> float:
 _SCHEDULING_US = 16.0
 
 
-def _predicted_us(problem: Problem) -> float:
+def _predicted_us(problem: AttentionProblem) -> float:
     scheduling = _SCHEDULING_US if problem.capturing and problem.op == "sparse_mla_decode" else 0.0
     return _kernel_us(problem) + padding_us(problem) + scheduling
 
 
-def _kernel_us(problem: Problem) -> float:
+def _kernel_us(problem: AttentionProblem) -> float:
     padded = next((h for h in HEADS if problem.heads <= h), HEADS[-1])
     table = costs.table_of(problem.arch)
     if table is not None:

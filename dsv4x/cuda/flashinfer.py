@@ -23,7 +23,8 @@ from ..common.core.calls import DecodeCall, Result, deliver, in_parts, queries, 
 from ..common.core.layouts import PagedCache
 from ..common.core.model import VALUE_DIM
 from ..common.core.vendor import VendorLibrary
-from ..common.dispatch.registry import Kernel, Problem, refuse, register
+from ..common.dispatch.problem import AttentionProblem
+from ..common.dispatch.registry import Kernel, refuse, register
 
 FLASHINFER = VendorLibrary(
     "flashinfer",
@@ -173,7 +174,7 @@ def _release_reasons() -> list[str]:
     return []
 
 
-def _decode_reasons(problem: Problem) -> list[str]:
+def _decode_reasons(problem: AttentionProblem) -> list[str]:
     reasons = []
     if problem.head_dim != HEAD_DIM:
         reasons.append(f"head_dim is {problem.head_dim}, need {HEAD_DIM}")

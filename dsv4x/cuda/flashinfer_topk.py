@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from ..common.core.spaces import TopkMethod
-from ..common.dispatch.registry import Kernel, Problem, register
-from ..common.ops.topk import plain_order, put_in_space
+from ..common.dispatch.problem import SelectionProblem
+from ..common.dispatch.registry import Kernel, register
+from ..common.ops.topk import plain_order, put_in_space, row_ranges
 from .flashinfer import FLASHINFER
 
 FUNCTION = "top_k_ragged_transform"
@@ -23,7 +24,7 @@ _SMALLEST_INDEX = 1
 BY_NAME_ONLY = "its NaN, its -0 and its order of the indices take three more passes, and nobody has timed it for dsv4x"
 
 
-def _reasons(problem: Problem) -> list[str]:
+def _reasons(problem: SelectionProblem) -> list[str]:
     """What the installed release lacks, told by its signature."""
     if problem.device != "cuda" or FLASHINFER.reason is not None:
         return []
@@ -45,13 +46,7 @@ def topk_transform(
     out: torch.Tensor,
 ) -> None:
     """``top_k_ragged_transform`` for local indices, put in order and in the space asked for. rows > 0."""
-    rows, width = logits.shape
-    starts = torch.zeros(rows, dtype=torch.int32, device=logits.device)
-    if row_starts is not None:
-        starts = row_starts.clamp(0, width).int()
-    lens = width - starts
-    if lengths is not None:
-        lens = torch.minimum(lengths.clamp(0, width).int(), lens)
+    starts, lens = row_ranges(logits, lengths, row_starts)
     local = getattr(FLASHINFER.load(), FUNCTION)(
         plain_order(logits),
         torch.zeros_like(starts),

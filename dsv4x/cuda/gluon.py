@@ -8,7 +8,8 @@ from ..common.core.calls import DecodeCall, PrefillCall, Result
 from ..common.core.model import VALUE_DIM
 from ..common.core.vendor import VendorLibrary
 from ..common.dispatch import costs
-from ..common.dispatch.registry import Kernel, Problem, register
+from ..common.dispatch.problem import AttentionProblem
+from ..common.dispatch.registry import Kernel, register
 
 GLUON = VendorLibrary(
     "triton.experimental.gluon.language.nvidia.hopper",
@@ -44,7 +45,7 @@ def decode(call: DecodeCall) -> Result:
     return sparse_mla_decode(call)
 
 
-def _decode_reasons(problem: Problem) -> list[str]:
+def _decode_reasons(problem: AttentionProblem) -> list[str]:
     reasons = [
         f"{cache.pages * cache.page_size} slots, need < {2**31}: it takes 32-bit slots"
         for cache in problem.caches
@@ -55,7 +56,7 @@ def _decode_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-def _decode_us(problem: Problem) -> float:
+def _decode_us(problem: AttentionProblem) -> float:
     from ..common.kernels.decode_shapes import num_splits
 
     programs = problem.tokens * -(-problem.heads // _BLOCK_H)
@@ -71,7 +72,7 @@ def _decode_us(problem: Problem) -> float:
     return _COLD * min(share, _COLD_BLOCKS) + waves * (_ITEM + _BLOCK * share) + reduce
 
 
-def _reasons(problem: Problem) -> list[str]:
+def _reasons(problem: AttentionProblem) -> list[str]:
     reasons = []
     if problem.head_dim != VALUE_DIM:
         reasons.append(f"head dim is {problem.head_dim}, need {VALUE_DIM}: shared memory holds no more")
@@ -80,7 +81,7 @@ def _reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-def _predicted_us(problem: Problem) -> float:
+def _predicted_us(problem: AttentionProblem) -> float:
     table, width = costs.table_of(problem.arch), problem.entries or problem.width
     assert table is not None
     blocks = -(-problem.heads // _BLOCK_H)

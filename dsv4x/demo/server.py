@@ -30,9 +30,9 @@ from .. import (
     quantize_and_insert_k_cache,
     topk_method,
 )
-from ..common.dispatch.registry import Problem
-from ..common.step.attention import sparse_mla_attention
-from ..common.step.routes import choose_step, path_problems, paths_of, step_kernel
+from ..common.core.model import LayerKind
+from ..common.dispatch.problem import Problem
+from ..common.step.attention import explain_step, paths_of, sparse_mla_attention
 from .layer import Layer, Sequence
 
 MAX_ERROR = 4e-3
@@ -128,21 +128,22 @@ class PagedServer:
             swa_pages=self.swa.pages,
             extra_page_size=self.extra.page_size if self.extra else None,
             extra_pages=self.extra.pages if self.extra else None,
-            topk=layer.topk,
+            topk=layer.topk if self.index is not None else None,
             window_size=layer.window_size,
             num_tokens=int(starts[-1]) + padding,
         )
         batch = torch.cat(q)
-        if path is None:
-            path, kernel = choose_step(batch, self.swa, self.extra, meta, indices, kernel)
-        problem = path_problems(batch, self.swa, self.extra, meta, indices)[path]
-        ran = step_kernel(path, problem, meta, indices, kernel)[0].name
+        explanation = explain_step(batch, self.swa, self.extra, meta, indices, kernel, path=path)
+        taken = path or explanation.chosen or "direct"
+        ran = explanation.kernels.get(taken, kernel)
         began = _now(self.device)
         out, lse = sparse_mla_attention(
-            batch, self.swa, self.extra, meta, indices, layer.attn_sink, path=path, kernel=ran
+            batch, self.swa, self.extra, meta, indices, layer.attn_sink, path=taken, kernel=ran
         )
         assert lse is not None
-        report = StepReport(path, ran, problem, _now(self.device) - began, batch, self, meta, indices)
+        assert ran is not None
+        seconds = _now(self.device) - began
+        report = StepReport(taken, ran, explanation.problems[taken], seconds, batch, self, meta, indices)
         sizes = [*queries, padding]
         return list(out.split(sizes))[: len(queries)], list(lse.split(sizes))[: len(queries)], report
 
@@ -311,7 +312,7 @@ def main(arguments: argparse.Namespace) -> int:
     for ratio, kind in ((1, "window (r=1)"), (4, "C4 (r=4)"), (128, "C128 (r=128)")):
         layer = Layer(ratio, heads, topk=arguments.topk, device=device, seed=ratio)
         sequences = [layer.sequence(part) for part in parts]
-        for path in paths_of(ratio):
+        for path in paths_of(LayerKind.of(ratio, None, ratio > 1)):
             outcome = serve_and_check(layer, sequences, path=path, kernel=arguments.kernel)
             explanation, ran = explain(outcome.report.problem), outcome.report.kernel
             failed |= not outcome.passed

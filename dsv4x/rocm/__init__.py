@@ -3,6 +3,9 @@
 from . import aiter, aiter_indexer
 from .aiter import AITER
 
+KERNELS = ("aiter",)
+"""The names of its kernels."""
+
 LIBRARIES = (AITER,)
 
 
@@ -12,4 +15,4 @@ def register_kernels() -> None:
     aiter_indexer.register_kernels(AITER)
 
 
-__all__ = ["AITER", "LIBRARIES", "register_kernels"]
+__all__ = ["AITER", "KERNELS", "LIBRARIES", "register_kernels"]

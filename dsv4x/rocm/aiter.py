@@ -38,7 +38,8 @@ from ..common.core.layouts import PagedCache
 from ..common.core.model import VALUE_DIM
 from ..common.core.platform import platform
 from ..common.core.vendor import VendorLibrary
-from ..common.dispatch.registry import Kernel, Problem, find, register
+from ..common.dispatch.problem import AttentionProblem
+from ..common.dispatch.registry import Kernel, cached, find, register
 from ..common.ops import indices
 from ..common.ops.sparse_mla import problem_of
 
@@ -304,14 +305,14 @@ class EntryPoint:
     arguments: int
     keywords: tuple[str, ...]
     run: Callable[[Callable[..., Any], AttentionCall], Result]
-    limits: Callable[[Problem], Iterable[str]]
-    build: Callable[[Problem], Iterable[str]] = lambda problem: ()
+    limits: Callable[[AttentionProblem], Iterable[str]]
+    build: Callable[[AttentionProblem], Iterable[str]] = lambda problem: ()
 
     def function(self) -> Callable[..., Any]:
         """AITER's function, where :meth:`missing` has found nothing."""
         return getattr(importlib.import_module(self.module), self.name)
 
-    def missing(self, problem: Problem) -> list[str]:
+    def missing(self, problem: AttentionProblem) -> list[str]:
         """What keeps the installed build from this call."""
         module, reason = _imported(self.module)
         if module is None:
@@ -348,14 +349,14 @@ def _since_0_1_20() -> bool:
     return function is not None and "extra_cache" in _parameters(function)
 
 
-def _names(problem: Problem) -> list[str]:
+def _names(problem: AttentionProblem) -> list[str]:
     """The layouts of the pools, bf16 rows as if they were pages."""
     if problem.op == "sparse_mla_prefill":
         return [BF16_576 if problem.head_dim == 576 else BF16_512]
     return [cache.layout for cache in problem.caches]
 
 
-def _need_layouts(problem: Problem, needed: Sequence[str]) -> list[str]:
+def _need_layouts(problem: AttentionProblem, needed: Sequence[str]) -> list[str]:
     return [
         f"cache layout is {name}, need {' or '.join(needed)} on {problem.arch}"
         for name in dict.fromkeys(_names(problem))
@@ -363,26 +364,26 @@ def _need_layouts(problem: Problem, needed: Sequence[str]) -> list[str]:
     ]
 
 
-def _need_512(problem: Problem) -> list[str]:
+def _need_512(problem: AttentionProblem) -> list[str]:
     return [f"head_dim is {problem.head_dim}, need {VALUE_DIM}"] if problem.head_dim != VALUE_DIM else []
 
 
-def _need_no_lse(problem: Problem, where: str = "") -> list[str]:
+def _need_no_lse(problem: AttentionProblem, where: str = "") -> list[str]:
     return [f"returns no lse{where}, need return_lse=False"] if problem.lse else []
 
 
-def _need_gfx950(problem: Problem, otherwise: str) -> list[str]:
+def _need_gfx950(problem: AttentionProblem, otherwise: str) -> list[str]:
     return [f"arch is {problem.arch}, need gfx950: {otherwise}"] if problem.arch != "gfx950" else []
 
 
-def _rows_bytes(problem: Problem) -> int:
+def _rows_bytes(problem: AttentionProblem) -> int:
     return problem.rows * problem.head_dim * 2
 
 
 _NAN_BEHIND_ROWS = "there it reads slot 0 for what stands behind a row, and a NaN in it spoils the row"
 
 
-def _decode_sparse_limits(problem: Problem) -> Iterable[str]:
+def _decode_sparse_limits(problem: AttentionProblem) -> Iterable[str]:
     yield from _need_512(problem)
     if problem.arch == "gfx950":
         yield from _need_layouts(problem, (layouts.DSV4.name, BF16_512))
@@ -405,12 +406,12 @@ def _decode_sparse_limits(problem: Problem) -> Iterable[str]:
         yield f"pool has {elements} values, need < 2**31: builds before 0.1.20 wrap their offset there"
 
 
-def _decode_sparse_build(problem: Problem) -> Iterable[str]:
+def _decode_sparse_build(problem: AttentionProblem) -> Iterable[str]:
     if problem.arch == "gfx950" and not _since_0_1_20():
         yield f"at {AITER.path} takes no extra_cache: it is older than 0.1.20 and reads no pages"
 
 
-def _mla_fwd_limits(problem: Problem) -> Iterable[str]:
+def _mla_fwd_limits(problem: AttentionProblem) -> Iterable[str]:
     scalar = _FP8_SCALAR.get(problem.arch, ())
     if not scalar:
         yield f"arch is {problem.arch}, need gfx942 or gfx950"
@@ -429,7 +430,7 @@ def _mla_fwd_limits(problem: Problem) -> Iterable[str]:
         yield from _need_no_lse(problem, " for these caches")
 
 
-def _mla_fwd_build(problem: Problem) -> Iterable[str]:
+def _mla_fwd_build(problem: AttentionProblem) -> Iterable[str]:
     module, _ = _imported(MLA_FWD.module)
     archs = getattr(module, "SUPPORTED_ARCHS", ())
     if problem.arch not in archs:
@@ -439,18 +440,18 @@ def _mla_fwd_build(problem: Problem) -> Iterable[str]:
         yield f"at {AITER.path} reads fp8 on {' and '.join(fp8)}, need {problem.arch}"
 
 
-def _opus_limits(problem: Problem) -> Iterable[str]:
+def _opus_limits(problem: AttentionProblem) -> Iterable[str]:
     yield from _need_gfx950(problem, "its kernel is written for it")
     yield from _need_512(problem)
     yield from _need_no_lse(problem)
 
 
-def _opus_build(problem: Problem) -> Iterable[str]:
+def _opus_build(problem: AttentionProblem) -> Iterable[str]:
     if _rows_bytes(problem) > _MAX_BYTES and not _since_0_1_20():
         yield f"workspace is {_rows_bytes(problem)} bytes, need < 2**31: builds before 0.1.20 have 32-bit offsets"
 
 
-def _prefill_sparse_limits(problem: Problem) -> Iterable[str]:
+def _prefill_sparse_limits(problem: AttentionProblem) -> Iterable[str]:
     otherwise = "elsewhere it asks the truth of the whole sink, which raises"
     yield from _need_gfx950(problem, _NAN_BEHIND_ROWS if problem.arch == "gfx1250" else otherwise)
     yield from _need_512(problem)
@@ -462,7 +463,7 @@ def _prefill_sparse_limits(problem: Problem) -> Iterable[str]:
         )
 
 
-def _prefill_sparse_build(problem: Problem) -> Iterable[str]:
+def _prefill_sparse_build(problem: AttentionProblem) -> Iterable[str]:
     if not _since_0_1_20():
         yield f"at {AITER.path} is older than 0.1.20 and has no gfx950 kernel"
 
@@ -487,7 +488,7 @@ PREFILL_SPARSE = EntryPoint(
 )  # fmt: skip
 
 
-def entry_points(problem: Problem) -> tuple[EntryPoint, ...]:
+def entry_points(problem: AttentionProblem) -> tuple[EntryPoint, ...]:
     """Those that serve the op, best first."""
     if problem.op == "sparse_mla_decode":
         return MLA_FWD, DECODE_SPARSE
@@ -498,7 +499,7 @@ def entry_points(problem: Problem) -> tuple[EntryPoint, ...]:
     return MLA_FWD, DECODE_SPARSE, PREFILL_SPARSE, OPUS
 
 
-def choose(problem: Problem) -> tuple[EntryPoint | None, list[str]]:
+def choose(problem: AttentionProblem) -> tuple[EntryPoint | None, list[str]]:
     """The entry point that takes a problem; or every one's reasons, each after its name."""
     told = [(entry, list(entry.limits(problem))) for entry in entry_points(problem)]
     # Asked of AITER only where it can matter, because asking imports it.
@@ -510,7 +511,7 @@ def choose(problem: Problem) -> tuple[EntryPoint | None, list[str]]:
     return None, [f"{entry.name}: {reason}" for entry, reasons in told for reason in reasons]
 
 
-def _reasons(problem: Problem) -> list[str]:
+def _reasons(problem: AttentionProblem) -> list[str]:
     named = all(cache.layout in LAYOUTS for cache in problem.caches)
     if problem.device != "cuda" or problem.arch not in ARCHS or not named:
         return []
@@ -519,8 +520,8 @@ def _reasons(problem: Problem) -> list[str]:
     return reasons + choose(problem)[1]
 
 
-@functools.lru_cache(maxsize=1024)
-def _chosen(problem: Problem) -> EntryPoint:
+@cached(1024)
+def _chosen(problem: AttentionProblem) -> EntryPoint:
     entry, reasons = choose(problem)
     if entry is None:
         raise KernelNotSupported(f"kernel='aiter' cannot run {problem.op}: {'; '.join(reasons)}", {"aiter": reasons})
@@ -581,7 +582,7 @@ def prefill(call: PrefillCall) -> Result:
 _BEFORE, _BEHIND = 0.8, 1.2
 
 
-def _predicted_us(problem: Problem) -> float:
+def _predicted_us(problem: AttentionProblem) -> float:
     triton = find(problem.op, "triton")
     assert triton is not None, "registered first, wherever ROCm is the backend"
     own = problem.arch == "gfx950" and not problem.lse

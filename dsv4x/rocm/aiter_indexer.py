@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from ..common.core import layouts
-from ..common.core.layouts import PagedCache
+from ..common.core.logits_calls import FlatLogitsCall, PagedLogitsCall
 from ..common.core.spaces import TopkMethod
 from ..common.core.vendor import TRITON, VendorLibrary
-from ..common.dispatch.registry import Kernel, Problem, register
-from ..common.ops.indexer import encoding_of
-from ..common.ops.topk import plain_order, put_in_space
+from ..common.dispatch.problem import LogitsProblem, SelectionProblem
+from ..common.dispatch.registry import Kernel, register
+from ..common.ops.topk import plain_order, put_in_space, row_ranges
 from ..common.portable import TRITON_LOGITS_RATES, logits_us
 
 ARCHS = ("gfx942", "gfx950")
@@ -73,7 +73,7 @@ def _release_reasons(library: VendorLibrary, op: str) -> list[str]:
     return [f"{name} of aiter at {library.path} has no {', '.join(lacking)}"] if lacking else []
 
 
-def _flavour_reasons(problem: Problem, encodings: dict[str, str]) -> list[str]:
+def _flavour_reasons(problem: LogitsProblem, encodings: dict[str, str]) -> list[str]:
     need = FLAVOURS.get(problem.arch)
     found = " and ".join(f"{name} {encoding}" for name, encoding in encodings.items())
     if need is None or set(encodings.values()) == {need}:
@@ -81,11 +81,11 @@ def _flavour_reasons(problem: Problem, encodings: dict[str, str]) -> list[str]:
     return [f"{found}, need {need} for both on {problem.arch}"]
 
 
-def _paged_reasons(library: VendorLibrary, problem: Problem) -> list[str]:
+def _paged_reasons(library: VendorLibrary, problem: LogitsProblem) -> list[str]:
     reasons = []
     for cache in problem.caches:
         encoding = layouts.by_name(cache.layout).value_encoding
-        reasons += _flavour_reasons(problem, {"q": encoding_of(problem, "q"), "K": encoding})
+        reasons += _flavour_reasons(problem, {"q": problem.q_encoding, "K": encoding})
         if cache.page_size != 1:
             reasons.append(f"page_size is {cache.page_size}, need 1: it reads larger pages shuffled only")
         if cache.pages * cache.page_stride > 2**31 - 1:
@@ -95,16 +95,16 @@ def _paged_reasons(library: VendorLibrary, problem: Problem) -> list[str]:
     return reasons
 
 
-def _flat_reasons(library: VendorLibrary, problem: Problem) -> list[str]:
-    reasons = _flavour_reasons(problem, {"q": encoding_of(problem, "q"), "K": encoding_of(problem, "k")})
-    if "relative" in problem.options:
+def _flat_reasons(library: VendorLibrary, problem: LogitsProblem) -> list[str]:
+    reasons = _flavour_reasons(problem, {"q": problem.q_encoding, "K": problem.k_encoding})
+    if problem.relative:
         reasons.append("max_seqlen_k is given, need None: it writes a column an entry")
     if not reasons and problem.device == "cuda" and problem.arch in ARCHS:
         reasons += _release_reasons(library, "mqa_logits") or _triton_missing()
     return reasons
 
 
-def _topk_reasons(library: VendorLibrary, problem: Problem) -> list[str]:
+def _topk_reasons(library: VendorLibrary, problem: SelectionProblem) -> list[str]:
     if problem.tokens * problem.width > 2**31 - 1:
         return [f"{problem.tokens} x {problem.width} logits, need < 2**31: its offsets are 32-bit"]
     if problem.device == "cuda" and problem.arch in ARCHS:
@@ -116,29 +116,19 @@ def _triton_missing() -> list[str]:
     return [f"its ranges and logits are put within bounds by triton: {TRITON.reason}"] if TRITON.reason else []
 
 
-def paged_mqa_logits(
-    q: torch.Tensor,
-    q_scale: torch.Tensor | None,
-    cache: PagedCache,
-    weights: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    max_context_len: int,
-    schedule: torch.Tensor | None,
-    out: torch.Tensor | None,
-    clean_logits: bool,
-) -> torch.Tensor:
+def paged_mqa_logits(call: PagedLogitsCall) -> torch.Tensor:
     """``deepgemm_fp8_paged_mqa_logits``, one of a request's rows at a time, so that each has its own length."""
     from ..common.kernels import mqa_logits as kernels
 
+    q, cache, out, block_table, max_context_len = call.q, call.cache, call.out, call.block_table, call.max_context_len
     batch, next_n = q.shape[:2]
     if out is None:
         out = torch.empty(batch * next_n, max_context_len, dtype=torch.float32, device=q.device)
     most = min(max_context_len, block_table.shape[1] * cache.page_size)
-    lens = context_lens.clamp(0, most).int()
+    lens = call.context_lens.clamp(0, most).int()
     # It reads the page a table names, whatever that is, and takes the table's width for its row stride.
     table = block_table.clamp(0, cache.pages - 1).contiguous()
-    rows, row_weights = out.unflatten(0, (batch, next_n)), weights.unflatten(0, (batch, next_n))
+    rows, row_weights = out.unflatten(0, (batch, next_n)), call.weights.unflatten(0, (batch, next_n))
     for row in range(next_n):
         entry_point("paged_mqa_logits")(
             q_fp8=q[:, row : row + 1].contiguous(),
@@ -150,39 +140,27 @@ def paged_mqa_logits(
             max_model_len=max_context_len,
             KVBlockSize=cache.page_size,
         )
-    if clean_logits:
-        kernels.clean_logits(
-            out, lens, out, max_context_len, table=block_table, page_size=cache.page_size, pages=cache.pages
-        )
+    if call.clean_logits:
+        kernels.clean_logits(out, lens, out, max_context_len, pages=(block_table, cache))
     return out
 
 
-def mqa_logits(
-    q: torch.Tensor,
-    q_scale: torch.Tensor | None,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    weights: torch.Tensor,
-    ks: torch.Tensor,
-    ke: torch.Tensor,
-    max_seqlen_k: int | None,
-    out: torch.Tensor | None,
-    clean_logits: bool,
-) -> torch.Tensor:
+def mqa_logits(call: FlatLogitsCall) -> torch.Tensor:
     """``fp8_mqa_logits``, ranges put within bounds first."""
     from ..common.kernels import mqa_logits as kernels
 
-    starts, ends = kernels.limit_ranges(ks, ke, k.shape[0], k.shape[0])
+    k, out = call.k, call.out
+    starts, ends = kernels.limit_ranges(call.ks, call.ke, k.shape[0], k.shape[0])
     logits = entry_point("mqa_logits")(
-        Q=q.contiguous(),
+        Q=call.q.contiguous(),
         KV=k.contiguous(),
-        kv_scales=k_scale.contiguous(),
-        weights=weights.contiguous(),
+        kv_scales=call.k_scale.contiguous(),
+        weights=call.weights.contiguous(),
         cu_starts=starts,
         cu_ends=ends,
         clean_logits=False,
     )
-    if out is None and not clean_logits:
+    if out is None and not call.clean_logits:
         return logits
     out = logits if out is None else out
     kernels.clean_logits(logits, ends[:, None], out, k.shape[0], starts=starts)
@@ -199,13 +177,8 @@ def topk_transform(
     out: torch.Tensor,
 ) -> None:
     """``top_k_per_row_prefill`` for columns, which become local indices and those of the space asked for. rows > 0."""
-    rows, width = logits.shape
-    starts = torch.zeros(rows, dtype=torch.int32, device=logits.device)
-    if row_starts is not None:
-        starts = row_starts.clamp(0, width).int()
-    lens = width - starts
-    if lengths is not None:
-        lens = torch.minimum(lengths.clamp(0, width).int(), lens)
+    rows = logits.shape[0]
+    starts, lens = row_ranges(logits, lengths, row_starts)
     values = plain_order(logits)
     columns = torch.empty(rows, k, dtype=torch.int32, device=logits.device)
     entry_point("topk_transform")(
@@ -223,7 +196,7 @@ def topk_transform(
     put_in_space(torch.where(columns >= 0, columns - starts[:, None], -1), lens, method, space, out)
 
 
-def _logits_us(problem: Problem) -> float:
+def _logits_us(problem: LogitsProblem) -> float:
     return _SHARE_OF_TRITON * logits_us(problem, *TRITON_LOGITS_RATES[problem.op])
 
 

@@ -1,5 +1,9 @@
 """The exceptions dsv4x raises beyond ``ValueError`` and ``TypeError``."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class BackendUnavailable(RuntimeError):
     """A requested backend or vendor library cannot be used here.
@@ -14,3 +18,7 @@ class KernelNotSupported(ValueError):
     def __init__(self, message: str, reasons: dict[str, list[str]]):
         super().__init__(message)
         self.reasons = reasons
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is made again from its args, which hold the message alone.
+        return type(self), (*self.args, self.reasons), self.__dict__

@@ -24,8 +24,8 @@ class LayerKind:
     """What the layers of one kind attend to beside their window.
 
     Attributes:
-        compress_ratio: raw tokens that a compressed entry stands for. 1 is a window alone, or a compressed cache as long
-            as the sequence (V4.1).
+        compress_ratio: raw tokens that a compressed entry stands for. 1 is a window alone, or a compressed cache as
+            long as the sequence (V4.1).
         selects: whether an indexer's top-k chooses among the compressed entries; without one every visible entry is
             attended to.
     """

@@ -11,22 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .registry import HIDDEN_HOST_US, Problem
+from .problem import AttentionProblem
+from .registry import HIDDEN_HOST_US
 
 _BY_KIND = ("direct", "gathered")
+# A guess: rows narrower than the narrowest measured ones take at least this share of their time. Nothing was measured
+# there, and the line through the two narrowest widths may cross zero.
+_NARROWEST = 0.5
 _TABLES: dict[str, Path] = {}
 
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Microseconds of the steps' other parts. The defaults are a guess, for archs on which nothing was measured.
+    """Microseconds of a step beside its attention kernel. The defaults are guesses, for archs that were not measured.
 
     Attributes:
         gather, remap, combine: ``(a launch, one row or index element more)``.
         listing: ``(the launches, one reference more)`` of finding and remapping what top-k points at.
-        direct_host, gathered_host: what a step takes of the host beside its kernel's call as an op, whose checks it
-            is spared, with and without a pass over top-k; the host is what a small eager step waits for, and a captured
-            graph does not. The guesses have the kernel's call in them, which is not known where nothing was measured.
+        direct_host, gathered_host: the host's time of an eager step, ``(with a pass over top-k, without)``. Measured
+            values leave out the host's time of the kernel's call as an op, which is predicted by itself. They may be
+            negative: a step skips that op's checks. The guesses include the call.
         referenced_host: the same of a block of the referenced path.
     """
 
@@ -38,13 +42,13 @@ class StepCosts:
     gathered_host: tuple[float, float] = (90.0, 75.0)
     referenced_host: float = 230.0
 
-    def direct_us(self, kernel_us: float, host_us: float, problem: Problem, remapped: bool) -> float:
-        """A step that reads pages in place: top-k remapped before, unless there is none or the kernel does, then it."""
+    def direct_us(self, kernel_us: float, host_us: float, problem: AttentionProblem, remapped: bool) -> float:
+        """A step that reads pages in place. ``remapped``: top-k is made slots in a launch before the kernel."""
         remap = self.remap[0] + self.remap[1] * problem.tokens * problem.extra_width if remapped else 0.0
         return max(_host(problem, self.direct_host[0 if remapped else 1], host_us), remap + kernel_us)
 
-    def gathered_us(self, kernel_us: float, host_us: float, problem: Problem, indexed: bool) -> float:
-        """A step that gathers ``problem.rows`` rows and in the same launch combines index rows, where top-k decides."""
+    def gathered_us(self, kernel_us: float, host_us: float, problem: AttentionProblem, indexed: bool) -> float:
+        """A step that gathers ``problem.rows`` rows. ``indexed``: the same launch combines top-k to index rows."""
         gather = self.gather[0] + self.gather[1] * problem.rows
         combine = self.combine[1] * problem.tokens * problem.width if indexed else 0.0
         return max(_host(problem, self.gathered_host[0 if indexed else 1], host_us), gather + combine + kernel_us)
@@ -53,7 +57,7 @@ class StepCosts:
         self,
         kernel_us: float,
         host_us: float,
-        problem: Problem,
+        problem: AttentionProblem,
         blocks: int,
         references: int,
         distinct: float,
@@ -68,12 +72,12 @@ class StepCosts:
         return max(host, self.gather[0] + self.gather[1] * windows + blocks * block)
 
 
-def _host(problem: Problem, step_us: float, kernel_us: float) -> float:
+def _host(problem: AttentionProblem, step_us: float, kernel_us: float) -> float:
     return 0.0 if problem.capturing else step_us + kernel_us - HIDDEN_HOST_US
 
 
 def add_table(arch: str, path: Path) -> None:
-    """Say where the measured table of an arch is; a vendor's package does when it is imported."""
+    """Say where the measured table of an arch is. Vendors' packages call it when they are imported."""
     _TABLES[arch] = path
     step_costs.cache_clear()
     table_of.cache_clear()
@@ -81,7 +85,7 @@ def add_table(arch: str, path: Path) -> None:
 
 @functools.cache
 def step_costs(arch: str) -> StepCosts:
-    """The arch's, measured (benchmarks/fit_costs.py) or guessed."""
+    """The costs of an arch, measured (benchmarks/fit_costs.py) or guessed."""
     table = table_of(arch)
     if table is None:
         return StepCosts()
@@ -97,21 +101,24 @@ def table_of(arch: str) -> dict[str, Any] | None:
     return json.loads(_TABLES[arch].read_text()) if arch in _TABLES else None
 
 
-def kernel_host_us(problem: Problem, kernel: str) -> float:
+def kernel_host_us(problem: AttentionProblem, kernel: str) -> float:
     """The host's microseconds of an eager call of an attention op by a kernel; 0 where it was not measured."""
     table = table_of(problem.arch)
     return 0.0 if table is None else table["host"]["kernels"].get(problem.op, {}).get(kernel, 0.0)
 
 
 def kernel_us(table: dict[str, Any], op: str, heads: int, tokens: int, width: int, rows: int) -> float:
-    """A kernel's time by interpolation: log-log in tokens and rows, linear in width; in proportion past the ends."""
+    """A kernel's time, interpolated: log-log in tokens and rows, linear in width.
+
+    Past the last tokens it grows in proportion; past the ends of the widths the end pieces go on; rows are clamped.
+    """
     grid, widths = table[op][str(heads)], table["width"]
     row = min(max(rows, table["rows"][0]), table["rows"][-1])
 
     def at_width(j: int) -> float:
         return _log_line(table["rows"], lambda i: _at_tokens(table["tokens"], grid[i][j], tokens), row)
 
-    return max(_line(widths, at_width, width), 0.5 * at_width(0))
+    return max(_line(widths, at_width, width), _NARROWEST * at_width(0))
 
 
 def _at_tokens(tokens: Sequence[int], us: Sequence[float], at: int) -> float:
@@ -127,7 +134,7 @@ def _log_line(xs: Sequence[float], y: Callable[[int], float], at: float) -> floa
 def _line(
     xs: Sequence[float], y: Callable[[int], float], at: float, scale: Callable[[float], float] = lambda x: x
 ) -> float:
-    """Piecewise linear through the points ``(scale(xs[i]), y(i))``, the end pieces continued; two of them are asked."""
+    """Piecewise linear through the points ``(scale(xs[i]), y(i))``, the end pieces continued. Calls ``y`` twice."""
     right = min(max(bisect.bisect_left(xs, at), 1), len(xs) - 1)
     x0, x1, y0, y1 = scale(xs[right - 1]), scale(xs[right]), y(right - 1), y(right)
     return y0 + (y1 - y0) * (scale(at) - x0) / (x1 - x0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from ..core.layouts import DSV4, FLAVOURS, CacheLayout, MLAKVCacheLayout, PagedC
 from ..core.model import HEAD_DIMS
 from ..core.platform import platform
 from . import registry
-from .registry import Problem
+from .problem import Problem, fields_of
 
 # bf16 stands behind FP8 because its bytes cost every decode step more than any conversion costs prefill once, and 4-bit
 # values behind both because they lose accuracy.
@@ -130,8 +131,8 @@ def plan_cache(
     Source: the kernels' own records, by ``not_supported_reasons``.
     """
     for argument, name in (("prefill", prefill), ("decode", decode)):
-        if name not in registry.KERNEL_NAMES:
-            raise ValueError(f"{argument}: got {name!r}, need one of {', '.join(registry.KERNEL_NAMES)}")
+        if name not in registry.kernel_names():
+            raise ValueError(f"{argument}: got {name!r}, need one of {', '.join(registry.kernel_names())}")
     if stored is not None and not isinstance(stored, CacheLayout):
         raise TypeError(f"stored: got {type(stored).__name__}, need a CacheLayout such as dsv4x.layouts.DSV4")
     if arch is not None and device is not None:
@@ -202,17 +203,16 @@ class _Machine:
         if op == DECODE and self.head_dim == DSV4.head_dim:
             # Most of its layers read a window and compressed entries, which some kernels take in fewer layouts.
             caches *= 2
-        problem = Problem(
-            op,
-            "cpu" if self.arch == "cpu" else "cuda",
-            self.arch,
-            heads=self.heads,
-            head_dim=self.head_dim,
-            width=128,
-            extra_width=128 * (len(caches) - 1) if op == DECODE else 0,
-            rows=self.page_size,
-            caches=caches,
-        )
+        asked: dict[str, Any] = {
+            "heads": self.heads,
+            "head_dim": self.head_dim,
+            "width": 128,
+            "extra_width": 128 * (len(caches) - 1) if op == DECODE else 0,
+            "rows": self.page_size,
+            "caches": caches,
+        }
+        fields = {name: asked[name] for name in fields_of(op) if name in asked}
+        problem = Problem(op, "cpu" if self.arch == "cpu" else "cuda", self.arch, **fields)
         if kernel is not None:
             return list(dict.fromkeys(registry.refusals(problem, kernel)))
         explanation = registry.explain(problem)

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ..core import encodings
 from ..core.layouts import PagedCache
+from ..core.logits_calls import FlatLogitsCall, PagedLogitsCall
 from ..core.platform import platform
 from .encodings import e2m1_to_f32, e4m3fn_to_f32, e4m3fnuz_to_f32, ue8m0_to_f32
 from .launch import Launcher, jit
@@ -376,24 +377,15 @@ def _bytes(q: torch.Tensor) -> torch.Tensor:
     return q if q.dtype == torch.bfloat16 else q.view(torch.uint8)
 
 
-def paged_mqa_logits(
-    q: torch.Tensor,
-    q_scale: torch.Tensor | None,
-    cache: PagedCache,
-    weights: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    max_context_len: int,
-    schedule: torch.Tensor | None,
-    out: torch.Tensor | None,
-    clean_logits: bool,
-) -> torch.Tensor:
+def paged_mqa_logits(call: PagedLogitsCall) -> torch.Tensor:
     """Launch over ``[B, n]`` query rows; every column is written, clean. The grid needs no schedule."""
+    q, cache, weights, out, max_context_len = call.q, call.cache, call.weights, call.out, call.max_context_len
+    context_lens, block_table = call.context_lens, call.block_table
     limits = platform.limits(q.device)
     batch, next_n, heads = q.shape[:3]
     if out is None:
         out = empty_logits(batch * next_n, max_context_len, q.device)
-    q, layout = _decoded(q, q_scale), cache.layout
+    q, layout = _decoded(q, call.q_scale), cache.layout
     q_encoding = _ENCODINGS[q.dtype]
     is_native = native(q_encoding, layout.value_encoding, limits.fp8)
     config = logits_config(limits.arch, is_native, next_n=next_n)
@@ -417,25 +409,15 @@ def paged_mqa_logits(
     return out
 
 
-def mqa_logits(
-    q: torch.Tensor,
-    q_scale: torch.Tensor | None,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    weights: torch.Tensor,
-    ks: torch.Tensor,
-    ke: torch.Tensor,
-    max_seqlen_k: int | None,
-    out: torch.Tensor | None,
-    clean_logits: bool,
-) -> torch.Tensor:
+def mqa_logits(call: FlatLogitsCall) -> torch.Tensor:
     """Launch over ``[M]`` query rows; every column is written, clean."""
+    q, k, k_scale, weights, out, max_seqlen_k = call.q, call.k, call.k_scale, call.weights, call.out, call.max_seqlen_k
     limits = platform.limits(q.device)
     rows, heads = q.shape[:2]
     width = k.shape[0] if max_seqlen_k is None else max_seqlen_k
     if out is None:
         out = empty_logits(rows, width, q.device)
-    q = _decoded(q, q_scale)
+    q = _decoded(q, call.q_scale)
     q_encoding, k_encoding = _ENCODINGS[q.dtype], "e2m1" if k.dtype == torch.uint8 else _ENCODINGS[k.dtype]
     is_native = native(q_encoding, k_encoding, limits.fp8)
     config = logits_config(limits.arch, is_native, next_n=None)
@@ -446,7 +428,7 @@ def mqa_logits(
     chunks = -(-span // chunk)
     _launch_flat(
         groups * chunks,
-        (_bytes(q), k.view(torch.uint8), scale_bytes, weights, ks, ke, out),
+        (_bytes(q), k.view(torch.uint8), scale_bytes, weights, call.ks, call.ke, out),
         (
             rows, k.shape[0], width, chunks, chunk, weights.stride(0), k.stride(0) * k.element_size(),
             k_scale.stride(0) * k_scale.element_size(), out.stride(0),
@@ -466,42 +448,39 @@ def clean_logits(
     out: torch.Tensor,
     width: int,
     *,
-    first: int = 0,
-    next_n: int | None = None,
+    rows: slice | None = None,
     starts: torch.Tensor | None = None,
     shifted: bool = False,
-    table: torch.Tensor | None = None,
-    page_size: int = 1,
-    pages: int = 0,
+    pages: tuple[torch.Tensor, PagedCache] | None = None,
 ) -> None:
     """Launch over a vendor's logits, which become rows of ``out``, or their own, clean.
 
     Args:
         logits: float32 ``[B * part, >= width]``, columns contiguous.
-        ends: ``[B, n]``, the column behind each row's last entry; the part is rows ``first`` to ``first + part - 1`` of
-            each request.
+        ends: ``[B, n]``, the column behind each row's last entry.
         out: float32 ``[B * n, >= width]``, rows contiguous; ``logits`` for in place.
         width: columns.
-        first: where the part begins.
-        next_n: the part's rows a request; None is n.
+        rows: the rows of each request that ``logits`` has; None is all n.
         starts: ``[B * n]``, the column of each row's first entry.
         shifted: whether the column 0 of ``logits`` is each row's start.
-        table: ``[B, m]`` page numbers, where a page outside the pool makes its columns -inf.
+        pages: block table ``[B, m]`` and the cache, a page outside of which makes its columns -inf.
     """
     # Views would take longer to make than the kernel to run; the strides say the same.
     batch, rows_a_request = ends.shape
     in_place = logits is out
-    part = rows_a_request if next_n is None else next_n
-    some, blocks = ends if table is None else table, -(-width // _CLEAN_BLOCK)
+    first, part = (0, rows_a_request) if rows is None else (rows.start, rows.stop - rows.start)
+    # Without pages there is no table, and Triton takes any tensor for one.
+    table, blocks = ends if pages is None else pages[0], -(-width // _CLEAN_BLOCK)
+    page_size, in_pool = (1, 0) if pages is None else (pages[1].page_size, pages[1].pages)
     _launch_clean(
         batch * part * blocks,
-        (logits, ends if starts is None else starts, ends, some, out),
+        (logits, ends if starts is None else starts, ends, table, out),
         (
-            blocks, width, part, first, some.shape[1], page_size, pages, logits.stride(0),
-            0 if starts is None else starts.stride(0), ends.stride(0), ends.stride(1), some.stride(0), out.stride(0),
+            blocks, width, part, first, table.shape[1], page_size, in_pool, logits.stride(0),
+            0 if starts is None else starts.stride(0), ends.stride(0), ends.stride(1), table.stride(0), out.stride(0),
             rows_a_request,
         ),
-        (_CLEAN_BLOCK, starts is not None, shifted, table is not None, in_place, not in_place and width % 16 == 0),
+        (_CLEAN_BLOCK, starts is not None, shifted, pages is not None, in_place, not in_place and width % 16 == 0),
         num_warps=8,
     )  # fmt: skip
 

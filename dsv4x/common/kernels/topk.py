@@ -9,7 +9,7 @@ on which thread comes first, so the same logits give the same indices everywhere
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -260,19 +260,26 @@ def _capacity(k: int) -> tuple[int, int]:
     return room, min(k + max(k // 2, room // 4), room - room // 4)
 
 
+class _Rows(NamedTuple):
+    """What is selected from: logits, and the ids, starts and lengths of rows that have them."""
+
+    logits: torch.Tensor
+    ids: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+
+
 def _launch(
-    logits: torch.Tensor,
-    ids: torch.Tensor | None,
-    starts: torch.Tensor | None,
-    lengths: torch.Tensor | None,
+    source: _Rows,
     k: int,
-    parts: int,
-    part: int,
+    parts: tuple[int, int],
     method: TopkMethod,
     space: dict[str, Any],
     out: torch.Tensor,
     values: torch.Tensor | None,
 ) -> None:
+    """Select from each row's ``(parts, columns of one)``; ``out`` and ``values`` have a row for each."""
+    (logits, ids, starts, lengths), (count, part) = source, parts
     rows, width = logits.shape
     some: torch.Tensor = logits
     table = space.get("block_table", some)
@@ -283,16 +290,16 @@ def _launch(
     # Triton takes the type of what a kernel never reads as well.
     kept = out
     if ids is None and part > capacity > k:
-        kept = torch.empty(rows * parts, capacity, dtype=torch.int32, device=logits.device)
+        kept = torch.empty(rows * count, capacity, dtype=torch.int32, device=logits.device)
     _launch_topk(
-        rows * parts,
+        rows * count,
         (
             logits, some if ids is None else ids, some if starts is None else starts,
             some if lengths is None else lengths, some if bases is None else bases,
             some if requests is None else requests, table, kept, out, some if values is None else values,
         ),
         (
-            width, k, parts, part, target, space.get("next_n", 1), table.shape[0], table.shape[1],
+            width, k, count, part, target, space.get("next_n", 1), table.shape[0], table.shape[1],
             space.get("page_size", 1), space.get("pages", 0), logits.stride(0), table.stride(0), out.stride(0),
         ),
         (
@@ -314,14 +321,15 @@ def topk_transform(
 ) -> None:
     """Launch over rows > 0; a few long ones are cut, and what each part selects is selected from once more."""
     rows, width = logits.shape
+    source = _Rows(logits, starts=row_starts, lengths=lengths)
     parts = min(2 * platform.limits(logits.device).multiprocessors // rows, width // least_part(k))
     if parts < 2:
-        _launch(logits, None, row_starts, lengths, k, 1, width, method, space, out, None)
+        _launch(source, k, (1, width), method, space, out, None)
         return
     part = -(-width // (16 * parts)) * 16
     ids = torch.empty(rows * parts, k, dtype=torch.int32, device=logits.device)
     values = torch.empty(rows * parts, k, dtype=torch.float32, device=logits.device)
-    _launch(logits, None, row_starts, lengths, k, parts, part, TopkMethod.LOCAL, {}, ids, values)
+    _launch(source, k, (parts, part), TopkMethod.LOCAL, {}, ids, values)
     topk_merge(values.view(rows, parts * k), ids.view(rows, parts * k), k, method, space, out, None)
 
 
@@ -335,4 +343,4 @@ def topk_merge(
     out_values: torch.Tensor | None,
 ) -> None:
     """Launch over ``values, ids [rows, w]``, ids ascending but for the -1 between them; rows > 0."""
-    _launch(values, ids, None, None, k, 1, values.shape[1], method, space, out, out_values)
+    _launch(_Rows(values, ids), k, (1, values.shape[1]), method, space, out, out_values)

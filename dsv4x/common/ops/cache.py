@@ -8,7 +8,8 @@ import torch
 
 from ..core import checks, layouts
 from ..core.layouts import PagedCache
-from ..dispatch.registry import Problem, select
+from ..dispatch.problem import CacheProblem
+from ..dispatch.registry import select
 
 CONVERT_ROWS = 1 << 16
 """Rows :func:`convert_cache` holds as bf16 at once: 64 MiB of 512 values each."""
@@ -148,7 +149,7 @@ def requantize_fp8_to_block_scale(
         if checks.check_values_enabled():
             checks.index_values("pages", pages, None, cache.pages, "page")
     count = cache.pages if pages is None else pages.shape[0]
-    problem = Problem.on(
+    problem = CacheProblem.on(
         "requantize_fp8_to_block_scale", device, tokens=count * cache.page_size, caches=(cache.spec, out.spec)
     )
     record = select(problem, kernel)
@@ -199,8 +200,8 @@ def convert_cache(
     else:
         checks.tensor("slots", slots, (None,), checks.INDEX_DTYPES, device)
         count = slots.shape[0]
-    read = select(Problem.on("dequantize_k_cache_paged", device, tokens=count, caches=(src.spec,)), kernel)
-    write = select(Problem.on("quantize_and_insert_k_cache", device, tokens=count, caches=(dst.spec,)), kernel)
+    read = select(CacheProblem.on("dequantize_k_cache_paged", device, tokens=count, caches=(src.spec,)), kernel)
+    write = select(CacheProblem.on("quantize_and_insert_k_cache", device, tokens=count, caches=(dst.spec,)), kernel)
 
     def parts() -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         for start in range(0, count, CONVERT_ROWS):
@@ -224,5 +225,5 @@ def convert_cache(
     return dst
 
 
-def _problem(op: str, cache: PagedCache, slots: torch.Tensor) -> Problem:
-    return Problem.on(op, slots.device, tokens=slots.shape[0], caches=(cache.spec,))
+def _problem(op: str, cache: PagedCache, slots: torch.Tensor) -> CacheProblem:
+    return CacheProblem.on(op, slots.device, tokens=slots.shape[0], caches=(cache.spec,))

@@ -19,7 +19,8 @@ import torch
 
 from ..core import checks
 from ..core.layouts import ALIGNMENT, PagedCache
-from ..dispatch.registry import Problem, select
+from ..dispatch.problem import CacheProblem
+from ..dispatch.registry import select
 from ..kernels.limits import PASS_UNITS, WORD_BITS
 from .cache import dequantize_k_cache_paged
 
@@ -124,7 +125,7 @@ def gather_referenced_cache_blocks(
         stride = -(-cache.layout.page_stride(cache.page_size) // ALIGNMENT) * ALIGNMENT
         data = torch.empty(pages.shape[0], stride, dtype=torch.uint8, device=device)
         out = PagedCache(data, cache.layout, cache.page_size)
-    problem = Problem.on("copy_pages", device, tokens=pages.shape[0], caches=(cache.spec, out.spec))
+    problem = CacheProblem.on("copy_pages", device, tokens=pages.shape[0], caches=(cache.spec, out.spec))
     record = select(problem, kernel)
     if pages.shape[0]:
         record.launch(device, cache, pages, out)
@@ -218,7 +219,7 @@ def _list_referenced(
     if checks.check_values_enabled():
         checks.index_values("indices", indices, lens, cache.capacity, "slot")
     units = cache.capacity // unit_slots
-    problem = Problem.on(
+    problem = CacheProblem.on(
         "list_referenced", device, tokens=indices.shape[0], width=indices.shape[1], caches=(cache.spec,)
     )
     exact = capacity is None

@@ -8,17 +8,20 @@ fit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..core import checks, layouts
 from ..core.layouts import PagedCache
+from ..core.logits_calls import FlatLogitsCall, PagedLogitsCall
 from ..core.platform import platform
 from ..core.spaces import TopkMethod
-from ..dispatch.registry import Problem, find, select
-from .topk import check_space, launch_topk, put_in_space
+from ..dispatch.problem import CacheProblem, LogitsProblem, ScheduleProblem, SelectionProblem
+from ..dispatch.registry import find, select
+from .topk import Selection, check_space, launch_topk, put_in_space
 
 INDEX_DIM = 128
 """Values of an index q and K."""
@@ -34,8 +37,13 @@ SPLIT_PAGES = 4
 
 _MAX_WIDTH = 2**31 - 2**14
 _FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
-# Rows that still fill a device; with fewer to a budget the context is cut rather than the rows.
+# A guess at what still fills a device: where a budget holds fewer rows, the context is cut rather than the rows.
 _MIN_ROWS = 64
+# Of each selected entry of a stretch: two buffers of two selections of float32 values and int32 ids, and the gathering
+# of values by int64 ids.
+_MERGED_BYTES = 2 * 2 * 8 + 4 + 8
+# The least room for candidates of a row in the Triton selection; shorter rows keep none.
+_FEWEST_CANDIDATES = 2048
 # Vendor kernels round a row of logits up to this.
 _ROW_ALIGNMENT = 256
 
@@ -75,15 +83,9 @@ def _check_q(q: torch.Tensor, q_scale: torch.Tensor | None, leading: tuple[int |
         raise ValueError(f"q: {q.shape[-2]} heads, need {' or '.join(map(str, HEADS))}")
 
 
-def _option(name: str, x: torch.Tensor) -> str:
-    """What a :class:`Problem` says of an operand's encoding."""
-    return name + {torch.float8_e4m3fn: " e4m3fn", torch.float8_e4m3fnuz: " e4m3fnuz"}.get(x.dtype, " e2m1")
-
-
-def encoding_of(problem: Problem, name: str) -> str:
-    """The encoding of operand ``"q"`` or ``"k"`` in a problem of the logits ops; e4m3fn where it says none."""
-    found = [option.split()[1] for option in problem.options if option.startswith(f"{name} ")]
-    return found[0] if found else "e4m3fn"
+def _encoding(x: torch.Tensor) -> str:
+    """The encoding of an operand's values."""
+    return {torch.float8_e4m3fn: "e4m3fn", torch.float8_e4m3fnuz: "e4m3fnuz"}.get(x.dtype, "e2m1")
 
 
 def _check_out(out: torch.Tensor | None, rows: int, width: int, device: torch.device) -> None:
@@ -164,46 +166,35 @@ def paged_mqa_logits(
         checks.tensor("schedule", schedule, (None, 2), torch.int32, device)
     if checks.check_values_enabled():
         _check_paged_values(cache, context_lens, block_table, max_context_len)
-    return _paged_logits(
-        q, q_scale, cache, weights, context_lens, block_table, max_context_len, schedule, out, kernel, clean_logits
+    call = PagedLogitsCall(
+        q, q_scale, cache, weights, context_lens, block_table, max_context_len, schedule, out, clean_logits
     )
+    return _paged_logits(call, kernel)
 
 
-def _paged_logits(
-    q: torch.Tensor,
-    q_scale: torch.Tensor | None,
-    cache: PagedCache,
-    weights: torch.Tensor,
-    context_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    max_context_len: int,
-    schedule: torch.Tensor | None,
-    out: torch.Tensor | None,
-    kernel: str | None,
-    clean_logits: bool,
-) -> torch.Tensor:
+def _paged_logits(call: PagedLogitsCall, kernel: str | None) -> torch.Tensor:
     """:func:`paged_mqa_logits` of checked arguments; of a stretch of context, lengths that end outside it."""
+    q, cache, out, width = call.q, call.cache, call.out, call.max_context_len
     batch, next_n, heads = q.shape[:3]
     device = q.device
-    problem = Problem.on(
+    problem = LogitsProblem.on(
         "paged_mqa_logits",
         device,
         tokens=batch,
         next_n=next_n,
         heads=heads,
         head_dim=INDEX_DIM,
-        width=max_context_len,
+        width=width,
         caches=(cache.spec,),
-        options=(_option("q", q), *(("clean",) if clean_logits else ())),
+        q_encoding=_encoding(q),
+        clean=call.clean_logits,
     )
     record = select(problem, kernel)
-    if batch == 0 or max_context_len == 0 or cache.pages == 0 or block_table.shape[1] == 0:
+    if batch == 0 or width == 0 or cache.pages == 0 or call.block_table.shape[1] == 0:
         if out is None:
-            out = torch.empty(batch * next_n, max_context_len, dtype=torch.float32, device=device)
+            out = torch.empty(batch * next_n, width, dtype=torch.float32, device=device)
         return out.fill_(-torch.inf)
-    return record.launch(
-        device, q, q_scale, cache, weights, context_lens, block_table, max_context_len, schedule, out, clean_logits
-    )
+    return record.launch(device, call)
 
 
 def _check_paged_values(
@@ -282,7 +273,7 @@ def mqa_logits(
         checks.integer("max_seqlen_k", max_seqlen_k, 0, _MAX_WIDTH)
     width = entries if max_seqlen_k is None else max_seqlen_k
     _check_out(out, rows, width, device)
-    problem = Problem.on(
+    problem = LogitsProblem.on(
         "mqa_logits",
         device,
         tokens=rows,
@@ -290,19 +281,19 @@ def mqa_logits(
         head_dim=INDEX_DIM,
         width=width,
         rows=entries,
-        options=(
-            _option("q", q),
-            _option("k", k),
-            *(() if max_seqlen_k is None else ("relative",)),
-            *(("clean",) if clean_logits else ()),
-        ),
+        q_encoding=_encoding(q),
+        k_encoding=_encoding(k),
+        relative=max_seqlen_k is not None,
+        clean=clean_logits,
     )
     record = select(problem, kernel)
     if rows == 0 or width == 0 or entries == 0:
         if out is None:
             out = torch.empty(rows, width, dtype=torch.float32, device=device)
         return out.fill_(-torch.inf)
-    return record.launch(device, q, q_scale, k, k_scale, weights, ks, ke, max_seqlen_k, out, clean_logits)
+    return record.launch(
+        device, FlatLogitsCall(q, q_scale, k, k_scale, weights, ks, ke, max_seqlen_k, out, clean_logits)
+    )
 
 
 def get_paged_mqa_logits_metadata(
@@ -352,8 +343,8 @@ def get_paged_mqa_logits_metadata(
         checks.tensor("out", out, (num_sms + 1, 2), torch.int32, device)
         if not out.is_contiguous():
             raise ValueError(f"out: stride(0) is {out.stride(0)}, need 2")
-    problem = Problem.on(
-        "get_paged_mqa_logits_metadata", device, tokens=batch, next_n=next_n, width=num_sms, rows=page_size
+    problem = ScheduleProblem.on(
+        "get_paged_mqa_logits_metadata", device, tokens=batch, next_n=next_n, page_size=page_size, num_sms=num_sms
     )
     record = select(problem, kernel)
     if batch == 0:
@@ -409,7 +400,7 @@ def gather_indexer_k(
         made.append(value[:rows])
     if checks.check_values_enabled():
         checks.index_values("slots", slots, None, cache.capacity, "slot")
-    record = select(Problem.on("gather_indexer_k", device, tokens=rows, caches=(cache.spec,)), kernel)
+    record = select(CacheProblem.on("gather_indexer_k", device, tokens=rows, caches=(cache.spec,)), kernel)
     if cache.pages == 0:
         for value in made:
             value.view(torch.uint8).zero_()
@@ -490,7 +481,7 @@ def paged_indexer_topk(
         "next_n": next_n,
         "requests": None,
     }
-    check_space(method, batch * next_n, device, **space)
+    check_space(method, batch * next_n, device, space)
     if schedule is not None:
         checks.tensor("schedule", schedule, (None, 2), torch.int32, device)
     if checks.check_values_enabled():
@@ -498,28 +489,23 @@ def paged_indexer_topk(
     most = min(max_context_len, block_table.shape[1] * cache.page_size)
     lens = context_lens.clamp(0, most).reshape(-1)
 
+    call = PagedLogitsCall(q, q_scale, cache, weights, context_lens, block_table, max_context_len, clean_logits=False)
+
     def logits(requests: slice, first: int, width: int) -> torch.Tensor:
-        rows = slice(requests.start * next_n, requests.stop * next_n)
+        part = call.part(requests)
         whole = requests == slice(0, batch) and width == max_context_len
         # Pages behind a stretch are no part of it, and a stretch begins with a page.
         pages = slice(first // cache.page_size, -(-(first + width) // cache.page_size))
-        return _paged_logits(
-            q[requests],
-            None if q_scale is None else q_scale[requests],
-            cache,
-            weights[rows],
-            context_lens[requests] if first == 0 else context_lens[requests] - first,
-            block_table[requests, pages],
-            width,
-            schedule if whole else None,
-            None,
-            kernel,
-            False,
+        part = part._replace(
+            context_lens=part.context_lens if first == 0 else part.context_lens - first,
+            block_table=part.block_table[:, pages],
+            max_context_len=width,
+            schedule=schedule if whole else None,
         )
+        return _paged_logits(part, kernel)
 
-    return _bounded_topk(
-        logits, lens, batch, next_n, most, cache.page_size, k, method, space, stable, logits_bytes, out, topk_kernel
-    )
+    batched = _Batch(batch, next_n, most, cache.page_size)
+    return _bounded_topk(logits, lens, batched, Selection(k, method, stable, topk_kernel), space, logits_bytes, out)
 
 
 def indexer_topk(
@@ -586,7 +572,7 @@ def indexer_topk(
         "next_n": 1,
         "requests": requests,
     }
-    check_space(method, rows, device, **space)
+    check_space(method, rows, device, space)
 
     def logits(part: slice, first: int, width: int) -> torch.Tensor:
         return mqa_logits(
@@ -602,20 +588,27 @@ def indexer_topk(
             clean_logits=False,
         )
 
-    return _bounded_topk(logits, lens, rows, 1, most, 1, topk, method, space, stable, logits_bytes, out, topk_kernel)
+    selection = Selection(topk, method, stable, topk_kernel)
+    return _bounded_topk(logits, lens, _Batch(rows, 1, most, 1), selection, space, logits_bytes, out)
+
+
+class _Batch(NamedTuple):
+    """What logits are made of: requests, their rows, the entries that each may have, and entries a page."""
+
+    requests: int
+    next_n: int
+    width: int
+    page_size: int
 
 
 def _plan(rows: int, next_n: int, width: int, step: int, k: int, logits_bytes: int) -> tuple[int, int]:
     """(requests, columns) of a piece, so that its logits and selections stay within ``logits_bytes``."""
 
-    # A stretch of context holds two selections of values and ids, a vendor's result that is copied counts twice, and
-    # the selection of a long row keeps its candidates.
     def row_bytes(columns: int) -> int:
         aligned = -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+        # DeepGEMM on SM90 takes more than two rows a request in parts, which are copied to one result.
         held = 4 * aligned * (2 if next_n > 2 else 1)
-        merged = 0 if columns >= width else 4 * 8 * k + 12 * k
-        candidates = 16 * k + 8192 if columns > 2048 else 0
-        return next_n * (held + merged + candidates)
+        return next_n * (held + (0 if columns >= width else _MERGED_BYTES * k) + _candidate_bytes(columns, k))
 
     fitting = logits_bytes // row_bytes(width)
     if fitting >= min(rows, -(-_MIN_ROWS // next_n)):
@@ -632,22 +625,22 @@ def _plan(rows: int, next_n: int, width: int, step: int, k: int, logits_bytes: i
     return requests, columns
 
 
+def _candidate_bytes(columns: int, k: int) -> int:
+    """A bound on what the Triton selection keeps of a row: int32 candidates, room for 2 k in a power of two."""
+    return 0 if columns <= _FEWEST_CANDIDATES else 4 * (4 * k + _FEWEST_CANDIDATES)
+
+
 def _bounded_topk(
     logits: Callable[[slice, int, int], torch.Tensor],
     lens: torch.Tensor,
-    requests: int,
-    next_n: int,
-    width: int,
-    page_size: int,
-    k: int,
-    method: TopkMethod,
+    batch: _Batch,
+    selection: Selection,
     space: dict[str, Any],
-    stable: bool,
     logits_bytes: int,
     out: torch.Tensor | None,
-    topk_kernel: str | None,
 ) -> torch.Tensor:
     """The selection of every row from logits made piece by piece; ``logits(requests, first column, columns)``."""
+    (requests, next_n, width, page_size), (k, method, *_) = batch, selection
     rows, device = requests * next_n, lens.device
     if out is None:
         out = torch.empty(rows, k, dtype=torch.int32, device=device)
@@ -667,9 +660,9 @@ def _bounded_topk(
         span = slice(part.start * next_n, part.stop * next_n)
         here = _rows_of(space, method, span)
         if columns >= width:
-            launch_topk(logits(part, 0, width), lens[span], k, method, None, here, stable, out[span], topk_kernel)
+            launch_topk(logits(part, 0, width), lens[span], None, selection, here, out[span])
             continue
-        _merged_topk(logits, part, lens[span], width, columns, k, method, here, stable, out[span], topk_kernel)
+        _merged_topk(functools.partial(logits, part), lens[span], (width, columns), selection, here, out[span])
     return out
 
 
@@ -687,23 +680,20 @@ def _rows_of(space: dict[str, Any], method: TopkMethod, rows: slice) -> dict[str
 
 
 def _merged_topk(
-    logits: Callable[[slice, int, int], torch.Tensor],
-    part: slice,
+    logits: Callable[[int, int], torch.Tensor],
     lens: torch.Tensor,
-    width: int,
-    columns: int,
-    k: int,
-    method: TopkMethod,
+    widths: tuple[int, int],
+    selection: Selection,
     space: dict[str, Any],
-    stable: bool,
     out: torch.Tensor,
-    topk_kernel: str | None,
 ) -> None:
     """A running selection over stretches of context: what is left of all before, beside what a stretch selects.
 
+    ``logits(first column, columns)`` makes a stretch's; ``widths`` are the columns of a row and of a stretch.
     Both are in ascending order and one is before the other, so ties still go to the smallest index.
     """
-    rows, device = lens.shape[0], lens.device
+    (width, columns), rows, device = widths, lens.shape[0], lens.device
+    k, stretch = selection.k, selection._replace(method=TopkMethod.LOCAL)
     # Two, because a merge reads one while it writes the other.
     halves = [
         (
@@ -715,9 +705,9 @@ def _merged_topk(
     values, ids = halves[0]
     for step, first in enumerate(range(0, width, columns)):
         span = min(columns, width - first)
-        scores = logits(part, first, span)
+        scores = logits(first, span)
         fresh = ids[:, k:]
-        launch_topk(scores, lens - first, k, TopkMethod.LOCAL, None, {}, stable, fresh, topk_kernel)
+        launch_topk(scores, lens - first, None, stretch, {}, fresh)
         values[:, k:] = scores.gather(1, fresh.clamp_min(0).long())
         del scores
         fresh += torch.where(fresh >= 0, first, 0)
@@ -726,12 +716,10 @@ def _merged_topk(
         topk_merge(
             values,
             ids,
-            k,
-            method if last else TopkMethod.LOCAL,
+            selection if last else stretch,
             space if last else {},
             out if last else other[1][:, :k],
             None if last else other[0][:, :k],
-            topk_kernel,
         )
         values, ids = other
 
@@ -739,17 +727,16 @@ def _merged_topk(
 def topk_merge(
     values: torch.Tensor,
     ids: torch.Tensor,
-    k: int,
-    method: TopkMethod,
+    selection: Selection,
     space: dict[str, Any],
     out: torch.Tensor,
     out_values: torch.Tensor | None,
-    kernel: str | None,
 ) -> None:
     """The k best of candidates ``values, ids [rows, w]``, ids ascending but for -1, which is none.
 
-    ``kernel`` is the selection's; a vendor's has no merge, and there prediction picks.
+    A vendor's kernel has no merge, and there prediction picks.
     """
-    problem = Problem.on("topk_merge", values.device, tokens=values.shape[0], width=values.shape[1])
+    (k, method, _, kernel), (rows, width) = selection, values.shape
+    problem = SelectionProblem.on("topk_merge", values.device, tokens=rows, width=width, k=k, method=method)
     record = select(problem, kernel if kernel is not None and find("topk_merge", kernel) else None)
     record.launch(values.device, values, ids, k, method, space, out, out_values)

@@ -15,7 +15,8 @@ import torch
 from ..core import checks
 from ..core.refill import CombineCall
 from ..core.spaces import INT32_MAX, check_pool, token_positions
-from ..dispatch.registry import Problem, select
+from ..dispatch.problem import IndexProblem
+from ..dispatch.registry import select
 
 ROW_ALIGNMENT = 128
 """Widths of combined rows are multiples of this: FlashMLA's prefill kernel needs it on SM90."""
@@ -67,7 +68,8 @@ def combine_topk_swa_indices(
     """One workspace index row a query token: ``[top-k rebased | window rebased | -1 ...]``, front-packed.
 
     A query at position p sees the first ``min(topk, K)`` entries of its top-k row and the ``min(p+1, window_size)`` raw
-    tokens up to its own. A local index that its query may not see (negative, or >= (p+1) // compress_ratio) is no entry,
+    tokens up to its own. A local index that its query may not see (negative, or >= (p+1) // compress_ratio) is no
+    entry,
     and neither is one without a workspace row: they are left out, and what follows moves up. A window token that was
     not gathered keeps its place as -1.
 
@@ -118,7 +120,7 @@ def combine_topk_swa_indices(
         _, position = positions or token_positions(query_start_loc, seq_lens, tokens)
         visible = (position + 1) // compress_ratio
         checks.index_values("topk_indices", topk_indices[:, :topk], None, visible, "local entry")
-    record = select(Problem.on("combine_topk_swa_indices", device, tokens=tokens, width=width), kernel)
+    record = select(IndexProblem.on("combine_topk_swa_indices", device, tokens=tokens, width=width), kernel)
     if tokens:
         call = CombineCall(
             topk_indices, query_start_loc, seq_lens, gather_lens, compressed_base, swa_base,
@@ -178,7 +180,7 @@ def combine_swa_extra_indices(
     if checks.check_values_enabled():
         checks.index_values("swa_indices", swa_indices, swa_lens, s_kv_swa, "workspace row")
         checks.index_values("extra_indices", extra_indices, extra_lens, INT32_MAX + 1 - s_kv_swa, "workspace row")
-    record = select(Problem.on("combine_swa_extra_indices", device, tokens=tokens, width=width), kernel)
+    record = select(IndexProblem.on("combine_swa_extra_indices", device, tokens=tokens, width=width), kernel)
     if tokens:
         record.launch(device, swa_indices, swa_lens, extra_indices, extra_lens, s_kv_swa, out_indices, out_lens)
     return out_indices, out_lens
@@ -227,7 +229,7 @@ def window_slots(
     checks.integer("tokens", tokens, 0)
     out_indices = torch.empty(tokens, window_size, dtype=torch.int32, device=device)
     out_lens = torch.empty(tokens, dtype=torch.int32, device=device)
-    record = select(Problem.on("window_slots", device, tokens=tokens, width=window_size), kernel)
+    record = select(IndexProblem.on("window_slots", device, tokens=tokens, width=window_size), kernel)
     if tokens:
         record.launch(device, query_start_loc, seq_lens, block_table, page_size, pages, out_indices, out_lens)
     return out_indices, out_lens
@@ -283,7 +285,7 @@ def build_swa_token_ids(
         raise ValueError(f"total: got {total}, need >= {int(starts[-1])} for these lengths")
     token_ids = torch.empty(total, dtype=torch.int32, device=device)
     request = torch.empty(total, dtype=torch.int32, device=device)
-    record = select(Problem.on("build_swa_token_ids", device, tokens=total), kernel)
+    record = select(IndexProblem.on("build_swa_token_ids", device, tokens=total), kernel)
     if total:
         record.launch(device, first, starts, token_ids, request)
     return token_ids, request, starts
@@ -320,7 +322,7 @@ def local_to_slots(
     checks.tensor("block_table", block_table, (None, None), torch.int32, device)
     check_pool(page_size, pages)
     out = torch.empty(local.shape, dtype=torch.int32, device=device)
-    record = select(Problem.on("local_to_slots", device, tokens=tokens, width=local.shape[1]), kernel)
+    record = select(IndexProblem.on("local_to_slots", device, tokens=tokens, width=local.shape[1]), kernel)
     if out.numel():
         record.launch(device, local, request, limits, block_table, page_size, pages, out)
     return out
@@ -361,7 +363,7 @@ def local_to_workspace_rows(
     tokens, device = _check_locals(local, request, limits)
     checks.tensor("bases", bases, (None,), checks.INDEX_DTYPES, device)
     out = torch.empty(local.shape, dtype=torch.int32, device=device)
-    record = select(Problem.on("local_to_workspace_rows", device, tokens=tokens, width=local.shape[1]), kernel)
+    record = select(IndexProblem.on("local_to_workspace_rows", device, tokens=tokens, width=local.shape[1]), kernel)
     if out.numel():
         record.launch(device, local, request, limits, bases, out)
     return out
@@ -397,7 +399,7 @@ def slots_to_compact_slots(
     out = torch.empty(slots.shape, dtype=torch.int32, device=device)
     rows, out_rows = (slots, out) if dims == 2 else (slots[None], out[None])
     record = select(
-        Problem.on("slots_to_compact_slots", device, tokens=rows.shape[0], width=rows.shape[1]),
+        IndexProblem.on("slots_to_compact_slots", device, tokens=rows.shape[0], width=rows.shape[1]),
         kernel,
     )
     if out.numel():
@@ -447,7 +449,7 @@ def dense_to_ragged(
     values = torch.full((capacity,), -1, dtype=torch.int32, device=device)
     indptr = torch.zeros(tokens + 1, dtype=torch.int32, device=device)
     count = torch.zeros(1, dtype=torch.int32, device=device)
-    record = select(Problem.on("dense_to_ragged", device, tokens=tokens, width=indices.shape[1]), kernel)
+    record = select(IndexProblem.on("dense_to_ragged", device, tokens=tokens, width=indices.shape[1]), kernel)
     if indices.numel():
         record.launch(device, indices, lens, upper, values, indptr, count)
     if checks.check_values_enabled() and int(count) > capacity:
@@ -486,7 +488,7 @@ def ragged_to_dense(
         checks.ascending("indptr", indptr, values.shape[0])
     indices = torch.empty(tokens, width, dtype=torch.int32, device=device)
     lens = torch.empty(tokens, dtype=torch.int32, device=device)
-    record = select(Problem.on("ragged_to_dense", device, tokens=tokens, width=width), kernel)
+    record = select(IndexProblem.on("ragged_to_dense", device, tokens=tokens, width=width), kernel)
     if tokens:
         record.launch(device, values, indptr, indices, lens)
     return indices, lens

@@ -10,7 +10,8 @@ from ..core import checks
 from ..core.calls import AttentionCall, DecodeCall, Local, PrefillCall, Result, Scope, output
 from ..core.layouts import PagedCache
 from ..core.model import HEAD_DIMS, MAX_HEADS, VALUE_DIM
-from ..dispatch.registry import Kernel, Problem, call_on, select
+from ..dispatch.problem import AttentionProblem
+from ..dispatch.registry import Kernel, call_on, select
 from ..kernels.limits import MAX_SPLITS
 from .indices import local_to_slots
 
@@ -89,7 +90,7 @@ def sparse_mla_decode(
     Source: semantics of FlashMLA's ``flash_mla_with_kvcache`` (tests/ref.py) with two scopes.
     """
     check_values = checks.check_values_enabled()
-    counted, tokens = _check_q(q, heads), q.shape[0]
+    counted, tokens = check_q(q, heads), q.shape[0]
     if split_k is not None:
         checks.integer("split_k", split_k, 1, MAX_SPLITS)
     scopes: list[tuple[str, Any, Any, torch.Tensor | None]] = [("swa", swa_cache, swa_indices, swa_lens)]
@@ -176,7 +177,7 @@ def sparse_mla_prefill(
     Source: semantics of FlashMLA's ``flash_mla_sparse_fwd`` (tests/ref.py).
     """
     check_values = checks.check_values_enabled()
-    counted, tokens = _check_q(q, heads), q.shape[0]
+    counted, tokens = check_q(q, heads), q.shape[0]
     checks.tensor("kv", kv, (None, q.shape[2]), torch.bfloat16, q.device)
     checks.tensor("indices", indices, (tokens, None), checks.INDEX_DTYPES, q.device)
     if lens is not None:
@@ -190,12 +191,12 @@ def sparse_mla_prefill(
     return _run(call, kernel)
 
 
-def problem_of(call: AttentionCall) -> Problem:
+def problem_of(call: AttentionCall) -> AttentionProblem:
     """What a call's kernel is chosen by."""
     q = call.q
     tokens, _, head_dim = q.shape
     if isinstance(call, PrefillCall):
-        return Problem.on(
+        return AttentionProblem.on(
             "sparse_mla_prefill",
             q.device,
             tokens=tokens,
@@ -206,7 +207,7 @@ def problem_of(call: AttentionCall) -> Problem:
             lse=call.lse,
         )
     extra = call.extra
-    return Problem.on(
+    return AttentionProblem.on(
         "sparse_mla_decode",
         q.device,
         tokens=tokens,
@@ -259,7 +260,7 @@ def check_cache(name: str, value: object, device: torch.device, head_dim: int) -
     return cache
 
 
-def _check_q(q: torch.Tensor, heads: int | None) -> int:
+def check_q(q: torch.Tensor, heads: int | None) -> int:
     """Check q; returns how many of its heads count."""
     checks.tensor("q", q, (None, None, None), torch.bfloat16)
     if q.shape[2] not in HEAD_DIMS:

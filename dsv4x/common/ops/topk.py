@@ -7,13 +7,14 @@ entries selects all of them whatever their logits, which is what lets short cont
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..core import checks
 from ..core.spaces import INT32_MAX, TopkMethod, check_pool
-from ..dispatch.registry import Problem, select
+from ..dispatch.problem import SelectionProblem
+from ..dispatch.registry import select
 from .indices import local_to_slots, local_to_workspace_rows
 
 _METHODS = {
@@ -91,7 +92,15 @@ def topk_transform(
     for name, value in (("lengths", lengths), ("row_starts", row_starts)):
         if value is not None:
             checks.tensor(name, value, (rows,), checks.INDEX_DTYPES, device)
-    space = check_space(method, rows, device, bases, block_table, page_size, pages, next_n, requests)
+    given = {
+        "bases": bases,
+        "block_table": block_table,
+        "page_size": page_size,
+        "pages": pages,
+        "next_n": next_n,
+        "requests": requests,
+    }
+    space = check_space(method, rows, device, given)
     if out is None:
         out = torch.empty(rows, k, dtype=torch.int32, device=device)
     else:
@@ -102,75 +111,73 @@ def topk_transform(
         if bad.any():
             row = int(bad.nonzero()[0])
             raise ValueError(f"lengths: {int(lengths[row])} in row {row}, need 0 to what is left of {width} columns")
-    return launch_topk(logits, lengths, k, method, row_starts, space, stable, out, kernel)
+    return launch_topk(logits, lengths, row_starts, Selection(k, method, stable, kernel), space, out)
+
+
+class Selection(NamedTuple):
+    """What is selected of each row; fields as :func:`topk_transform` has them."""
+
+    k: int
+    method: TopkMethod
+    stable: bool
+    kernel: str | None
 
 
 def launch_topk(
     logits: torch.Tensor,
     lengths: torch.Tensor | None,
-    k: int,
-    method: TopkMethod,
     row_starts: torch.Tensor | None,
+    selection: Selection,
     space: dict[str, Any],
-    stable: bool,
     out: torch.Tensor,
-    kernel: str | None,
 ) -> torch.Tensor:
     """:func:`topk_transform` of checked arguments; lengths may end outside the columns."""
+    k, method, stable, kernel = selection
     rows, width = logits.shape
-    options = (method.name, *_promises(stable))
-    problem = Problem.on("topk_transform", logits.device, tokens=rows, width=width, extra_width=k, options=options)
+    problem = SelectionProblem.on(
+        "topk_transform", logits.device, tokens=rows, width=width, k=k, method=method, stable=stable
+    )
     record = select(problem, kernel)
     if rows:
         record.launch(logits.device, logits, lengths, k, method, row_starts, space, out)
     return out
 
 
-def _promises(stable: bool) -> tuple[str, ...]:
-    return ("stable",) if stable else ()
-
-
-def check_space(
-    method: TopkMethod,
-    rows: int,
-    device: torch.device,
-    bases: torch.Tensor | None,
-    block_table: torch.Tensor | None,
-    page_size: int | None,
-    pages: int | None,
-    next_n: int,
-    requests: torch.Tensor | None,
-) -> dict[str, Any]:
-    """What turns a local index into one of the method's space, checked."""
+def check_space(method: TopkMethod, rows: int, device: torch.device, given: dict[str, Any]) -> dict[str, Any]:
+    """What turns a local index into one of the method's space, checked: those of ``given`` that the method needs."""
     if not isinstance(method, TopkMethod):
         raise TypeError(f"method: got {type(method).__name__}, need a dsv4x.TopkMethod")
     if method is TopkMethod.RAGGED:
-        if bases is None:
+        if given["bases"] is None:
             raise ValueError("bases: got None, need an int32 or int64 tensor for RAGGED")
-        checks.tensor("bases", bases, (rows,), checks.INDEX_DTYPES, device)
-        return {"bases": bases}
+        checks.tensor("bases", given["bases"], (rows,), checks.INDEX_DTYPES, device)
+        return {"bases": given["bases"]}
     if method is TopkMethod.LOCAL:
         return {}
-    for name, value in (("block_table", block_table), ("page_size", page_size), ("pages", pages)):
-        if value is None:
+    for name in ("block_table", "page_size", "pages"):
+        if given[name] is None:
             raise ValueError(f"{name}: got None, need it for PAGED")
-    assert block_table is not None
-    assert page_size is not None
-    assert pages is not None
+    block_table, next_n, requests = given["block_table"], given["next_n"], given["requests"]
     checks.tensor("block_table", block_table, (None, None), torch.int32, device)
-    check_pool(page_size, pages)
+    check_pool(given["page_size"], given["pages"])
     checks.integer("next_n", next_n, 1)
     if requests is not None:
         checks.tensor("requests", requests, (rows,), checks.INDEX_DTYPES, device)
     elif rows > block_table.shape[0] * next_n:
         raise ValueError(f"block_table: {block_table.shape[0]} requests, need >= {-(-rows // next_n)} for {rows} rows")
-    return {
-        "block_table": block_table,
-        "page_size": page_size,
-        "pages": pages,
-        "next_n": next_n,
-        "requests": requests,
-    }
+    return {name: value for name, value in given.items() if name != "bases"}
+
+
+def row_ranges(
+    logits: torch.Tensor, lengths: torch.Tensor | None, row_starts: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int32 ``(starts, lengths)`` of each row's entries, within its columns, as vendors' kernels need them."""
+    rows, width = logits.shape
+    starts = torch.zeros(rows, dtype=torch.int32, device=logits.device)
+    if row_starts is not None:
+        starts = row_starts.clamp(0, width).int()
+    lens = width - starts
+    return starts, lens if lengths is None else torch.minimum(lengths.clamp(0, width).int(), lens)
 
 
 def plain_order(logits: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from ..core import checks
 from ..core.layouts import PagedCache
-from ..core.model import VALUE_DIM
+from ..core.model import VALUE_DIM, LayerKind
 from ..core.platform import capturing
 from ..dispatch import trace
 from ..dispatch.registry import call_on
@@ -24,6 +24,11 @@ _PATHS: tuple[Path, ...] = (Direct(), Gathered(), Referenced())
 
 PATHS = tuple(path.name for path in _PATHS)
 """The names of the paths."""
+
+
+def paths_of(kind: LayerKind) -> tuple[str, ...]:
+    """The names of the paths that layers of a kind have."""
+    return tuple(path.name for path in _PATHS if path.has(kind))
 
 
 def sparse_mla_attention(
@@ -69,8 +74,8 @@ def sparse_mla_attention(
         topk_slots: int32 ``[T, any]``, the same selection in index space *slot* of ``extra_cache``, beside
             ``topk_indices`` or in their place; the caller vouches that a token may see them. Paths that read pages by
             slot take these.
-        topk_lens: int32 ``[T]`` scan spans of the selection's rows, clamped to their width; where rows are packed to the
-            front, ``meta.extra_lens`` says how far. None scans the whole width.
+        topk_lens: int32 ``[T]`` scan spans of the selection's rows, clamped to their width; where rows are packed to
+            the front, ``meta.extra_lens`` says how far. None scans the whole width.
         heads: the leading heads of a padded q that count, as in :func:`~dsv4x.sparse_mla_decode`.
 
     Returns:
@@ -113,6 +118,7 @@ def explain_step(
     chunk: SparsePrefillChunkCache | None = None,
     return_lse: bool = True,
     *,
+    path: str | None = None,
     topk_slots: torch.Tensor | None = None,
     heads: int | None = None,
 ) -> StepExplanation:
@@ -127,7 +133,14 @@ def explain_step(
         q.shape[1] if heads is None else heads, return_lse,
     )  # fmt: skip
     chunk = chunk_of(meta) if chunk is None else chunk
-    return explain_paths(Step.of(layer, meta, chunk), _PATHS, kernel)
+    return explain_paths(Step.of(layer, meta, chunk), _named(path), kernel)
+
+
+def _named(path: str | None) -> tuple[Path, ...]:
+    """The path of this name, or every one."""
+    if not isinstance(path, (str, type(None))) or path not in (*PATHS, None):
+        raise ValueError(f"path: got {path!r}, need one of {PATHS} or None")
+    return tuple(option for option in _PATHS if path in (None, option.name))
 
 
 def _plan_of(
@@ -155,10 +168,7 @@ def _plan_of(
     if plan is None:
         layer = _checked(given, meta)
         step = Step.of(layer, meta, chunk)
-        if not isinstance(path, (str, type(None))) or path not in (*PATHS, None):
-            raise ValueError(f"path: got {path!r}, need one of {PATHS} or None")
-        paths = tuple(option for option in _PATHS if path in (None, option.name))
-        plan = meta.kept[key] = plan_step(step, paths, kernel)
+        plan = meta.kept[key] = plan_step(step, _named(path), kernel)
         trace.logged(
             ("step", meta.kind, plan.path.name, plan.attend.name, key[-1]),
             f"attention of ratio {meta.compress_ratio}: {plan.path.name} path, {plan.attend.name} kernel"

@@ -11,7 +11,8 @@ from ..core import checks
 from ..core.model import TOPK
 from ..core.refill import CombineCall, GatherCall, GatherKind
 from ..core.spaces import INT32_MAX
-from ..dispatch.registry import Kernel, Problem, call_on, select
+from ..dispatch.problem import CacheProblem, IndexProblem
+from ..dispatch.registry import Kernel, call_on, select
 from ..ops import indices
 from ..ops.compaction import compaction_scratch_bytes
 from .metadata import AttentionMetadata, StepMetadata
@@ -88,8 +89,8 @@ class SparsePrefillChunkCache:
 
     Room is kept for what the host allows the lengths to be; what is gathered follows from the lengths on the device.
 
-    It is good until :meth:`rebuild` or :meth:`close`. Using it with metadata it was not built for, or after the metadata
-    was refilled, is an error; nothing is recognised by its address.
+    It is good until :meth:`rebuild` or :meth:`close`. Using it with metadata it was not built for, or after the
+    metadata was refilled, is an error; nothing is recognised by its address.
 
     Args:
         max_bytes: the cap on workspace and index rows together.
@@ -217,7 +218,8 @@ class SparsePrefillChunkCache:
             out_lens=torch.empty(tokens, dtype=torch.int32, device=device),
         )
         if tokens:
-            problem = Problem.on("combine_topk_swa_indices", device, tokens=tokens, width=call.out_indices.shape[1])
+            width = call.out_indices.shape[1]
+            problem = IndexProblem.on("combine_topk_swa_indices", device, tokens=tokens, width=width)
             call_on(device, select(problem).run, call)
         return call.out_indices, call.out_lens
 
@@ -347,7 +349,8 @@ class SparsePrefillChunkCache:
         """``(first request, end, tokens a block)`` of each group, in order; None where a request does not fit at all.
 
         As many requests as fit with their index rows whole go together. One that does not fit alone has its index rows
-        cut. Where the host does not know whose tokens are whose, or the window's rows are the server's, it is one group.
+        cut. Where the host does not know whose tokens are whose, or the window's rows are the server's, it is one
+        group.
         """
         meta = self.meta
         requests, max_rows = meta.seq_lens.shape[0], self.limits[1]
@@ -448,7 +451,7 @@ def _plan_gather(step: StepMetadata, kinds: list[GatherKind]) -> None:
         step.window_size, tuple(kinds),
     )  # fmt: skip
     device = step.seq_lens.device
-    record = select(Problem.on("plan_gather", device, tokens=sum(kind.slots.shape[0] for kind in kinds)))
+    record = select(CacheProblem.on("plan_gather", device, tokens=sum(kind.slots.shape[0] for kind in kinds)))
     call_on(device, record.run, call)
 
 
@@ -463,7 +466,7 @@ def _listed_window(meta: AttentionMetadata) -> Window:
     rows = torch.full(meta.swa_indices.shape, -1, dtype=torch.int32, device=device)
     count = torch.zeros(1, dtype=torch.int32, device=device)
     tokens, width = rows.shape
-    record = select(Problem.on("list_referenced", device, tokens=tokens, width=width))
+    record = select(CacheProblem.on("list_referenced", device, tokens=tokens, width=width))
     if rows.numel() and pool:
         call_on(device, record.run, meta.swa_indices, meta.swa_lens, pool, 1, listed, rows, count)
     return Window(listed, rows, meta.swa_lens)

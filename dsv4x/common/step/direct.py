@@ -6,14 +6,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..core.calls import DecodeCall, Local, Scope
+from ..core.calls import DecodeCall, Local, Result, Scope
 from ..core.model import LayerKind
 from ..dispatch.costs import step_costs
-from ..dispatch.registry import Kernel, Problem, select
+from ..dispatch.problem import AttentionProblem, IndexProblem
+from ..dispatch.registry import Kernel, select
 from ..ops.sparse_mla import attend
 from .chunk import SparsePrefillChunkCache
 from .metadata import AttentionMetadata
-from .plan import Layer, Result, Step, StepPlan
+from .plan import Layer, Step, StepPlan
 from .results import Results
 
 ROW_ALIGNMENT = 64
@@ -28,26 +29,29 @@ class Direct:
     def has(self, kind: LayerKind) -> bool:
         return True
 
-    def problem(self, step: Step) -> Problem:
-        return Problem.on(
+    def problem(self, step: Step) -> AttentionProblem:
+        return AttentionProblem.on(
             "sparse_mla_decode", step.device, tokens=step.tokens, heads=step.heads,
             width=step.meta.swa_indices.shape[1], extra_width=step.extra_width, entries=step.entries,
             caches=step.caches, lse=step.lse,
         )  # fmt: skip
 
-    def refusal(self, step: Step, problem: Problem) -> str:
+    def refusal(self, step: Step, problem: AttentionProblem) -> str:
         return ""
 
-    def predicted_us(self, step: Step, problem: Problem, kernel: Kernel) -> float:
+    def by_name_only(self, step: Step, problem: AttentionProblem) -> str:
+        return ""
+
+    def predicted_us(self, step: Step, problem: AttentionProblem, kernel: Kernel) -> float:
         costs, remapped = step_costs(problem.arch), step.local and not step.slots
         return costs.direct_us(
             kernel.predicted_us(problem), kernel.host_us(problem), problem, remapped and not kernel.remaps
         )
 
-    def helpers(self, step: Step, problem: Problem, kernel: Kernel) -> dict[str, Kernel]:
+    def helpers(self, step: Step, problem: AttentionProblem, kernel: Kernel) -> dict[str, Kernel]:
         if not step.local or step.slots or kernel.remaps:
             return {}
-        return {"pack_slots": select(Problem.on("pack_slots", step.device, tokens=step.tokens, width=step.topk))}
+        return {"pack_slots": select(IndexProblem.on("pack_slots", step.device, tokens=step.tokens, width=step.topk))}
 
     def run(self, plan: StepPlan, layer: Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache) -> Result:
         blocks = meta.direct_blocks

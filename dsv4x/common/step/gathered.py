@@ -6,15 +6,16 @@ from typing import ClassVar
 
 import torch
 
-from ..core.calls import PrefillCall
+from ..core.calls import PrefillCall, Result
 from ..core.model import LayerKind
 from ..dispatch.costs import step_costs
-from ..dispatch.registry import Kernel, Problem, select
+from ..dispatch.problem import AttentionProblem, CacheProblem, IndexProblem
+from ..dispatch.registry import Kernel, select
 from ..ops import indices
 from ..ops.sparse_mla import attend
 from .chunk import Group, SparsePrefillChunkCache
 from .metadata import AttentionMetadata
-from .plan import Layer, Result, Step, StepPlan
+from .plan import Layer, Step, StepPlan
 from .results import Results
 
 
@@ -26,38 +27,39 @@ class Gathered:
     def has(self, kind: LayerKind) -> bool:
         return True
 
-    def problem(self, step: Step) -> Problem:
+    def problem(self, step: Step) -> AttentionProblem:
         meta = step.meta
         rows = sum(meta.compressed_bounds()) + step.chunk.window_rows
         entries = max(meta.compressed_bounds(), default=0) if not meta.selects else step.topk
-        return Problem.on(
+        return AttentionProblem.on(
             "sparse_mla_prefill", step.device, tokens=step.tokens, heads=step.heads,
             width=indices.combined_topk_width(entries, meta.window_size), entries=step.entries, rows=rows, lse=step.lse,
         )  # fmt: skip
 
-    def refusal(self, step: Step, problem: Problem) -> str:
+    def refusal(self, step: Step, problem: AttentionProblem) -> str:
+        if step.chunk.fits:
+            return ""
+        if step.meta.step.host is None:
+            return f"nothing but max_seq_len bounds the rows, which pass the cap of {step.chunk.max_bytes} bytes"
+        return f"a request's rows alone pass the cap of {step.chunk.max_bytes} bytes"
+
+    def by_name_only(self, step: Step, problem: AttentionProblem) -> str:
         if problem.capturing:
             return "a graph is being captured, and its replays may have other lengths"
-        if not step.chunk.fits:
-            if step.meta.step.host is None:
-                return "the host knows no lengths whose rows fit the cap"
-            return f"a request's rows alone pass the cap of {step.chunk.max_bytes} bytes"
-        if not problem.rows:
-            return "there is nothing to gather"
-        return ""
+        return "" if problem.rows else "there is nothing to gather"
 
-    def predicted_us(self, step: Step, problem: Problem, kernel: Kernel) -> float:
+    def predicted_us(self, step: Step, problem: AttentionProblem, kernel: Kernel) -> float:
         costs = step_costs(problem.arch)
         return costs.gathered_us(kernel.predicted_us(problem), kernel.host_us(problem), problem, step.meta.selects)
 
-    def helpers(self, step: Step, problem: Problem, kernel: Kernel) -> dict[str, Kernel]:
+    def helpers(self, step: Step, problem: AttentionProblem, kernel: Kernel) -> dict[str, Kernel]:
         device, tokens, width = step.device, problem.tokens, problem.width
         found = {
-            op: select(Problem.on(op, device, tokens=problem.rows, caches=step.caches))
+            op: select(CacheProblem.on(op, device, tokens=problem.rows, caches=step.caches))
             for op in ("gather_workspace", "gather_and_combine")
         }
         for op in ("combine_topk_swa_indices", "combine_swa_extra_indices", "slots_to_compact_slots"):
-            found[op] = select(Problem.on(op, device, tokens=tokens, width=width))
+            found[op] = select(IndexProblem.on(op, device, tokens=tokens, width=width))
         return found
 
     def run(self, plan: StepPlan, layer: Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache) -> Result:

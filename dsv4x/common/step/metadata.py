@@ -16,11 +16,12 @@ from ..core.model import WINDOW, LayerKind
 from ..core.platform import capturing
 from ..core.refill import KindRows, StepCall
 from ..core.spaces import INT32_MAX, check_pool
-from ..dispatch.registry import Problem, call_on, select
+from ..dispatch.problem import IndexProblem
+from ..dispatch.registry import call_on, select
 from ..ops import indices
 
 MAX_SLOT_ROW_BYTES = 32 << 20
-"""Slot rows of every visible entry are kept for the step up to this size; above it, a block of tokens' are made at once."""
+"""Slot rows of every visible entry are kept for the step up to this size; above it, those of a block are made."""
 
 _ROW_ALIGNMENT = 64
 """Widths of slot rows are multiples of this, which every decode kernel takes as it is."""
@@ -67,8 +68,8 @@ class HostLengths(NamedTuple):
 class StepMetadata:
     """What all layers of one step share, whatever their kind. Make it with :meth:`build`.
 
-    ``step[4]``, ``step[128]`` and so on are the :class:`AttentionMetadata` of the layers of these ratios. ``step[1]`` is
-    that of layers with a window alone, or ``step.window`` where ratio 1 has a compressed cache of its own.
+    ``step[4]``, ``step[128]`` and so on are the :class:`AttentionMetadata` of the layers of these ratios. ``step[1]``
+    is that of layers with a window alone, or ``step.window`` where ratio 1 has a compressed cache of its own.
 
     It owns what it builds and is filled again in place by :meth:`update`. The tensors given to it are read again by the
     layers' launches: they must stay as they are until the next update, or until a graph's replay refills both.
@@ -269,12 +270,12 @@ class StepMetadata:
             for meta in self.kinds.values()
             if meta.extra_block_table is not None and meta.visible is not None and meta.extra_lens is not None
         )  # fmt: skip
-        windows = (self.swa_indices, self.swa_lens) if self.makes_windows else (None, None)
+        swa_indices, swa_lens = (self.swa_indices, self.swa_lens) if self.makes_windows else (None, None)
         call = StepCall(
             self.query_start_loc, self.seq_lens, self.max_seq_len, self.swa_block_table, self.swa_page_size,
-            self.swa_pages, self.request, self.position, *windows, self.clamped, fresh, kinds,
+            self.swa_pages, self.request, self.position, swa_indices, swa_lens, self.clamped, fresh, kinds,
         )  # fmt: skip
-        record = select(Problem.on("fill_step", device, tokens=self.num_tokens, width=self.window_size))
+        record = select(IndexProblem.on("fill_step", device, tokens=self.num_tokens, width=self.window_size))
         call_on(device, record.run, call)
         self.versions = self.current_versions()
         if checks.check_values_enabled():

@@ -1,13 +1,14 @@
 """Which way a step's attention takes, decided once for layers that look the same.
 
-A path is a record with a problem, reasons to refuse it, a predicted time, and a way to run it, each in a file of its own:
-:mod:`.direct`, :mod:`.gathered`, :mod:`.referenced`. Which is fastest follows from tokens, heads, rows and layer kind.
+A path is a record with a problem, reasons to refuse it, a predicted time, and a way to run it, each in a file of its
+own: :mod:`.direct`, :mod:`.gathered`, :mod:`.referenced`. Which is fastest follows from tokens, heads, rows and layer
+kind.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -15,7 +16,8 @@ from ..core.calls import Result
 from ..core.errors import BackendUnavailable, KernelNotSupported
 from ..core.layouts import CacheSpec, PagedCache
 from ..core.model import LayerKind
-from ..dispatch.registry import Kernel, Problem, candidates, select
+from ..dispatch.problem import AttentionProblem
+from ..dispatch.registry import Kernel, candidates, select
 from .chunk import SparsePrefillChunkCache
 from .metadata import AttentionMetadata
 
@@ -102,21 +104,24 @@ class StepPlan(NamedTuple):
 class Path(Protocol):
     """One way through a step."""
 
-    name: str
+    name: ClassVar[str]
 
     def has(self, kind: LayerKind) -> bool:
         """Whether layers of this kind have such a path."""
 
-    def problem(self, step: Step) -> Problem:
+    def problem(self, step: Step) -> AttentionProblem:
         """Its attention call, or one block's of it."""
 
-    def refusal(self, step: Step, problem: Problem) -> str:
+    def refusal(self, step: Step, problem: AttentionProblem) -> str:
         """Why it cannot run; empty where it can."""
 
-    def predicted_us(self, step: Step, problem: Problem, kernel: Kernel) -> float:
+    def by_name_only(self, step: Step, problem: AttentionProblem) -> str:
+        """Why it runs only when asked for; empty where prediction may choose it."""
+
+    def predicted_us(self, step: Step, problem: AttentionProblem, kernel: Kernel) -> float:
         """Predicted microseconds of the whole step with an attention kernel."""
 
-    def helpers(self, step: Step, problem: Problem, kernel: Kernel) -> dict[str, Kernel]:
+    def helpers(self, step: Step, problem: AttentionProblem, kernel: Kernel) -> dict[str, Kernel]:
         """The kernels of what runs before attention, by op."""
 
     def run(self, plan: StepPlan, layer: Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache) -> Result:
@@ -132,12 +137,15 @@ class StepExplanation:
         kernels: path -> its attention kernel, for the paths that can run.
         predicted_us: path -> predicted microseconds of the whole step, for the same.
         refused: path -> why it cannot run.
+        problems: path -> its attention problem, or one block's of it, for the paths that can run; for
+            :func:`~dsv4x.explain`.
     """
 
     chosen: str | None
     kernels: dict[str, str]
     predicted_us: dict[str, float]
     refused: dict[str, str]
+    problems: dict[str, AttentionProblem]
 
     def __str__(self) -> str:
         lines = []
@@ -155,7 +163,7 @@ class Option(NamedTuple):
     """One path that can run, with the kernel it would take."""
 
     path: Path
-    problem: Problem
+    problem: AttentionProblem
     kernel: Kernel
     us: float
 
@@ -185,10 +193,11 @@ def explain_paths(step: Step, paths: tuple[Path, ...], kernel: str | None) -> St
         {option.path.name: option.kernel.name for option in options},
         {option.path.name: option.us for option in options},
         refused,
+        {option.path.name: option.problem for option in options},
     )
 
 
-def kernel_of(path: Path, step: Step, problem: Problem, kernel: str | None = None) -> tuple[Kernel, float]:
+def kernel_of(path: Path, step: Step, problem: AttentionProblem, kernel: str | None = None) -> tuple[Kernel, float]:
     """The attention kernel of a path, and the step's predicted microseconds: the one named, or the step's fastest.
 
     A step may be faster with a kernel whose own time is longer, if that spares the step a launch. Raises as
@@ -212,7 +221,7 @@ def _options(
             refused[path.name] = f"no indexer selects in layers of compress_ratio {step.meta.compress_ratio}"
             continue
         problem = path.problem(step)
-        reason = path.refusal(step, problem)
+        reason = path.refusal(step, problem) or ("" if len(paths) == 1 else path.by_name_only(step, problem))
         if reason:
             refused[path.name] = reason
             continue

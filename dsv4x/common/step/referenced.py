@@ -7,16 +7,17 @@ from typing import ClassVar
 
 import torch
 
-from ..core.calls import PrefillCall
+from ..core.calls import PrefillCall, Result
 from ..core.model import LayerKind
 from ..dispatch.costs import step_costs
-from ..dispatch.registry import Kernel, Problem, select
+from ..dispatch.problem import AttentionProblem, CacheProblem, IndexProblem
+from ..dispatch.registry import Kernel, select
 from ..ops import indices
 from ..ops.sparse_mla import attend
 from .chunk import SparsePrefillChunkCache
 from .direct import local_of, packed_slots
 from .metadata import AttentionMetadata
-from .plan import Layer, Result, Step, StepPlan
+from .plan import Layer, Step, StepPlan
 from .results import Results
 
 
@@ -28,26 +29,27 @@ class Referenced:
     def has(self, kind: LayerKind) -> bool:
         return kind.selects
 
-    def problem(self, step: Step) -> Problem:
+    def problem(self, step: Step) -> AttentionProblem:
         """One block's of tokens, under the chunk's cap."""
         meta, block = step.meta, step.chunk.referenced_block(step.topk) or step.tokens
         rows = min(block * step.topk, sum(meta.compressed_bounds())) + step.chunk.window_rows
-        return Problem.on(
+        return AttentionProblem.on(
             "sparse_mla_prefill", step.device, tokens=min(block, step.tokens), heads=step.heads,
             width=indices.combined_topk_width(step.topk, meta.window_size), entries=step.entries, rows=rows,
             lse=step.lse,
         )  # fmt: skip
 
-    def refusal(self, step: Step, problem: Problem) -> str:
-        if problem.capturing:
-            return "a graph is being captured, and its replays may have other lengths"
-        if not problem.rows:
-            return "there is nothing to gather"
+    def refusal(self, step: Step, problem: AttentionProblem) -> str:
         if not step.chunk.referenced_block(step.topk):
             return f"the windows and one token's rows pass the cap of {step.chunk.max_bytes} bytes"
         return ""
 
-    def predicted_us(self, step: Step, problem: Problem, kernel: Kernel) -> float:
+    def by_name_only(self, step: Step, problem: AttentionProblem) -> str:
+        if problem.capturing:
+            return "a graph is being captured, and its replays may have other lengths"
+        return "" if problem.rows else "there is nothing to gather"
+
+    def predicted_us(self, step: Step, problem: AttentionProblem, kernel: Kernel) -> float:
         meta, costs = step.meta, step_costs(problem.arch)
         compressed, windows = sum(meta.compressed_bounds()), step.chunk.window_rows
         references = problem.tokens * step.topk
@@ -57,18 +59,20 @@ class Referenced:
         times = kernel.predicted_us(problem), kernel.host_us(problem)
         return costs.referenced_us(*times, problem, blocks, references, distinct, windows)
 
-    def helpers(self, step: Step, problem: Problem, kernel: Kernel) -> dict[str, Kernel]:
+    def helpers(self, step: Step, problem: AttentionProblem, kernel: Kernel) -> dict[str, Kernel]:
         device, tokens, width = step.device, problem.tokens, problem.width
         compressed = step.caches[1:]
         return {
-            "pack_slots": select(Problem.on("pack_slots", device, tokens=tokens, width=step.topk)),
-            "gather_workspace": select(Problem.on("gather_workspace", device, tokens=problem.rows, caches=step.caches)),
-            "list_referenced": select(Problem.on("list_referenced", device, tokens=tokens, width=step.topk)),
+            "pack_slots": select(IndexProblem.on("pack_slots", device, tokens=tokens, width=step.topk)),
+            "gather_workspace": select(
+                CacheProblem.on("gather_workspace", device, tokens=problem.rows, caches=step.caches)
+            ),
+            "list_referenced": select(CacheProblem.on("list_referenced", device, tokens=tokens, width=step.topk)),
             "dequantize_k_cache_paged": select(
-                Problem.on("dequantize_k_cache_paged", device, tokens=problem.rows, caches=compressed)
+                CacheProblem.on("dequantize_k_cache_paged", device, tokens=problem.rows, caches=compressed)
             ),
             "combine_swa_extra_indices": select(
-                Problem.on("combine_swa_extra_indices", device, tokens=tokens, width=width)
+                IndexProblem.on("combine_swa_extra_indices", device, tokens=tokens, width=width)
             ),
         }
 
@@ -90,9 +94,7 @@ class Referenced:
             compact = torch.full(slots.shape, -1, dtype=torch.int32, device=device)
             count = torch.zeros(1, dtype=torch.int32, device=device)
             if capacity:
-                plan.helpers["list_referenced"].run(
-                    slots, lens, layer.extra_cache.capacity, 1, listed, compact, count
-                )
+                plan.helpers["list_referenced"].run(slots, lens, layer.extra_cache.capacity, 1, listed, compact, count)
                 plan.helpers["dequantize_k_cache_paged"].run(
                     layer.extra_cache, listed, workspace[:capacity], layer.extra_k_scale
                 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ..core.calls import Result
 from ..core.model import VALUE_DIM
-from .plan import Layer, Result
+from .plan import Layer
 
 
 class Results:

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..core import checks
 from ..core.errors import BackendUnavailable, KernelNotSupported
 from ..core.layouts import PagedCache
-from ..core.model import VALUE_DIM
+from ..core.model import VALUE_DIM, LayerKind
 from ..core.platform import platform
 from ..core.spaces import TopkMethod
 from ..dispatch import registry
+from ..dispatch.problem import AttentionProblem
 from ..kernels.limits import least_part
 from ..ops import indexer
 from ..ops.cache import quantize_and_insert_k_cache
 from ..ops.sparse_mla import sparse_mla_decode, sparse_mla_prefill
-from .attention import sparse_mla_attention
-from .metadata import COMPRESS_RATIOS, AttentionMetadata
-from .routes import PATHS, explain_step, path_problems
+from .attention import explain_step, sparse_mla_attention
+from .metadata import AttentionMetadata, ExtraPages, StepMetadata
 
 # A kernel predicted to take up to this many times the fastest one's time may be the fastest for another batch.
 _CLOSE = 2.0
@@ -46,12 +47,14 @@ def warmup(
     heads: int,
     topk: int = 512,
     window_size: int = 128,
-    compress_ratios: Sequence[int] = COMPRESS_RATIOS,
+    compress_ratios: Sequence[int | LayerKind] = (1, 4, 128),
     softmax_scale: float | None = None,
     index_cache: PagedCache | None = None,
     index_heads: int = 64,
     next_n: int = 1,
     kernel: str | None = None,
+    capturing: bool | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> int:
     """Compile every Triton kernel that attention over caches like these launches, whatever the batches will be.
 
@@ -69,13 +72,16 @@ def warmup(
             attention ops are run over ``swa_cache`` instead.
         heads: query heads on this rank.
         topk, window_size: as in :meth:`AttentionMetadata.build`.
-        compress_ratios: the layer kinds that will be served.
+        compress_ratios: the layer kinds that will be served, each a :class:`~dsv4x.LayerKind`, or a ratio that says it.
         softmax_scale: needed for entries of 576 values, as in :func:`~dsv4x.sparse_mla_decode`.
         index_cache: the indexer's K cache of a C4 layer, or a small one like it, in layout ``INDEXER_FP8`` (either
             flavour) or ``INDEXER_FP4``; an fp4 one is met by fp8 queries and by e2m1 ones. None leaves the indexer out.
         index_heads: the indexer's query heads, 32 or 64.
         next_n: query tokens a request of a decode step.
         kernel: the attention kernel that will be asked for by name; None compiles for those that prediction picks.
+        capturing: True compiles what prediction picks while a graph is captured, False what it picks for eager calls,
+            None both. Nothing is captured here.
+        progress: called as ``progress(done, stages, what)`` before each stage and after the last.
 
     Returns:
         How many kernels were compiled or loaded; 0 where nothing is, as on a CPU.
@@ -94,28 +100,56 @@ def warmup(
     if checks.integer("index_heads", index_heads, 1) not in indexer.HEADS:
         raise ValueError(f"index_heads: got {index_heads}, need {' or '.join(map(str, indexer.HEADS))}")
     checks.integer("next_n", next_n, 1)
+    kinds = [_kind_of(kind, extra_cache is not None) for kind in compress_ratios]
+    kinds = [kind for kind in kinds if kind == LayerKind(1, False) or extra_cache is not None]
     before = _compiled()
     for cache in (swa_cache, extra_cache, index_cache):
         if cache is not None:
             k = torch.zeros(2, cache.layout.head_dim, dtype=torch.bfloat16, device=device)
             quantize_and_insert_k_cache(k, cache, torch.full((2,), -1, dtype=torch.int64, device=device))
-    decode = registry.Problem.on("sparse_mla_decode", device, heads=heads)
+    decode = AttentionProblem.on("sparse_mla_decode", device, heads=heads)
     ours = [record for record in registry.kernels(decode.op) if record.name in _SPLITTING]
     if any(kernel in (None, record.name) and not record.not_supported_reasons(decode) for record in ours):
         _run_reductions(device, heads)
-    for tokens in _TOKENS:
+    stages = len(_TOKENS) + (index_cache is not None)
+    for done, tokens in enumerate(_TOKENS):
+        _report(progress, done, stages, f"attention, {tokens} tokens")
         if swa_cache.layout.head_dim != VALUE_DIM:
             _run_ops(swa_cache, tokens, heads, topk, softmax_scale, kernel)
-            continue
-        for ratio in compress_ratios:
-            if ratio == 1 or extra_cache is not None:
-                _run_step(swa_cache, extra_cache, tokens, heads, topk, window_size, ratio, kernel)
+        else:
+            size = _Size(tokens, heads, topk, window_size, kernel, capturing)
+            _run_steps((swa_cache, extra_cache), kinds, size)
     if index_cache is not None:
+        _report(progress, stages - 1, stages, "indexer")
         slots = index_cache if extra_cache is None else extra_cache
         _run_index(index_cache, slots, index_heads, next_n, topk)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    _report(progress, stages, stages, "done")
     return len(_compiled() - before)
+
+
+class _Size(NamedTuple):
+    """What steps are run with: their tokens, heads and widths, and the kernels that are wanted."""
+
+    tokens: int
+    heads: int
+    topk: int
+    window_size: int
+    kernel: str | None
+    capturing: bool | None
+
+
+def _kind_of(kind: int | LayerKind, compressed: bool) -> LayerKind:
+    if isinstance(kind, LayerKind):
+        return kind
+    checks.integer("compress_ratios", kind, 1)
+    return LayerKind(1, False) if kind == 1 or not compressed else LayerKind.of(kind, None, True)
+
+
+def _report(progress: Callable[[int, int, str], None] | None, done: int, stages: int, what: str) -> None:
+    if progress is not None:
+        progress(done, stages, what)
 
 
 def _run_reductions(device: torch.device, heads: int) -> None:
@@ -130,64 +164,74 @@ def _run_reductions(device: torch.device, heads: int) -> None:
             registry.call_on(device, reduce_partials, partial, partial[..., 0].contiguous(), sink, out, lse)
 
 
-def _run_step(
-    swa_cache: PagedCache,
-    extra_cache: PagedCache | None,
-    tokens: int,
-    heads: int,
-    topk: int,
-    window_size: int,
-    ratio: int,
-    kernel: str | None,
-) -> None:
-    """Every path that can run, over block tables of -1: there are no entries, and all that reads them is launched."""
+def _run_steps(caches: tuple[PagedCache, PagedCache | None], kinds: Sequence[LayerKind], size: _Size) -> None:
+    """Every path of every kind, over block tables of -1: there are no entries, and all that reads them is launched.
+
+    The kinds share a step, as a server's do, and each has one alone as well.
+    """
+    swa_cache, extra_cache = caches
     device = swa_cache.device
+    largest = max((kind.compress_ratio for kind in kinds), default=1)
     # Long enough that few tokens are split over their compressed entries.
-    length = max(tokens, 4 * topk, 1024 * ratio if ratio > 4 else 0)
+    length = max(size.tokens, 4 * size.topk, 1024 * largest if largest > 4 else 0)
     lengths = torch.tensor([length, 1], dtype=torch.int32)
-    starts = torch.tensor([0, tokens, tokens + 1], dtype=torch.int32)
-    extra: dict[str, Any] = {}
-    if ratio > 1:
-        assert extra_cache is not None
-        columns = -(-length // ratio // extra_cache.page_size) + 1
-        extra = {
-            "extra_block_table": torch.full((2, columns), -1, dtype=torch.int32, device=device),
-            "extra_page_size": extra_cache.page_size,
-            "extra_pages": extra_cache.pages,
-        }
-    meta = AttentionMetadata.build(
-        starts.to(device),
-        lengths.to(device),
-        torch.full((2, -(-length // swa_cache.page_size) + 1), -1, dtype=torch.int32, device=device),
-        compress_ratio=ratio,
-        swa_page_size=swa_cache.page_size,
-        swa_pages=swa_cache.pages,
-        topk=topk,
-        window_size=window_size,
-        query_start_loc_cpu=starts,
-        seq_lens_cpu=lengths,
-        **extra,
-    )
-    q = torch.zeros(tokens + 1, heads, VALUE_DIM, dtype=torch.bfloat16, device=device)
-    chosen = torch.full((tokens + 1, topk), -1, dtype=torch.int32, device=device) if ratio == 4 else None
-    cache = extra_cache if ratio > 1 else None
-    explanation = explain_step(q, swa_cache, cache, meta, chosen, kernel)
-    problems = path_problems(q, swa_cache, cache, meta, chosen)
-    for path in (path for path in PATHS if path in explanation.kernels):
-        for name in _kernels_of(problems[path], kernel):
-            for sink in (None, torch.zeros(heads, device=device)):
-                sparse_mla_attention(q, swa_cache, cache, meta, chosen, sink, path=path, kernel=name)
+    starts = torch.tensor([0, size.tokens, size.tokens + 1], dtype=torch.int32)
+
+    def table(cache: PagedCache, ratio: int) -> torch.Tensor:
+        columns = -(-length // ratio // cache.page_size) + 1
+        return torch.full((2, columns), -1, dtype=torch.int32, device=device)
+
+    extra = {
+        kind.compress_ratio: ExtraPages(
+            table(extra_cache, kind.compress_ratio), extra_cache.page_size, extra_cache.pages, kind.selects
+        )
+        for kind in kinds
+        if extra_cache is not None and (kind.compress_ratio > 1 or kind.selects)
+    }
+    for chosen in [{}, *({ratio: pages} for ratio, pages in extra.items()), extra]:
+        step = StepMetadata.build(
+            starts.to(device),
+            lengths.to(device),
+            table(swa_cache, 1),
+            chosen,
+            swa_page_size=swa_cache.page_size,
+            swa_pages=swa_cache.pages,
+            window_size=size.window_size,
+            query_start_loc_cpu=starts,
+            seq_lens_cpu=lengths,
+        )
+        metas = [step[kind.compress_ratio] for kind in kinds if kind.compress_ratio in chosen or not chosen]
+    for meta in metas if extra else [step.window]:
+        _run_paths(meta, swa_cache, extra_cache if meta.compressed else None, size)
+    if extra and LayerKind(1, False) in kinds:
+        _run_paths(step.window, swa_cache, None, size)
+
+
+def _run_paths(meta: AttentionMetadata, swa_cache: PagedCache, extra_cache: PagedCache | None, size: _Size) -> None:
+    device, tokens = swa_cache.device, meta.num_tokens
+    q = torch.zeros(tokens, size.heads, VALUE_DIM, dtype=torch.bfloat16, device=device)
+    topk = torch.full((tokens, size.topk), -1, dtype=torch.int32, device=device) if meta.selects else None
+    arguments = (q, swa_cache, extra_cache, meta, topk)
+    explanation = explain_step(*arguments, size.kernel)
+    for path, problem in explanation.problems.items():
+        for name in _kernels_of(problem, size):
+            for sink in (None, torch.zeros(size.heads, dtype=torch.float32, device=device)):
+                sparse_mla_attention(*arguments, sink, path=path, kernel=name)
     if not explanation.kernels:
-        sparse_mla_attention(q, swa_cache, cache, meta, chosen, kernel=kernel)
+        sparse_mla_attention(*arguments, kernel=size.kernel)
 
 
-def _kernels_of(problem: registry.Problem, kernel: str | None) -> list[str]:
-    """The kernel asked for, or those that prediction may pick for batches like this one."""
-    if kernel is not None:
-        return [kernel]
-    predicted = registry.explain(problem).predicted_us
-    fastest = min(predicted.values())
-    return [name for name, us in predicted.items() if us <= _CLOSE * fastest]
+def _kernels_of(problem: AttentionProblem, size: _Size) -> list[str]:
+    """The kernel asked for, or those that prediction may pick for batches like this one, eager and captured."""
+    if size.kernel is not None:
+        return [size.kernel]
+    modes = (False, True) if size.capturing is None else (size.capturing,)
+    names: dict[str, None] = {}
+    for mode in modes if problem.device == "cuda" else (False,):
+        predicted = registry.explain(dataclasses.replace(problem, capturing=mode)).predicted_us
+        fastest = min(predicted.values())
+        names |= dict.fromkeys(name for name, us in predicted.items() if us <= _CLOSE * fastest)
+    return list(names)
 
 
 def _run_ops(
