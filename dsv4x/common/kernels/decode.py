@@ -129,9 +129,9 @@ def _store_row(out, lse, head, head_mask, token, heads, sink_ptr, out_ptr, lse_p
 
 
 @triton.jit(
-    do_not_specialize=[
+    do_not_specialize=(
         "requests", "table_columns", "table_stride", "table_pages", "heads", "most_splits", "whole_blocks",
-    ]
+    )
 )  # fmt: skip
 def decode_kernel(
     q_ptr, swa_ptr, swa_indices_ptr, swa_lens_ptr, extra_ptr, extra_indices_ptr, extra_lens_ptr, sink_ptr,
@@ -212,10 +212,10 @@ def decode_kernel(
 
 
 @triton.jit(
-    do_not_specialize=[
-        "swa_lens_ptr", "extra_lens_ptr", "heads", "each", "most_splits", "whole_blocks", "block_k",
-        "swa_given", "swa_width", "extra_given", "extra_width",
-    ]
+    do_not_specialize=(
+        "swa_lens_ptr", "extra_lens_ptr", "heads", "each", "most_splits", "whole_blocks", "block_k", "swa_given",
+        "swa_width", "extra_given", "extra_width",
+    )
 )  # fmt: skip
 def reduce_kernel(
     partial_ptr, partial_lse_ptr, swa_lens_ptr, extra_lens_ptr, sink_ptr, out_ptr, lse_ptr,
@@ -266,7 +266,8 @@ def reduce_kernel(
             )  # fmt: skip
 
 
-_launch, _launch_reduce = Launcher(decode_kernel), Launcher(reduce_kernel)
+_launch = Launcher(decode_kernel, floats=("scale", "swa_k_scale", "extra_k_scale"))
+_launch_reduce = Launcher(reduce_kernel)
 
 
 def depends_early(arch: str) -> bool:

@@ -506,15 +506,14 @@ def _right(
 
 
 # Nothing but q's and out's strides needs its divisibility known, and every number specialized doubles the kernels.
-_UNSPECIALIZED = (
-    "items", "rows", "heads", "head_blocks", "most_splits", "whole_blocks",
-    "swa_width", "swa_indices_stride", "swa_capacity", "swa_page_size", "swa_page_stride",
-    "extra_width", "extra_indices_stride", "extra_capacity", "extra_page_size", "extra_page_stride",
-    "requests", "table_columns", "table_stride", "table_pages",
+@gluon.jit(
+    do_not_specialize=(
+        "items", "rows", "heads", "head_blocks", "most_splits", "whole_blocks",
+        "swa_width", "swa_indices_stride", "swa_capacity", "swa_page_size", "swa_page_stride",
+        "extra_width", "extra_indices_stride", "extra_capacity", "extra_page_size", "extra_page_stride",
+        "requests", "table_columns", "table_stride", "table_pages",
+    )
 )  # fmt: skip
-
-
-@gluon.jit(do_not_specialize=_UNSPECIALIZED)
 def decode_hopper_kernel(
     q_ptr, swa_ptr, swa_indices_ptr, swa_lens_ptr, extra_ptr, extra_indices_ptr, extra_lens_ptr, sink_ptr,
     request_ptr, visible_ptr, table_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
@@ -583,7 +582,7 @@ def decode_hopper_kernel(
     )  # fmt: skip
 
 
-_launch = Launcher(decode_hopper_kernel)
+_launch = Launcher(decode_hopper_kernel, floats=("scale",))
 
 
 def sparse_mla_decode(
