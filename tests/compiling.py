@@ -136,7 +136,7 @@ def cases(arch: str) -> list[Case]:
                 decode.reduce_kernel,
                 {"VALUE_DIM": 512, "HAS_SINK": True, "BLOCK_S": at_once, "EARLY": decode.depends_early(arch)},
                 {"num_warps": warps},
-                ATTENTION_OUT,
+                {**ATTENTION_OUT, "swa_lens_ptr": "*i32", "extra_lens_ptr": "*i32"},
                 label=f"[{at_once}]",
             )
             for at_once, warps in decode.REDUCTIONS
@@ -163,7 +163,7 @@ def cases(arch: str) -> list[Case]:
             block = {"BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k, "VALUE_DIM": 512, "HAS_SINK": True}
             constants = {
                 **block, **flags, "SPLIT": split, "TAIL": swa.head_dim - 512, "WIDE": False, "LOCAL": local,
-                "SWA": entry_format(swa, arch), "EXTRA": entry_format(extra, arch),
+                "EARLY": decode.depends_early(arch), "SWA": entry_format(swa, arch), "EXTRA": entry_format(extra, arch),
             }  # fmt: skip
             label = f"[H={heads},{swa.name}+{extra.name},split={split},local={local}]"
             found.append(Case(decode.decode_kernel, constants, shape.options, ATTENTION_OUT, label=label))

@@ -211,7 +211,10 @@ def prefill_launches() -> list[Launch]:
 
 
 def decode_launches() -> list[Launch]:
-    """Items enough that every program takes several, whole and split, with and without the extra cache."""
+    """Items enough that every program takes several, whole and split, with and without the extra cache.
+
+    Where rows are split and have lengths, programs pass by the items of splits that a row is too short for.
+    """
     swa, live = cache_of(layouts.DSV4)
     extra, filled = (cache_of(layouts.DSV4)[0] for _ in range(2))
     every = torch.arange(CAPACITY, device=DEVICE)
@@ -224,7 +227,7 @@ def decode_launches() -> list[Launch]:
         for extra_width, given, sunk, splits, mapped in (
             (320, False, False, 1, False), (320, True, True, 1, False), (None, True, True, 1, False),
             (30, False, False, 1, True), (320, False, True, 3, True), (320, True, False, 3, False),
-            (None, False, True, 2, False),
+            (None, False, True, 2, False), (1000, True, True, 16, False),
         ):  # fmt: skip
             swa_indices = hostile(tokens, 128, live)
             swa_lens = some_lens(tokens, 128) if given else None
@@ -239,6 +242,20 @@ def decode_launches() -> list[Launch]:
 
             def launch(q=q, given=(swa, swa_indices, swa_lens, *more, sink), splits=splits, local=local) -> Result:
                 return decode_hopper.sparse_mla_decode(decode_call(q, *given, 0.05, split_k=splits, local=local))
+
+            found.append(launch)
+    # As many splits as the kernel likes, which only few tokens get: rows of every length, most of them short.
+    for tokens, heads in ((1, 64), (6, 64), (20, 128), (70, 64)):
+        q = torch.randn(tokens, heads, 512, device=DEVICE).bfloat16()
+        for most in (200, 4000):
+            lens = torch.randint(-1, most, (tokens,), device=DEVICE).int()
+            lens[:1] = 4000
+            windows = swa, hostile(tokens, 128, live), some_lens(tokens, 128)
+            more = extra, hostile(tokens, 4000, live), lens, torch.randn(heads, device=DEVICE)
+
+            def launch(q=q, given=(*windows, *more)) -> Result:
+                out = torch.empty_like(q)
+                return out, decode_hopper.sparse_mla_decode(q, *given, 0.05, out)
 
             found.append(launch)
     return found

@@ -1,5 +1,7 @@
 """Every Triton kernel compiles for every arch dsv4x names, without that GPU, and fits it."""
 
+import re
+
 import compiling
 import pytest
 import triton
@@ -60,7 +62,21 @@ def test_the_reduction_waits_for_the_splits_wherever_it_is_launched_early():
     for arch, case in cases:
         ptx = compiling.compile_case(case, arch).asm["ptx"]
         assert ("griddepcontrol.wait" in ptx) == case.constants["EARLY"] == (arch == "sm_90")
-        assert "ld.global" not in ptx.split("griddepcontrol.wait")[0] or not case.constants["EARLY"]
+        if case.constants["EARLY"]:
+            before, after = ptx.split("griddepcontrol.wait")
+            # A row's two lengths, which no split writes.
+            assert re.findall(r"ld\.global\S*", before) == ["ld.global.b32"] * 2
+            assert "ld.global.v4.b32" in after
+            assert "st.global" not in before
+
+
+def test_the_splits_let_the_reduction_be_launched_before_they_end():
+    for arch, case in CASES:
+        if case.kernel is decode.decode_kernel and case.name.startswith("decode_kernel[H=8,DSv4+DSv4"):
+            ptx = compiling.compile_case(case, arch).asm.get("ptx", "")
+            early = case.constants["SPLIT"] and arch == "sm_90"
+            assert ("griddepcontrol.launch_dependents" in ptx) == early
+            assert "ld.global" not in ptx.split("griddepcontrol.launch_dependents")[0] or not early
 
 
 @pytest.mark.parametrize(("arch", "flavour"), [("gfx942", "e4m3fnuz"), ("gfx950", "e4m3fn")])

@@ -34,6 +34,12 @@ def pool(page_size, pages=80):
     return cache, slots
 
 
+def fill(cache):
+    """Make every slot an entry."""
+    k = (torch.randn(cache.capacity, 512, device="cuda") / 10).clamp(-1, 1).bfloat16()
+    dsv4x.quantize_and_insert_k_cache(k, cache, torch.arange(cache.capacity, device="cuda"))
+
+
 def rows(tokens, width, cache, slots, dtype):
     """Index rows a fifth of which is no entry, spans of every awkward length, and garbage past them."""
     wrong = [*HOSTILE, cache.capacity] + ([2**31, 2**40, -(2**63)] if dtype == torch.int64 else [])
@@ -105,6 +111,47 @@ def test_pages_past_two_gib(kernel):
     indices = slots.int().expand(3, 4)
     expected = reference.sparse_mla_decode(q, cache, indices, None, dtype=torch.float64)
     check_decode(*dsv4x.sparse_mla_decode(q, cache, indices, None, kernel=kernel), *expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 13, 40, 61])
+@pytest.mark.parametrize("heads", [8, 64, 128])
+def test_rows_as_wide_as_the_longest_context(heads, tokens, kernel):
+    """A few entries, some, and as many as columns, side by side; every number of splits up to the launch's most."""
+    q, swa, swa_rows, swa_lens, extra, _, _, sink = case(61, heads, 128, 300)
+    extra_rows, extra_lens = rows(61, 8192, *pool(64), torch.int32)
+    extra_rows[extra_rows >= extra.capacity] = -1
+    extra_lens[: tokens - 1] = torch.randint(0, 130, (tokens - 1,), device="cuda", dtype=torch.int32)
+    extra_lens[::7] = torch.arange(len(extra_lens[::7]), device="cuda", dtype=torch.int32) * 900
+    extra_lens[tokens - 1] = 8192
+    some = slice(0, tokens)
+    arguments = [
+        q[some], swa, swa_rows[some], swa_lens[some], extra, extra_rows[some], extra_lens[some], sink
+    ]  # fmt: skip
+    fill(extra)
+    expected = reference.sparse_mla_decode(*arguments, dtype=torch.float64)
+    check_decode(*dsv4x.sparse_mla_decode(*arguments, kernel=kernel), *expected)
+    check_decode(*dsv4x.sparse_mla_decode(*arguments, kernel=kernel, split_k=128), *expected)
+
+
+def test_a_graph_follows_the_lengths_it_is_replayed_with(kernel):
+    """Captured over rows of nothing; the splits, and what reduces them, are found anew at each replay."""
+    q, swa, swa_rows, _, extra, _, _, sink = case(5, 64, 128, 300)
+    fill(extra)
+    swa_rows = torch.where((swa_rows >= 0) & (swa_rows < swa.capacity), swa_rows, -1)
+    extra_rows = torch.randint(0, extra.capacity, (5, 8192), device="cuda", dtype=torch.int32)
+    swa_lens, extra_lens = (torch.zeros(5, device="cuda", dtype=torch.int32) for _ in range(2))
+    arguments = [q, swa, swa_rows, swa_lens, extra, extra_rows, extra_lens, sink]
+    dsv4x.sparse_mla_decode(*arguments, kernel=kernel)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = dsv4x.sparse_mla_decode(*arguments, kernel=kernel)
+    for lens in ([0, 0, 0, 0, 0], [40, 1, 0, 64, 65], [8192, 40, 0, 4000, 200], [3, 3, 3, 3, 3], [8192] * 5):
+        swa_lens.copy_(torch.tensor([min(length, 128) for length in lens]))
+        extra_lens.copy_(torch.tensor(lens))
+        out.fill_(torch.nan)
+        lse.fill_(torch.nan)
+        graph.replay()
+        check_decode(out, lse, *reference.sparse_mla_decode(*arguments, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("tokens", [1, 30, 300])

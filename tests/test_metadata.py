@@ -13,7 +13,7 @@ from tolerances import check_decode, check_prefill
 import dsv4x
 from dsv4x.common.core.layouts import DSV4, PagedCache
 from dsv4x.common.dispatch import registry
-from dsv4x.common.step import metadata
+from dsv4x.common.step import metadata, plan
 from dsv4x.common.step.attention import PATHS
 from dsv4x.common.step.chunk import chunk_of
 
@@ -63,7 +63,7 @@ class Step:
             "query_start_loc": int32(self.starts), "seq_lens": int32([s for _, s in self.requests]),
             "swa_block_table": int32(self.swa_table), "compress_ratio": self.ratio,
             "swa_page_size": self.swa.page_size, "swa_pages": self.swa.pages,
-            "topk": self.topk, "window_size": self.window, "num_tokens": self.tokens,
+            "topk": self.topk if self.ratio == 4 else None, "window_size": self.window, "num_tokens": self.tokens,
         }  # fmt: skip
         if self.extra is not None:
             arguments |= {
@@ -322,7 +322,7 @@ def test_what_was_decided_serves_calls_that_look_the_same_alone(make_step, rng):
     for count, change in enumerate(changes, 1):
         for _ in range(2):
             dsv4x.sparse_mla_attention(**good | change, meta=meta)
-            assert len(chunk_of(meta).plans) == count, change
+            assert len([key for key in meta.kept if key[0] == "plan"]) == count, change
 
 
 def other_layers(cache, rng):
@@ -399,27 +399,27 @@ def test_the_path_is_chosen_by_prediction_and_bounded_by_the_workspace(make_step
     meta = step.build()
     q, topk, _ = attention_case(step, rng)
     arguments = (q, step.swa, step.extra, meta, topk)
-    problems = path_problems(*arguments)
+    problems = dsv4x.explain_step(*arguments).problems
     direct, gathered, referenced = (problems[path] for path in PATHS)
     assert (direct.op, direct.tokens, direct.heads, direct.width, direct.extra_width) == (
         "sparse_mla_decode", 9, 3, 16, 7,
     )  # fmt: skip
     assert (gathered.op, gathered.rows, gathered.width) == ("sparse_mla_prefill", chunk_of(meta).workspace_rows, 128)
     # 9 tokens of 7 references each, or every compressed entry if those are fewer.
-    rows = min(63, sum(meta.compressed_counts)) + sum(meta.gather_counts)
+    rows = min(63, sum(meta.compressed_bounds())) + sum(meta.window_bounds())
     assert (referenced.op, referenced.rows, referenced.tokens) == ("sparse_mla_prefill", rows, 9)
 
     times = {"sparse_mla_decode": 0.0, "sparse_mla_prefill": 0.0}
     record = registry.find("sparse_mla_prefill", "reference")
-    monkeypatch.setattr(routing, "step_kernel", lambda path, problem, *_: (record, times[problem.op]))
-    assert choose_step(*arguments)[0] == "direct"
+    monkeypatch.setattr(plan, "kernel_of", lambda path, step, problem, *_: (record, times[problem.op]))
+    assert dsv4x.explain_step(*arguments).chosen == "direct"
     times["sparse_mla_decode"] = 1e9
-    assert choose_step(*arguments)[0] == "gathered"
-    largest = max(c + g for c, g in zip(meta.compressed_counts, meta.gather_counts))
+    assert dsv4x.explain_step(*arguments).chosen == "gathered"
+    largest = max(c + g for c, g in zip(meta.compressed_bounds(), meta.window_bounds()))
     for max_bytes, path in ((largest * 1024, "direct"), (largest * 1024 + 4096, "gathered")):
         chunk = dsv4x.SparsePrefillChunkCache(max_bytes).rebuild(meta)
         assert chunk.fits == (path == "gathered")
-        assert choose_step(*arguments, chunk=chunk)[0] == path
+        assert dsv4x.explain_step(*arguments, chunk=chunk).chosen == path
 
 
 @pytest.mark.parametrize("owned", [False, True])
@@ -433,7 +433,7 @@ def test_a_chunk_cut_to_its_cap_gives_the_same_answers(name, ratio, owned, make_
     arguments = (q, step.swa, step.extra, meta, topk, sink)
     whole, whole_lse = dsv4x.sparse_mla_attention(*arguments, path="gathered")
     most = chunk_of(meta).workspace_bytes
-    rows = max((c + g for c, g in zip(meta.compressed_counts, meta.gather_counts)), default=0)
+    rows = max((c + g for c, g in zip(meta.compressed_bounds(), meta.window_bounds())), default=0)
     seen = set()
     for cap in sorted({most, most - 1, (most + rows * 1024) // 2, rows * 1024 + 2 * 4 * 128 + 4 + 8}, reverse=True):
         workspace = torch.full((max(rows, 1), 512), float("nan"), dtype=torch.bfloat16) if owned else None
@@ -441,7 +441,7 @@ def test_a_chunk_cut_to_its_cap_gives_the_same_answers(name, ratio, owned, make_
         if not chunk.fits:
             continue
         assert chunk.workspace_bytes <= cap
-        assert chunk.workspace_rows <= (rows if owned else sum(meta.compressed_counts) + sum(meta.gather_counts))
+        assert chunk.workspace_rows <= (rows if owned else sum(meta.compressed_bounds()) + sum(meta.window_bounds()))
         covered = [t for group in chunk.groups for block in group.blocks for t in range(block.start, block.stop)]
         assert covered == list(range(step.tokens))
         seen.add(sum(len(group.blocks) for group in chunk.groups))
@@ -459,7 +459,7 @@ def test_the_referenced_path_is_cut_to_its_cap_and_gives_the_gathered_paths_bits
     q, topk, sink = attention_case(step, rng)
     arguments = (q, step.swa, step.extra, meta, topk, sink)
     want, want_lse = dsv4x.sparse_mla_attention(*arguments, path="gathered")
-    windows, blocks = sum(meta.gather_counts), set()
+    windows, blocks = sum(meta.window_bounds()), set()
     for cap in range(0, 1 << 18, 1 << 13):
         for room in (None, windows + 1, windows + 20):
             workspace = None if room is None else torch.full((room, 512), float("nan"), dtype=torch.bfloat16)
@@ -482,7 +482,7 @@ def test_the_referenced_path_is_cut_to_its_cap_and_gives_the_gathered_paths_bits
             out, lse = dsv4x.sparse_mla_attention(*arguments, path="referenced", chunk=chunk)
             assert torch.equal(out, want)
             assert torch.equal(lse, want_lse)
-    assert len(blocks) > 1 or not sum(meta.compressed_counts)
+    assert len(blocks) > 1 or not sum(meta.compressed_bounds())
 
 
 @pytest.mark.parametrize("ratio", [1, 128])
@@ -490,13 +490,13 @@ def test_only_c4_has_references(ratio, make_step, rng):
     step = make_step(BATCHES["mixed"], ratio)
     meta = step.build()
     q, _, _ = attention_case(step, rng)
-    with pytest.raises(ValueError, match=f"path: referenced, need compress_ratio 4, not {ratio}"):
-        dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, path="referenced")
+    with pytest.raises(ValueError, match=f"path: referenced, but no indexer selects in layers of compress_ratio
+        {ratio}"): dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, path="referenced")
     explanation = dsv4x.explain_step(q, step.swa, step.extra, meta)
-    assert explanation.refused == {"referenced": f"compress_ratio is {ratio}, need 4"}
+    assert explanation.refused == {"referenced": f"no indexer selects in layers of compress_ratio {ratio}"}
     assert set(explanation.predicted_us) == set(explanation.kernels) == {"direct", "gathered"}
     assert f"{explanation.chosen:<10} chosen" in str(explanation)
-    assert "referenced refused: compress_ratio" in str(explanation)
+    assert "referenced refused: no indexer" in str(explanation)
 
 
 @pytest.mark.parametrize("ratio", [1, 4, 128])
@@ -614,10 +614,11 @@ def test_a_path_whose_kernel_refuses_leaves_the_other(op, path, make_step, rng, 
         record = registry.find(name, "reference")
         replaced(dataclasses.replace(record, further_reasons=lambda problem: ["it is not in"]))
         if name == op:
-            assert choose_step(*arguments, kernel="reference") == (path, "reference")
+            explanation = dsv4x.explain_step(*arguments, kernel="reference")
+            assert (explanation.chosen, explanation.kernels[path]) == (path, "reference")
     if op == "sparse_mla_decode":
         with pytest.raises(dsv4x.KernelNotSupported, match="it is not in"):
-            choose_step(*arguments, kernel="reference")
+            dsv4x.sparse_mla_attention(*arguments, kernel="reference")
 
 
 @pytest.mark.parametrize(("ratio", "path"), [(r, p) for r in (1, 4, 128) for p in paths_of(r)])

@@ -1,5 +1,7 @@
 """The two attention ops: the reference against float64 loops, every kernel against the float64 reference."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import slow
@@ -482,6 +484,90 @@ def test_any_number_of_splits_gives_the_same_answer(splits, device, decode_case,
     check_decode(out, lse, *reference.sparse_mla_decode(**case, dtype=torch.float64))
 
 
+@pytest.fixture
+def of_132_multiprocessors(monkeypatch):
+    """A device that few tokens leave idle, so that long rows are split."""
+    limits = dataclasses.replace(platform.limits("cpu"), multiprocessors=132)
+    monkeypatch.setattr(type(platform), "limits", lambda self, device=None: limits)
+
+
+def wide(case, lens, extra_lens, columns=2304):
+    """The case with extra rows as wide as a long context, whose garbage past a row's span no kernel may read."""
+    case["swa_lens"], case["extra_lens"] = (torch.tensor(spans, dtype=torch.int32) for spans in (lens, extra_lens))
+    for scope in ("swa", "extra"):
+        indices, spans = case[f"{scope}_indices"], case[f"{scope}_lens"]
+        past = torch.arange(indices.shape[1]) >= spans[:, None]
+        case[f"{scope}_indices"] = torch.where(past, 2**31 - 1, indices)
+    rows = torch.full((len(lens), columns), 2**31 - 1, dtype=torch.int32)
+    rows[:, : case["extra_indices"].shape[1]] = case["extra_indices"]
+    return case | {"extra_indices": rows}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("heads", [1, 5, 20])
+@pytest.mark.parametrize("sink", [False, True])
+def test_a_row_has_the_splits_of_its_own_length(heads, sink, of_132_multiprocessors, decode_case, monkeypatch):
+    """Rows of no entry, of a block, of as many as stay whole, one more, and of them all, in one launch."""
+    from dsv4x.common.kernels import decode
+
+    lens, extra_lens = [0, 3, 64, 96, 100, 0, -1, 2**31 - 1], [0, 0, 32, 64, 200, 600, 1, 2**31 - 1]
+    case = wide(
+        decode_case(tokens=8, heads=heads, width=100, extra_width=600, sink=sink), lens, extra_lens, columns=700
+    )
+    case["extra_indices"][7, 600:] = -1
+    case["extra_indices"][4, :130] = -1
+    reduced = []
+    reduce = decode.reduce_partials
+    monkeypatch.setattr(decode, "reduce_partials", lambda *given: (reduced.append(given), reduce(*given)))
+    out, lse = dsv4x.sparse_mla_decode(**case, kernel="triton")
+    check_decode(out, lse, *reference.sparse_mla_decode(**case, dtype=torch.float64))
+    (partial, partial_lse, *_, whole, block) = reduced[0]
+    # What says that a partial result was written: fresh memory is NaN.
+    written = (~partial_lse.isnan()).sum(-1)[:, 0].tolist()
+    blocks = [-(-min(max(a, 0), 100) // block) - -min(max(b, 0), 700) // block for a, b in zip(lens, extra_lens)]
+    most = partial.shape[2]
+    assert most > 4
+    assert written == [0 if n <= whole else -(-n // -(-n // most)) for n in blocks]
+    assert {0, most} < set(written)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("split_k", [1, 2, 7, 40])
+def test_with_splits_fixed_a_row_does_not_depend_on_how_wide_rows_are(split_k, decode_case):
+    lens, extra_lens = [40, 0, 17], [60, 33, 0]
+    case = decode_case(tokens=3, heads=5, width=40, extra_width=60)
+    broad = wide(dict(case), lens, extra_lens)
+    narrow = broad | {"extra_indices": broad["extra_indices"][:, :60].contiguous()}
+    results = [dsv4x.sparse_mla_decode(**given, kernel="triton", split_k=split_k) for given in (narrow, broad)]
+    assert all(map(torch.equal, *results))
+    check_decode(*results[0], *reference.sparse_mla_decode(**narrow, dtype=torch.float64))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("entries", [0, 1, 100, 10**6])
+def test_a_wrong_count_of_entries_costs_time_alone(entries, of_132_multiprocessors, decode_case):
+    from dsv4x.common.kernels.decode import sparse_mla_decode
+
+    case = wide(decode_case(tokens=3, heads=5, width=100, extra_width=600), [100, 0, 7], [600, 300, 0])
+    out = torch.empty(3, 5, 512, dtype=torch.bfloat16)
+    order = ["q", "swa_cache", "swa_indices", "swa_lens", "extra_cache", "extra_indices", "extra_lens", "attn_sink"]
+    lse = sparse_mla_decode(*[case[name] for name in order], 512**-0.5, out, entries=entries)
+    check_decode(out, lse, *reference.sparse_mla_decode(**case, dtype=torch.float64))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("multiprocessors", [1, 2, 4])
+@pytest.mark.parametrize("heads", [3, 21])
+def test_the_reduction_may_take_several_heads_a_program(multiprocessors, heads, decode_case, monkeypatch):
+    """Fewer multiprocessors, more heads a program: a number that divides them or not."""
+    limits = dataclasses.replace(platform.limits("cpu"), multiprocessors=multiprocessors)
+    monkeypatch.setattr(type(platform), "limits", lambda self, device=None: limits)
+    case = decode_case(tokens=5, heads=heads, width=100, extra_width=70)
+    case["swa_lens"][0], case["extra_lens"][0] = 3, 0
+    out, lse = dsv4x.sparse_mla_decode(**case, kernel="triton", split_k=3)
+    check_decode(out, lse, *reference.sparse_mla_decode(**case, dtype=torch.float64))
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("split_k", [1, 3])
 def test_with_splits_fixed_a_row_does_not_depend_on_its_batch(split_k, decode_case):
@@ -630,6 +716,50 @@ def test_every_split_has_work_and_partials_are_bounded(blocks):
         if splits > 1:
             assert (splits - 1) * -(-blocks // splits) < blocks
             assert programs * splits <= 4 * 132
+
+
+@pytest.mark.parametrize("bound", [1, 3, 4, 10, 18, 130])
+def test_rows_of_any_length_gain_by_the_splits_they_get(bound):
+    """As long as the bound, a row has the splits of that length; shorter, it stays whole or is done earlier."""
+    from dsv4x.common.kernels import decode_shapes
+
+    assert decode_shapes.row_splits(1, bound, 132, split_k=5) == (5, 0)
+    for programs in range(1, 300, 7):
+        most, whole = decode_shapes.row_splits(programs, bound, 132)
+        assert most == decode_shapes.num_splits(programs, bound, 132)
+        assert whole < bound
+        for blocks in range(1, bound + 1):
+            splits = 1 if blocks <= whole else -(-blocks // -(-blocks // most))
+            assert 1 <= splits <= most
+            if most > 1:
+                whole_us = decode_shapes._blocks_taken(programs, blocks, 1, 132)
+                taken = decode_shapes._blocks_taken(programs, blocks, splits, 132)
+                # Further on, a last share of few blocks may cost what a whole row does.
+                assert taken <= whole_us + 2
+
+
+def test_short_rows_stay_whole_however_wide_they_are():
+    from dsv4x.common.kernels.decode_shapes import row_splits
+
+    # 128 + 8192 columns: one token uses the whole GPU, and its row of three blocks stays whole.
+    assert row_splits(1, 130, 132).most >= 33
+    assert [row_splits(tokens, 130, 132).whole >= 3 for tokens in (1, 4, 32, 64)] == [True] * 4
+    for tokens in (1, 4, 8, 16, 32, 64):
+        most, whole = row_splits(tokens, 130, 132)
+        narrow = row_splits(tokens, 10, 132)
+        assert whole < 10
+        assert -(-10 // -(-10 // most)) == narrow.most
+
+
+def test_blocks_follow_stated_entries_and_else_the_width():
+    from dsv4x.common.kernels.decode_shapes import expected_blocks
+
+    assert expected_blocks(0, (128, 8192), 64) == 130
+    assert expected_blocks(40, (128, 8192), 64) == 2
+    assert expected_blocks(168, (128, 8192), 64) == 3
+    assert expected_blocks(40, (128, 0), 64) == 1
+    assert expected_blocks(10**6, (128, 8192), 64) == 130
+    assert expected_blocks(5, (0, 0), 64) == 0
 
 
 @pytest.mark.parametrize("gib", [3, 5])

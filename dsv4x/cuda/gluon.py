@@ -57,14 +57,12 @@ def _decode_reasons(problem: AttentionProblem) -> list[str]:
 
 
 def _decode_us(problem: AttentionProblem) -> float:
-    from ..common.kernels.decode_shapes import num_splits
+    from ..common.kernels.decode_shapes import expected_blocks, num_splits
 
     programs = problem.tokens * -(-problem.heads // _BLOCK_H)
-    blocks = sum(-(-width // _DECODE_BLOCK) for width in (problem.width, problem.extra_width))
+    # Rows have the splits of their own length, whatever their width.
+    blocks = expected_blocks(problem.entries, (problem.width, problem.extra_width), _DECODE_BLOCK)
     splits = problem.split_k or num_splits(programs, blocks, _MULTIPROCESSORS)
-    if problem.entries:
-        # Splits follow from widths, and what they share from the entries there are; each scope takes a block at least.
-        blocks = max(-(-problem.entries // _DECODE_BLOCK), len(problem.caches))
     share = -(-blocks // splits)
     waves = -(-programs * splits // _MULTIPROCESSORS)
     partial_mb = 4e-6 * VALUE_DIM * problem.tokens * problem.heads * splits

@@ -99,8 +99,8 @@ class GatherKind(NamedTuple):
         block_table: int32 ``[R, m]`` page numbers of the compressed cache; the window's where there is none.
         page_size, pages: of that cache.
         compressed_rows: workspace rows kept for compressed entries; what does not fit is not gathered.
-        requests: int32 ``[5, R]``, written: first row and number of compressed entries, first row and number of raw
-            tokens, and length of each request.
+        requests: int32 ``[5, R]``, rows of one stride for all kinds, written: first row and number of compressed
+            entries, first row and number of raw tokens, and length of each request.
         slots: int32 ``[S]``, written: the slot of each workspace row, -1 where nothing is gathered: of the compressed
             cache below ``compressed_rows``, of the window's from there on.
     """

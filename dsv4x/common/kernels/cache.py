@@ -24,7 +24,7 @@ from .encodings import (
     ue8m0_to_f32,
 )
 from .entries import decode_fp8, entry_format, locate
-from .launch import Launcher, jit
+from .launch import Launch, Launcher
 from .portability import to_bf16
 
 # (rows a program, warps): the best of a sweep on an H200 at 262 144 rows.
@@ -102,7 +102,7 @@ def _dequantize_rows(
         tl.store(out[:, None] + FORMAT.nope_dim + column[None, :], values, mask=mask)
 
 
-@jit
+@triton.jit(do_not_specialize=("rows", "capacity"))
 def dequantize_kernel(
     cache_ptr, slots_ptr, out_ptr, k_scale, rows, capacity, page_size, page_stride, out_stride,
     BLOCK_N: tl.constexpr, TILES: tl.constexpr, ROPE_BLOCK: tl.constexpr, WIDE: tl.constexpr, FORMAT: tl.constexpr,
@@ -141,7 +141,7 @@ def gather_rows(
         )  # fmt: skip
 
 
-@jit
+@triton.jit(do_not_specialize=("extra_rows", "rows", "extra_capacity", "swa_capacity"))
 def gather_kernel(
     extra_ptr, swa_ptr, slots_ptr, out_ptr, extra_k_scale, swa_k_scale, extra_rows, rows,
     extra_capacity, extra_page_size, extra_page_stride, swa_capacity, swa_page_size, swa_page_stride, out_stride,
@@ -157,7 +157,7 @@ def gather_kernel(
     )  # fmt: skip
 
 
-@jit
+@triton.jit(do_not_specialize=("rows", "capacity"))
 def quantize_insert_kernel(
     k_ptr, cache_ptr, slots_ptr, k_scale, rows, capacity, page_size, page_stride, k_stride,
     MIN_SCALE_BYTE: tl.constexpr, CARRY: tl.constexpr, EXPONENT: tl.constexpr, UNIT_SCALE: tl.constexpr,
@@ -233,12 +233,12 @@ def quantize_constexprs(layout: CacheLayout) -> dict[str, object]:
     return {"MIN_SCALE_BYTE": smallest, "CARRY": carry, "EXPONENT": exponent}
 
 
-_launch_dequantize = Launcher(dequantize_kernel)
-_launch_gather = Launcher(gather_kernel)
-_launch_quantize = Launcher(quantize_insert_kernel)
+_launch_dequantize = Launcher(dequantize_kernel, floats=("k_scale",))
+_launch_gather = Launcher(gather_kernel, floats=("extra_k_scale", "swa_k_scale"))
+_launch_quantize = Launcher(quantize_insert_kernel, floats=("k_scale",))
 
 
-class _Launch(NamedTuple):
+class _Shape(NamedTuple):
     """How one of the kernels runs over caches of a layout."""
 
     rows: int
@@ -247,18 +247,18 @@ class _Launch(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _reading(layout: CacheLayout, wide: bool, device: torch.device) -> _Launch:
+def _reading(layout: CacheLayout, wide: bool, device: torch.device) -> _Shape:
     rows, warps = dequantize_shape(layout)
     shared = cache_constexprs(layout, platform.limits(device).arch)
-    return _Launch(rows, warps, (rows, shared["TILES"], shared["ROPE_BLOCK"], wide, shared["FORMAT"]))
+    return _Shape(rows, warps, (rows, shared["TILES"], shared["ROPE_BLOCK"], wide, shared["FORMAT"]))
 
 
 @functools.lru_cache(maxsize=256)
-def _writing(layout: CacheLayout, wide: bool, unit_scale: bool, device: torch.device) -> _Launch:
+def _writing(layout: CacheLayout, wide: bool, unit_scale: bool, device: torch.device) -> _Shape:
     rows, warps = quantize_shape(layout)
     shared = cache_constexprs(layout, platform.limits(device).arch)
     own = (*quantize_constexprs(layout).values(), unit_scale)
-    return _Launch(rows, warps, (*own, rows, shared["TILES"], shared["ROPE_BLOCK"], wide, shared["FORMAT"]))
+    return _Shape(rows, warps, (*own, rows, shared["TILES"], shared["ROPE_BLOCK"], wide, shared["FORMAT"]))
 
 
 def _wide(cache: PagedCache) -> bool:
@@ -311,12 +311,12 @@ def gather_launch(
     out: torch.Tensor,
     extra_k_scale: float,
     swa_k_scale: float,
-) -> tuple[int, tuple[torch.Tensor, ...], tuple[float, ...], tuple[Any, ...], int]:
-    """What :class:`Launcher` takes to run :func:`gather_kernel`."""
+) -> Launch:
+    """How to run :func:`gather_kernel`."""
     rows = slots.shape[0]
     extra = _reading(extra_cache.layout, _wide(extra_cache), extra_cache.device)
     swa = _reading(swa_cache.layout, _wide(swa_cache), swa_cache.device)
-    return (
+    return Launch(
         -(-extra_rows // extra.rows) + -(-(rows - extra_rows) // swa.rows),
         (extra_cache.data, swa_cache.data, slots, out),
         (

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import jit
+from .launch import Launcher
 from .limits import PASS_UNITS, WORD_BITS
 
 _BLOCK = 512
@@ -53,7 +53,7 @@ def _referenced(
     return column, tl.where(here, at, 0).to(tl.int32), index - unit * unit_slots, here
 
 
-@jit
+@triton.jit(do_not_specialize=("lens_ptr", "first", "units"))
 def mark_kernel(
     indices_ptr, lens_ptr, words_ptr, width, slots, unit_slots, first, units, indices_stride,
     HAS_LENS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -68,14 +68,14 @@ def mark_kernel(
     tl.atomic_or(word, bit, mask=here & unset, sem="relaxed")
 
 
-@jit
+@triton.jit(do_not_specialize=("ends_ptr",))
 def popcount_kernel(words_ptr, ends_ptr, words, BLOCK: tl.constexpr):
     word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     bits = tl.load(words_ptr + word, mask=word < words, other=0).to(tl.uint32, bitcast=True)
     tl.store(ends_ptr + word, _popcount(bits), mask=word < words)
 
 
-@jit
+@triton.jit(do_not_specialize=("ends_ptr", "first", "capacity"))
 def list_kernel(words_ptr, ends_ptr, count_ptr, listed_ptr, words, first, capacity, BLOCK: tl.constexpr):
     word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     bits = tl.load(words_ptr + word, mask=word < words, other=0).to(tl.uint32, bitcast=True)
@@ -88,7 +88,7 @@ def list_kernel(words_ptr, ends_ptr, count_ptr, listed_ptr, words, first, capaci
     tl.store(listed_ptr + rank, unit.to(listed_ptr.dtype.element_ty), mask=listed)
 
 
-@jit
+@triton.jit(do_not_specialize=("lens_ptr", "ends_ptr", "first", "units", "capacity"))
 def remap_kernel(
     indices_ptr, lens_ptr, words_ptr, ends_ptr, count_ptr, out_ptr,
     width, slots, unit_slots, first, units, capacity, indices_stride, out_stride,
@@ -105,7 +105,7 @@ def remap_kernel(
     tl.store(out, index, mask=here & (rank < capacity))
 
 
-@jit
+@triton.jit
 def copy_pages_kernel(
     cache_ptr, pages_ptr, out_ptr, page_words, page_stride, out_stride, WORD: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -118,6 +118,11 @@ def copy_pages_kernel(
     tl.store(target + word, tl.load(source + word, mask=mask), mask=mask)
 
 
+_launch_mark, _launch_popcount = Launcher(mark_kernel), Launcher(popcount_kernel)
+_launch_list, _launch_remap = Launcher(list_kernel), Launcher(remap_kernel)
+_launch_copy = Launcher(copy_pages_kernel)
+
+
 def list_referenced(indices, lens, slots, unit_slots, listed, remapped, count):
     """Launch pass after pass; ``listed`` and ``remapped`` come filled with -1 and ``count`` with 0."""
     rows, width = indices.shape
@@ -125,21 +130,24 @@ def list_referenced(indices, lens, slots, unit_slots, listed, remapped, count):
     words = triton.cdiv(min(units, PASS_UNITS), WORD_BITS)
     bitmap = torch.empty(words, dtype=torch.int32, device=indices.device)
     ends = torch.empty_like(bitmap)
-    over_indices, over_words = (rows, triton.cdiv(width, _BLOCK)), (triton.cdiv(words, _WORDS),)
-    constants = {"HAS_LENS": lens is not None, "WIDE": slots > 2**31 - 1, "BLOCK": _BLOCK, "num_warps": 4}
+    over_indices, over_words = (rows, triton.cdiv(width, _BLOCK), 1), triton.cdiv(words, _WORDS)
+    constexprs = (lens is not None, slots > 2**31 - 1, _BLOCK)
     lens = lens if lens is not None else count
     for first in range(0, units, PASS_UNITS):
         here = min(units - first, PASS_UNITS)
         place = (width, slots, unit_slots, first, here)
         bitmap.zero_()
-        mark_kernel[over_indices](indices, lens, bitmap, *place, indices.stride(0), **constants)
-        popcount_kernel[over_words](bitmap, ends, words, BLOCK=_WORDS)
+        _launch_mark(over_indices, (indices, lens, bitmap), (*place, indices.stride(0)), constexprs, 4)
+        _launch_popcount(over_words, (bitmap, ends), (words,), (_WORDS,), 4)
         ends.cumsum_(0)
-        list_kernel[over_words](bitmap, ends, count, listed, words, first, listed.shape[0], BLOCK=_WORDS)
-        remap_kernel[over_indices](
-            indices, lens, bitmap, ends, count, remapped,
-            *place, listed.shape[0], indices.stride(0), remapped.stride(0), **constants,
-        )  # fmt: skip
+        _launch_list(over_words, (bitmap, ends, count, listed), (words, first, listed.shape[0]), (_WORDS,), 4)
+        _launch_remap(
+            over_indices,
+            (indices, lens, bitmap, ends, count, remapped),
+            (*place, listed.shape[0], indices.stride(0), remapped.stride(0)),
+            constexprs,
+            4,
+        )
         count += ends[-1:]
 
 
@@ -149,7 +157,10 @@ def copy_pages(cache, pages, out):
     word_bytes = math.gcd(page_bytes, 8)
     page_words = page_bytes // word_bytes
     block = min(_COPY_BYTES // word_bytes, triton.next_power_of_2(page_words))
-    copy_pages_kernel[(pages.shape[0], triton.cdiv(page_words, block))](
-        cache.data, pages, out.data, page_words, cache.page_stride, out.page_stride,
-        WORD=_COPY_WORDS[word_bytes], BLOCK=block,
-    )  # fmt: skip
+    _launch_copy(
+        (pages.shape[0], triton.cdiv(page_words, block), 1),
+        (cache.data, pages, out.data),
+        (page_words, cache.page_stride, out.page_stride),
+        (_COPY_WORDS[word_bytes], block),
+        4,
+    )

@@ -1,8 +1,12 @@
 """Decode attention over paged caches of any layout, read in place, split over K and reduced.
 
 One program takes one token, one block of heads and one split. A row's blocks are those of its window span followed by
-those of its extra span; splits divide that list evenly, so long and short rows both balance.
+those of its extra span. How many splits share them follows from the row's own length, which only the device knows: the
+launch is for the most a row can have, and programs of splits that a row does not have return at once. A row of one
+split is written out where it is computed, and the reduction skips it.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,7 +14,7 @@ import triton.language as tl
 
 from ..core.calls import DecodeCall, Result, output
 from ..core.platform import platform
-from .decode_shapes import decode_config, num_splits
+from .decode_shapes import decode_config, expected_blocks, row_splits
 from .entries import entry_format, load_entries
 from .indices import slots_of
 from .launch import Launcher
@@ -21,6 +25,41 @@ REDUCTIONS = ((4, 1), (8, 2), (16, 2))
 """(splits whose partial outputs are loaded together, warps) of the reduction: the first that has room for all of them,
 or the last, several times. Measured on an H200: a program for each head of a token has little to do, and the fewer
 registers and warps it takes, the more of them wait for memory at once."""
+
+_PROGRAMS_AT_ONCE = 8
+"""Programs of the reduction that a multiprocessor has at least before a program takes more than one head."""
+_MOST_HEADS = 8
+
+
+class Spans(NamedTuple):
+    """What says how many entries each row holds.
+
+    Attributes:
+        swa_lens, extra_lens: int32 or int64 ``[T]`` scan spans; None means the whole width.
+        swa_width, extra_width: columns of the index rows; 0 where there is no extra scope.
+    """
+
+    swa_lens: torch.Tensor | None
+    swa_width: int
+    extra_lens: torch.Tensor | None
+    extra_width: int
+
+
+@triton.jit
+def clamped_span(length, width):
+    """Entries of a row: its length within 0 and the width."""
+    return tl.minimum(tl.maximum(length, 0), width).to(tl.int32)
+
+
+@triton.jit
+def row_shares(blocks, most, whole):
+    """``(splits, share)``: the splits a row of ``blocks`` has, each of ``share`` blocks, the last of the rest.
+
+    ``most`` and ``whole`` are those of :class:`.decode_shapes.Splits`. A row without blocks has one split too.
+    """
+    share = (blocks + most - 1) // most
+    share = tl.maximum(tl.where(blocks <= whole, blocks, share), 1)
+    return tl.maximum((blocks + share - 1) // share, 1), share
 
 
 @triton.jit
@@ -74,39 +113,64 @@ def _attend_scope(
     return m, l, acc
 
 
-@triton.jit(do_not_specialize=["heads", "splits", "requests", "table_columns", "table_stride", "table_pages"])
+@triton.jit
+def _store_row(out, lse, head, head_mask, token, heads, sink_ptr, out_ptr, lse_ptr, out_stride_t, out_stride_h,
+               HAS_SINK: tl.constexpr, VALUE_DIM: tl.constexpr):  # fmt: skip
+    """Write what is no partial result: ``out [BLOCK_H, VALUE_DIM]`` with the sink, and lse without it."""
+    if HAS_SINK:
+        out = apply_sink(out, lse, tl.load(sink_ptr + head, mask=head_mask, other=0.0))
+    rows = out_ptr + token * out_stride_t + head[:, None] * out_stride_h + tl.arange(0, VALUE_DIM)[None, :]
+    tl.store(rows, to_bf16(out), mask=head_mask[:, None])
+    tl.store(lse_ptr + token * heads + head, lse, mask=head_mask)
+
+
+@triton.jit(
+    do_not_specialize=(
+        "requests", "table_columns", "table_stride", "table_pages", "heads", "most_splits", "whole_blocks",
+    )
+)  # fmt: skip
 def decode_kernel(
     q_ptr, swa_ptr, swa_indices_ptr, swa_lens_ptr, extra_ptr, extra_indices_ptr, extra_lens_ptr, sink_ptr,
     request_ptr, visible_ptr, table_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
-    requests, table_columns, table_stride, table_pages, heads, splits, scale, swa_k_scale, extra_k_scale,
+    requests, table_columns, table_stride, table_pages, heads, most_splits, whole_blocks,
+    scale, swa_k_scale, extra_k_scale,
     q_stride_t, q_stride_h, out_stride_t, out_stride_h,
     swa_width, swa_indices_stride, swa_capacity, swa_page_size, swa_page_stride,
     extra_width, extra_indices_stride, extra_capacity, extra_page_size, extra_page_stride,
     HAS_SWA_LENS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_EXTRA_LENS: tl.constexpr, HAS_SINK: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, VALUE_DIM: tl.constexpr, TAIL: tl.constexpr,
-    WIDE: tl.constexpr, LOCAL: tl.constexpr, SWA: tl.constexpr, EXTRA: tl.constexpr,
+    SPLIT: tl.constexpr, EARLY: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, VALUE_DIM: tl.constexpr,
+    TAIL: tl.constexpr, WIDE: tl.constexpr, LOCAL: tl.constexpr, SWA: tl.constexpr, EXTRA: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
-    head = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
-    head_mask = head < heads
-    column = tl.arange(0, VALUE_DIM)
-    q, q_tail = load_q(q_ptr + token * q_stride_t + head * q_stride_h, head_mask, VALUE_DIM, TAIL)
-
+    if SPLIT and EARLY:
+        # Lets the reduction be launched once all programs run; it waits for what they write by itself.
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
     swa_span = swa_width
     if HAS_SWA_LENS:
-        swa_span = tl.minimum(tl.maximum(tl.load(swa_lens_ptr + token), 0), swa_width).to(tl.int32)
+        swa_span = clamped_span(tl.load(swa_lens_ptr + token), swa_width)
     swa_blocks = tl.cdiv(swa_span, BLOCK_K)
     blocks = swa_blocks
     extra_span = extra_width
     if HAS_EXTRA:
         if HAS_EXTRA_LENS:
-            extra_span = tl.minimum(tl.maximum(tl.load(extra_lens_ptr + token), 0), extra_width).to(tl.int32)
+            extra_span = clamped_span(tl.load(extra_lens_ptr + token), extra_width)
         blocks += tl.cdiv(extra_span, BLOCK_K)
-    share = tl.cdiv(blocks, splits)
-    first = split * share
-    last = tl.minimum(first + share, blocks)
+    first = 0
+    last = blocks
+    splits = 1
+    if SPLIT:
+        splits, share = row_shares(blocks, most_splits, whole_blocks)
+        if split >= splits:
+            return
+        first = split * share
+        last = tl.minimum(first + share, blocks)
 
+    head = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
+    head_mask = head < heads
+    q, q_tail = load_q(q_ptr + token * q_stride_t + head * q_stride_h, head_mask, VALUE_DIM, TAIL)
     m = tl.full((BLOCK_H,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_H,), tl.float32)
     acc = tl.zeros((BLOCK_H, VALUE_DIM), tl.float32)
@@ -131,58 +195,75 @@ def decode_kernel(
         )  # fmt: skip
 
     out, lse = finish(m, l, acc)
-    if SPLIT:
-        row = (token * heads + head) * splits + split
-        tl.store(partial_ptr + row[:, None] * VALUE_DIM + column[None, :], out, mask=head_mask[:, None])
+    if splits > 1:
+        row = (token * heads + head) * most_splits + split
+        rows = partial_ptr + row[:, None] * VALUE_DIM + tl.arange(0, VALUE_DIM)[None, :]
+        tl.store(rows, out, mask=head_mask[:, None])
         tl.store(partial_lse_ptr + row, lse, mask=head_mask)
     else:
-        if HAS_SINK:
-            out = apply_sink(out, lse, tl.load(sink_ptr + head, mask=head_mask, other=0.0))
-        out_row = out_ptr + token * out_stride_t + head[:, None] * out_stride_h
-        tl.store(out_row + column[None, :], to_bf16(out), mask=head_mask[:, None])
-        tl.store(lse_ptr + token * heads + head, lse, mask=head_mask)
+        _store_row(
+            out, lse, head, head_mask, token, heads, sink_ptr, out_ptr, lse_ptr, out_stride_t, out_stride_h,
+            HAS_SINK, VALUE_DIM,
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["heads", "splits"])
+@triton.jit(
+    do_not_specialize=(
+        "swa_lens_ptr", "extra_lens_ptr", "heads", "each", "most_splits", "whole_blocks", "block_k", "swa_given",
+        "swa_width", "extra_given", "extra_width",
+    )
+)  # fmt: skip
 def reduce_kernel(
-    partial_ptr, partial_lse_ptr, sink_ptr, out_ptr, lse_ptr, heads, splits, out_stride_t, out_stride_h,
+    partial_ptr, partial_lse_ptr, swa_lens_ptr, extra_lens_ptr, sink_ptr, out_ptr, lse_ptr,
+    heads, each, most_splits, whole_blocks, block_k, swa_given, swa_width, extra_given, extra_width,
+    out_stride_t, out_stride_h,
     HAS_SINK: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_S: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    # A program takes ``each`` heads of a token, one after the other.
+    groups = tl.cdiv(heads, each)
+    token = (tl.program_id(0) // groups).to(tl.int64)
+    first = (tl.program_id(0) % groups) * each
+    swa_len = tl.load(swa_lens_ptr + token, mask=swa_given != 0, other=swa_width)
+    extra_len = tl.load(extra_lens_ptr + token, mask=extra_given != 0, other=extra_width)
+    swa_span, extra_span = clamped_span(swa_len, swa_width), clamped_span(extra_len, extra_width)
+    splits, _ = row_shares(tl.cdiv(swa_span, block_k) + tl.cdiv(extra_span, block_k), most_splits, whole_blocks)
     if EARLY:
-        # Launched while the kernel before still runs: its partial results are there once this returns.
+        # Launched while the kernel before still runs: its partial results are there once this returns. Lengths were
+        # there before that kernel began. Every program waits: the kernel after this one counts on both being done.
         tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-    token = (tl.program_id(0) // heads).to(tl.int64)
-    head = (tl.program_id(0) % heads).to(tl.int64) + tl.arange(0, 1)
-    row = (token * heads + head) * splits
-    column = tl.arange(0, VALUE_DIM)
-    m = tl.full((1,), float("-inf"), tl.float32)
-    l = tl.zeros((1,), tl.float32)
-    acc = tl.zeros((1, VALUE_DIM), tl.float32)
-    for start in range(0, splits, BLOCK_S):
-        split = start + tl.arange(0, BLOCK_S)
-        present = split < splits
-        rows = row[:, None] + split[None, :]
-        lse = tl.load(partial_lse_ptr + rows, mask=present[None, :], other=float("inf"))
-        parts = tl.load(
-            partial_ptr + tl.reshape(rows, (BLOCK_S, 1)) * VALUE_DIM + column[None, :], mask=present[:, None], other=0.0
-        )
-        # A split without entries says +inf, which stands for a weight of zero.
-        lse = tl.where(lse == float("inf"), float("-inf"), lse / LN2)
-        m_new = tl.maximum(m, tl.max(lse, axis=1))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = tl.exp2(m - m_safe)
-        weight = tl.exp2(lse - m_safe[:, None])
-        acc = acc * alpha[:, None] + tl.sum(parts * tl.reshape(weight, (BLOCK_S, 1)), axis=0)[None, :]
-        l = l * alpha + tl.sum(weight, axis=1)
-        m = m_new
-    out, lse = finish(m, l, acc)
-    if HAS_SINK:
-        out = apply_sink(out, lse, tl.load(sink_ptr + head))
-    tl.store(out_ptr + token * out_stride_t + head[:, None] * out_stride_h + column[None, :], to_bf16(out))
-    tl.store(lse_ptr + token * heads + head, lse)
+    if splits > 1:
+        column = tl.arange(0, VALUE_DIM)
+        for number in range(first, tl.minimum(first + each, heads)):
+            head = number + tl.zeros((1,), tl.int64)
+            row = (token * heads + head) * most_splits
+            m = tl.full((1,), float("-inf"), tl.float32)
+            l = tl.zeros((1,), tl.float32)
+            acc = tl.zeros((1, VALUE_DIM), tl.float32)
+            for start in range(0, splits, BLOCK_S):
+                split = start + tl.arange(0, BLOCK_S)
+                present = split < splits
+                rows = row[:, None] + split[None, :]
+                lse = tl.load(partial_lse_ptr + rows, mask=present[None, :], other=float("inf"))
+                parts = partial_ptr + tl.reshape(rows, (BLOCK_S, 1)) * VALUE_DIM + column[None, :]
+                parts = tl.load(parts, mask=present[:, None], other=0.0)
+                # A split without entries says +inf, which stands for a weight of zero.
+                lse = tl.where(lse == float("inf"), float("-inf"), lse / LN2)
+                m_new = tl.maximum(m, tl.max(lse, axis=1))
+                m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+                alpha = tl.exp2(m - m_safe)
+                weight = tl.exp2(lse - m_safe[:, None])
+                acc = acc * alpha[:, None] + tl.sum(parts * tl.reshape(weight, (BLOCK_S, 1)), axis=0)[None, :]
+                l = l * alpha + tl.sum(weight, axis=1)
+                m = m_new
+            out, lse = finish(m, l, acc)
+            _store_row(
+                out, lse, head, head < heads, token, heads, sink_ptr, out_ptr, lse_ptr, out_stride_t, out_stride_h,
+                HAS_SINK, VALUE_DIM,
+            )  # fmt: skip
 
 
-_launch, _launch_reduce = Launcher(decode_kernel), Launcher(reduce_kernel)
+_launch = Launcher(decode_kernel, floats=("scale", "swa_k_scale", "extra_k_scale"))
+_launch_reduce = Launcher(reduce_kernel)
 
 
 def depends_early(arch: str) -> bool:
@@ -199,19 +280,41 @@ def reduce_partials(
     attn_sink: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
+    spans: Spans,
+    whole: int,
+    block_k: int,
 ) -> None:
-    """Combine float32 ``partial [T, H, splits, V]``, ``partial_lse [T, H, splits]`` into ``out [T, H, V]`` and lse."""
-    tokens, heads, splits, value_dim = partial.shape
-    at_once, warps = next((shape for shape in REDUCTIONS if splits <= shape[0]), REDUCTIONS[-1])
-    early = depends_early(platform.limits(out.device).arch)
+    """Combine float32 ``partial [T, H, most, V]``, ``partial_lse [T, H, most]`` into ``out [T, H, V]`` and lse.
+
+    Rows of one split, which their kernel wrote out, are left as they are. Which splits a row has follows from ``spans``
+    in blocks of ``block_k`` entries, as in :func:`row_shares`; what lies behind them is not read.
+    """
+    tokens, heads, most, value_dim = partial.shape
+    at_once, warps = next((shape for shape in REDUCTIONS if most <= shape[0]), REDUCTIONS[-1])
+    limits = platform.limits(out.device)
+    early = depends_early(limits.arch)
+    # Enough programs to wait for memory at once, and few enough to be there before the splits are done.
+    full = max(1, tokens * heads // (_PROGRAMS_AT_ONCE * limits.multiprocessors))
+    each = min(1 << full.bit_length() - 1, _MOST_HEADS, heads)
+    swa_lens, extra_lens = spans.swa_lens, spans.extra_lens
+    # What is not given is not read: a stand-in of the dtype that the other has makes no further compilation.
+    if swa_lens is None:
+        swa_lens = lse.view(torch.int32) if extra_lens is None else extra_lens
+    if extra_lens is None:
+        extra_lens = swa_lens
     _launch_reduce(
-        tokens * heads,
-        (partial, partial_lse, attn_sink if attn_sink is not None else lse, out, lse),
-        (heads, splits, out.stride(0), out.stride(1)),
+        tokens * -(-heads // each),
+        (
+            partial, partial_lse, swa_lens, extra_lens, attn_sink if attn_sink is not None else lse, out, lse,
+        ),
+        (
+            heads, each, most, whole, block_k, int(spans.swa_lens is not None), spans.swa_width,
+            int(spans.extra_lens is not None), spans.extra_width, out.stride(0), out.stride(1),
+        ),
         (attn_sink is not None, value_dim, at_once, early),
         warps,
         **({"launch_pdl": True} if early else {}),
-    )
+    )  # fmt: skip
 
 
 def sparse_mla_decode(call: DecodeCall) -> Result:
@@ -221,14 +324,13 @@ def sparse_mla_decode(call: DecodeCall) -> Result:
     tokens, _, head_dim = q.shape
     value_dim = out.shape[2]
     limits = platform.limits(q.device)
-    width = swa.indices.shape[1] + (extra.indices.shape[1] if extra is not None else 0)
     swa_cache, swa_indices, swa_lens, swa_k_scale = swa
     e_cache, e_indices, e_lens, e_k_scale = extra or swa._replace(lens=None, k_scale=1.0)
+    spans = Spans(swa_lens, swa_indices.shape[1], e_lens, 0 if extra is None else e_indices.shape[1])
     config = decode_config(limits.arch, heads, (swa_cache.layout, e_cache.layout))
     head_blocks = -(-heads // config.block_h)
-    splits = call.split_k
-    if splits is None:
-        splits = num_splits(tokens * head_blocks, -(-width // config.block_k), 2 * limits.multiprocessors)
+    blocks = expected_blocks(call.entries, (spans.swa_width, spans.extra_width), config.block_k)
+    splits, whole = row_splits(tokens * head_blocks, blocks, 2 * limits.multiprocessors, call.split_k)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     if splits > 1:
         partial = torch.empty(tokens, heads, splits, value_dim, dtype=torch.float32, device=q.device)
@@ -244,19 +346,19 @@ def sparse_mla_decode(call: DecodeCall) -> Result:
             attn_sink if attn_sink is not None else lse, request, visible, table, out, lse, partial, partial_lse,
         ),
         (
-            *table.shape, table.stride(0), pages, heads, splits, call.softmax_scale, swa_k_scale, e_k_scale,
+            *table.shape, table.stride(0), pages, heads, splits, whole, call.softmax_scale, swa_k_scale, e_k_scale,
             q.stride(0), q.stride(1), out.stride(0), out.stride(1), swa_indices.shape[1], swa_indices.stride(0),
             swa_cache.capacity, swa_cache.page_size, swa_cache.page_stride,
             e_indices.shape[1], e_indices.stride(0), e_cache.capacity, e_cache.page_size, e_cache.page_stride,
         ),
         (
             swa_lens is not None, extra is not None, e_lens is not None, attn_sink is not None, splits > 1,
-            config.block_h, config.block_k, value_dim, head_dim - value_dim,
+            depends_early(limits.arch), config.block_h, config.block_k, value_dim, head_dim - value_dim,
             max(swa_cache.capacity, e_cache.capacity) > 2**31 - 1, call.local is not None,
             entry_format(swa_cache.layout, limits.arch), entry_format(e_cache.layout, limits.arch),
         ),
         **config.options,
     )  # fmt: skip
     if splits > 1:
-        reduce_partials(partial, partial_lse, attn_sink, out, lse)
+        reduce_partials(partial, partial_lse, attn_sink, out, lse, spans, whole, config.block_k)
     return out, lse

@@ -80,30 +80,86 @@ def decode_config(arch: str, heads: int, layouts: tuple[CacheLayout, ...]) -> At
     return row.heavy_many if heavy else row.many
 
 
-# In blocks of entries: what a program costs beside its blocks; what reducing costs, each split to reduce, and a wave's
-# worth of partial outputs. Measured on an H200, where a block of 64 entries takes 3.5 us while caches are cold. In a
-# graph, reducing starts at half a block, and rows of two and three blocks would be split for 1.5 and 4 us of 17 and 20;
-# an eager call waits up to 24 us for the host to launch a second kernel, so only longer ones are.
-_PROGRAM_BLOCKS, _REDUCE_BLOCKS, _SPLIT_BLOCKS, _PARTIAL_BLOCKS = 3.5, 2.0, 1 / 20, 1.5
+# Cost model for splitting a row, in units of one block of 64 entries: 3.5 us with cold caches on an H200.
+_PROGRAM_BLOCKS = 3.5
+"""Starting and ending a program."""
+_REDUCE_BLOCKS = 2.0
+"""Launching the reduction. A graph's takes 0.5; an eager call waits up to 24 us for the host to launch it."""
+_SPLIT_BLOCKS = 1 / 20
+"""Reducing one split."""
+_PARTIAL_BLOCKS = 1.5
+"""Partial outputs of one wave of programs."""
 _MOST_WAVES = 4
+"""Waves of programs that splitting makes at most, which bounds the partial outputs."""
+
+
+def _blocks_taken(programs: int, blocks: int, splits: int, at_once: int) -> float:
+    """What ``programs`` rows of ``blocks`` take in ``splits`` each, in the cost model's unit."""
+    waves = -(-programs * splits // at_once)
+    reduce = _REDUCE_BLOCKS + splits * (_SPLIT_BLOCKS + _PARTIAL_BLOCKS * programs / at_once) if splits > 1 else 0.0
+    return waves * (-(-blocks // splits) + _PROGRAM_BLOCKS) + reduce
 
 
 @functools.lru_cache(maxsize=4096)
 def num_splits(programs: int, blocks: int, at_once: int) -> int:
-    """Splits of ``blocks`` over which ``programs`` finish first, ``at_once`` programs running at a time.
-
-    Splitting is for few programs: with it there are at most four waves of them, which bounds the partial outputs.
-    """
-    best, fewest = 1, float(-(-programs // at_once) * (blocks + _PROGRAM_BLOCKS))
+    """Splits of ``blocks`` over which ``programs`` finish first, ``at_once`` programs running at a time."""
+    best, fewest = 1, _blocks_taken(programs, blocks, 1, at_once)
     for splits in range(2, min(blocks, MAX_SPLITS) + 1):
-        share = -(-blocks // splits)
-        waves = -(-programs * splits // at_once)
-        if waves > _MOST_WAVES:
+        if -(-programs * splits // at_once) > _MOST_WAVES:
             break
         # More splits than shares would leave programs without work.
-        if (splits - 1) * share < blocks:
-            partials = _REDUCE_BLOCKS + splits * (_SPLIT_BLOCKS + _PARTIAL_BLOCKS * programs / at_once)
-            cost = waves * (share + _PROGRAM_BLOCKS) + partials
+        if (splits - 1) * -(-blocks // splits) < blocks:
+            cost = _blocks_taken(programs, blocks, splits, at_once)
             if cost < fewest:
                 best, fewest = splits, cost
     return best
+
+
+class Splits(NamedTuple):
+    """How a launch splits rows whose lengths only the device knows.
+
+    Attributes:
+        most: splits a row can have; programs and partial outputs are for as many.
+        whole: a row of at most this many blocks stays whole. A longer one is shared by ``most`` splits, as evenly as
+            whole blocks allow, and has fewer where some would get none.
+    """
+
+    most: int
+    whole: int
+
+
+@functools.lru_cache(maxsize=4096)
+def row_splits(programs: int, blocks: int, at_once: int, split_k: int | None = None) -> Splits:
+    """Splits of rows of up to ``blocks``: ``split_k`` of every row where it is given, else what finishes first.
+
+    A row as long as the bound is split as :func:`num_splits` says. Shorter ones stay whole up to where splitting pays.
+    """
+    if split_k is not None:
+        return Splits(split_k, 0)
+    most = num_splits(programs, blocks, at_once)
+    whole = 0
+    if most > 1:
+        while whole + 1 < blocks and not _pays(programs, whole + 1, most, at_once):
+            whole += 1
+    return Splits(most, whole)
+
+
+def _pays(programs: int, blocks: int, most: int, at_once: int) -> bool:
+    """Whether rows of ``blocks`` are done earlier in the splits that :class:`Splits` gives them than whole."""
+    splits = -(-blocks // -(-blocks // most))
+    return _blocks_taken(programs, blocks, splits, at_once) < _blocks_taken(programs, blocks, 1, at_once)
+
+
+def expected_blocks(entries: int, widths: tuple[int, ...], block: int) -> int:
+    """Blocks a row holds: of ``entries`` where they are known, else of rows as long as they are wide.
+
+    Args:
+        entries: mean entries a token reads; 0 where nobody knows.
+        widths: columns of each scope's index rows.
+        block: entries a block holds.
+    """
+    most = sum(-(-width // block) for width in widths)
+    if entries:
+        # Each scope takes a block at least.
+        return min(most, max(-(-entries // block), sum(width > 0 for width in widths)))
+    return most

@@ -5,15 +5,21 @@ Neither waits for the other, and in a small step a launch takes the host longer 
 
 from typing import Any
 
+import triton
 import triton.language as tl
 
 from ..core.refill import CombineCall
 from .cache import gather_launch, gather_rows
 from .indices import combine_launch, combine_row
-from .launch import Launcher, jit
+from .launch import Launcher
 
 
-@jit
+@triton.jit(
+    do_not_specialize=(
+        "spans_ptr", "compressed_lens_ptr", "extra_rows", "rows", "extra_capacity", "swa_capacity", "requests", "topk",
+        "row_slots", "gathering",
+    )
+)  # fmt: skip
 def gather_combine_kernel(
     extra_ptr, swa_ptr, slots_ptr, out_ptr,
     topk_ptr, query_start_loc_ptr, seq_lens_ptr, gather_lens_ptr, compressed_base_ptr, swa_base_ptr, row_slots_ptr,
@@ -46,7 +52,7 @@ def gather_combine_kernel(
         )  # fmt: skip
 
 
-_launch = Launcher(gather_combine_kernel)
+_launch = Launcher(gather_combine_kernel, floats=("extra_k_scale", "swa_k_scale"))
 
 
 def gather_and_combine(gather: tuple[Any, ...], combine: CombineCall) -> None:
@@ -56,8 +62,11 @@ def gather_and_combine(gather: tuple[Any, ...], combine: CombineCall) -> None:
         gather: the arguments of :func:`.cache.gather_workspace`, ``extra_cache`` not None.
         combine: what :func:`.indices.combine_topk_swa_indices` takes.
     """
-    gathering, caches, gather_numbers, formats, warps = gather_launch(*gather)
-    tokens, rows, combine_numbers, flags, _ = combine_launch(combine)
+    rows, tokens = gather_launch(*gather), combine_launch(combine)
     _launch(
-        gathering + tokens, (*caches, *rows), (*gather_numbers, *combine_numbers, gathering), (*formats, *flags), warps
+        rows.programs + tokens.programs,
+        (*rows.tensors, *tokens.tensors),
+        (*rows.numbers, *tokens.numbers, rows.programs),
+        (*rows.constexprs, *tokens.constexprs),
+        rows.num_warps,
     )

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from ..core.refill import CombineCall
-from .launch import Launcher, jit
+from .launch import Launch, Launcher
 
 # The first number that is no int32: rows and slots are computed in int64 and must stay below it.
 INT32_END = tl.constexpr(2**31)
@@ -42,7 +42,7 @@ def slots_of(local, valid, table_ptr, columns, page_size, pages):
     return tl.where(valid, page * page_size + local % page_size, -1)
 
 
-@jit
+@triton.jit(do_not_specialize=("table_ptr", "lens_ptr", "requests", "table_stride", "table_columns", "pages"))
 def window_slots_kernel(
     query_start_loc_ptr,
     seq_lens_ptr,
@@ -69,7 +69,7 @@ def window_slots_kernel(
     tl.store(lens_ptr + token, span)
 
 
-@jit
+@triton.jit(do_not_specialize=("table_ptr", "requests", "table_stride", "table_columns", "pages"))
 def local_to_slots_kernel(
     local_ptr,
     request_ptr,
@@ -173,7 +173,7 @@ def combine_row(
     tl.store(lens_ptr + token, packed + window)
 
 
-@jit
+@triton.jit(do_not_specialize=("lens_ptr", "spans_ptr", "compressed_lens_ptr", "requests", "topk", "rows"))
 def combine_kernel(
     topk_ptr,
     query_start_loc_ptr,
@@ -242,7 +242,7 @@ def _span(lens_ptr, token, width, HAS_LENS: tl.constexpr):
     return span
 
 
-@jit
+@triton.jit(do_not_specialize=("bases_ptr", "requests"))
 def local_to_workspace_rows_kernel(
     local_ptr,
     request_ptr,
@@ -268,7 +268,7 @@ def local_to_workspace_rows_kernel(
         tl.store(out_ptr + token * out_stride + offset, row.to(tl.int32), mask=offset < width)
 
 
-@jit
+@triton.jit(do_not_specialize=("blocks", "pages"))
 def slots_to_compact_slots_kernel(
     slots_ptr,
     page_map_ptr,
@@ -291,7 +291,7 @@ def slots_to_compact_slots_kernel(
     tl.store(out_ptr + row * out_stride + offset, compact_slot.to(tl.int32), mask=offset < width)
 
 
-@jit
+@triton.jit(do_not_specialize=("lens_ptr", "upper"))
 def count_entries_kernel(
     indices_ptr,
     lens_ptr,
@@ -312,7 +312,7 @@ def count_entries_kernel(
     tl.store(counts_ptr + token, tl.sum(count, 0))
 
 
-@jit
+@triton.jit(do_not_specialize=("lens_ptr", "upper", "capacity"))
 def dense_to_ragged_kernel(
     indices_ptr,
     lens_ptr,
@@ -338,7 +338,7 @@ def dense_to_ragged_kernel(
         first += tl.sum(entry.to(tl.int32), 0)
 
 
-@jit
+@triton.jit(do_not_specialize=("lens_ptr", "total"))
 def ragged_to_dense_kernel(
     values_ptr,
     indptr_ptr,
@@ -360,7 +360,7 @@ def ragged_to_dense_kernel(
     tl.store(lens_ptr + token, span.to(tl.int32))
 
 
-@jit
+@triton.jit(do_not_specialize=("lens_ptr", "s_kv_swa"))
 def combine_swa_extra_kernel(
     swa_ptr,
     swa_lens_ptr,
@@ -398,7 +398,7 @@ def combine_swa_extra_kernel(
     tl.store(lens_ptr + token, swa_span + extra_span)
 
 
-@jit
+@triton.jit(do_not_specialize=("starts_ptr", "requests", "total", "steps"))
 def build_swa_token_ids_kernel(
     first_ptr,
     starts_ptr,
@@ -423,7 +423,7 @@ def build_swa_token_ids_kernel(
     tl.store(request_ptr + row, tl.where(owned, low, -1), mask=row < total)
 
 
-@jit
+@triton.jit(do_not_specialize=("lens_ptr", "capacity"))
 def sanitize_kernel(
     indices_ptr,
     lens_ptr,
@@ -491,12 +491,12 @@ def combine_topk_swa_indices(call: CombineCall):
     _launch_combine(*combine_launch(call))
 
 
-def combine_launch(call: CombineCall):
-    """What :class:`Launcher` takes to run :func:`combine_kernel`."""
+def combine_launch(call: CombineCall) -> Launch:
+    """How to run :func:`combine_kernel`."""
     tokens, width = call.out_indices.shape
     unused = call.out_lens
     request, position = call.positions if call.positions is not None else (unused, unused)
-    return (
+    return Launch(
         tokens,
         (
             call.topk_indices, call.query_start_loc, call.seq_lens, call.gather_lens, call.compressed_base,

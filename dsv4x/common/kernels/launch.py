@@ -2,13 +2,18 @@
 
 A layer's step takes a few microseconds on the GPU. Triton's own launch binds and specializes every argument, hashes
 them and compares the kernel's globals, which took 19 us of an H200's host where a launch alone took 9.
+
+Triton compiles anew for a number of 1 and for multiples of 16, and for pointers that are multiples of 16. Each kernel
+names the parameters that differ from batch to batch in its own ``do_not_specialize``, so that the batches of a server
+meet a few compilations and no more. Widths and the strides of index rows are not among them. A server's are multiples
+of 16, and knowing it vectorizes. Pointers are among them where one number a row is read, or where values decide what is
+written: a batch cut into pieces begins at any of its rows.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,27 +21,24 @@ import triton
 # The interpreter compiles nothing; HIP specializes pointers by their storage's size too, and was not measured.
 _BY_TRITON = triton.knobs.runtime.interpret or torch.version.hip is not None
 
-PER_BATCH = (
-    "rows", "extra_rows", "row_slots", "requests", "total", "steps", "blocks", "gathering", "topk",
-    "table_stride", "table_columns", "capacity", "swa_capacity", "extra_capacity", "pages",
-    "first", "units", "upper", "s_kv_swa",
-    "next_n", "atoms", "groups", "chunks", "parts", "part", "columns", "max_context_len", "table_width", "entries",
-    "most", "lens_stride", "lens_stride_n", "starts_stride", "ends_stride", "ends_stride_n", "selected_stride",
-    "lens_ptr", "starts_ptr", "ends_ptr", "table_ptr", "ks_ptr", "ke_ptr", "bases_ptr", "requests_ptr", "kept_ptr",
-    "selected_ptr",
-)  # fmt: skip
-"""Parameters whose values differ from batch to batch: Triton would compile anew for 1 and for multiples of 16.
-
-Widths and the strides of index rows are not among them. A server's are multiples of 16, and knowing it vectorizes. The
-pointers are those to what is read one number a row, or written where values decide: a batch cut into pieces begins at
-any of its rows.
-"""
-
-jit = functools.partial(triton.jit, do_not_specialize=PER_BATCH)
-"""``triton.jit`` for kernels, so that the batches of a server meet a few compilations and no more."""
-
 _MOST = 1024
-"""Launches remembered a kernel: lengths differ from step to step, and none may stay for good."""
+"""Launches remembered a kernel, the latest: lengths differ from step to step, and none may stay for good."""
+
+
+class Launch(NamedTuple):
+    """What :class:`Launcher` takes for a grid of one dimension.
+
+    Attributes:
+        programs: how many.
+        tensors, numbers, constexprs: the kernel's arguments, in its parameters' order.
+        num_warps: of a program.
+    """
+
+    programs: int
+    tensors: tuple[torch.Tensor, ...]
+    numbers: tuple[float, ...]
+    constexprs: tuple[Hashable, ...]
+    num_warps: int
 
 
 class Launcher:
@@ -44,15 +46,19 @@ class Launcher:
 
     It remembers the compiled kernel under everything Triton could have specialized it for: the device, each pointer's
     dtype, every number by its value and every constexpr. A pointer that is not a multiple of 16 goes Triton's way.
-    Profilers' launch hooks are called as ever. A number's type is not looked at, and 2 and 2.0 are one key: give a
-    parameter ints or floats, never both.
+    Profilers' launch hooks are called as ever.
+
+    Keys do not tell 2 from 2.0. They need not: a parameter in ``floats`` is compiled as a float whatever it is given,
+    and every other one takes ints alone.
 
     Args:
         kernel: a function under ``triton.jit``.
+        floats: its parameters that are float numbers.
     """
 
-    def __init__(self, kernel: Any):
+    def __init__(self, kernel: Any, floats: tuple[str, ...] = ()):
         self.kernel = kernel
+        self.floats = floats
         self._compiled: dict[Hashable, Any] = {}
 
     def __call__(
@@ -79,7 +85,7 @@ class Launcher:
                     compiled[grid](*addresses, *numbers, *constexprs)
                     return
                 if len(self._compiled) >= _MOST:
-                    self._compiled.clear()
+                    del self._compiled[next(iter(self._compiled))]
                 self._compiled[key] = self._launch(programs, tensors, numbers, constexprs, num_warps, options)
                 return
         self._launch(programs, tensors, numbers, constexprs, num_warps, options)
@@ -88,4 +94,16 @@ class Launcher:
         self, programs: Any, tensors: Any, numbers: Any, constexprs: Any, num_warps: int, options: dict[str, int]
     ) -> Any:
         grid = (programs,) if isinstance(programs, int) else programs
+        numbers = self._typed(len(tensors), numbers)
         return self.kernel[grid](*tensors, *numbers, *constexprs, num_warps=num_warps, **options)
+
+    def _typed(self, first: int, numbers: tuple[float, ...]) -> list[float]:
+        """Floats where the kernel has floats; ``numbers`` are its parameters from position ``first`` on."""
+        typed: list[float] = []
+        for name, number in zip(self.kernel.arg_names[first:], numbers):
+            if name in self.floats:
+                number = float(number)
+            elif type(number) is not int:
+                raise TypeError(f"{self.kernel.__name__}: {name} is {number!r}, need an int")
+            typed.append(number)
+        return typed

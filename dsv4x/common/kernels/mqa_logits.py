@@ -19,7 +19,7 @@ from ..core.layouts import PagedCache
 from ..core.logits_calls import FlatLogitsCall, PagedLogitsCall
 from ..core.platform import platform
 from .encodings import e2m1_to_f32, e4m3fn_to_f32, e4m3fnuz_to_f32, ue8m0_to_f32
-from .launch import Launcher, jit
+from .launch import Launcher
 from .portability import INTERPRETED, dot, to_bf16
 
 DIM = tl.constexpr(128)
@@ -122,7 +122,12 @@ def _store_logits(out_ptr, values, mask):
     tl.store(out_ptr, tl.where(values == values, values, _MINUS_INF), mask=mask)
 
 
-@jit
+@triton.jit(
+    do_not_specialize=(
+        "lens_ptr", "table_ptr", "next_n", "groups", "chunks", "max_context_len", "table_width", "pages",
+        "table_stride", "lens_stride", "lens_stride_n",
+    )
+)  # fmt: skip
 def paged_mqa_logits_kernel(
     q_ptr, cache_ptr, weights_ptr, lens_ptr, table_ptr, out_ptr,
     next_n, groups, chunks, chunk, max_context_len, table_width, page_size, pages, scale_base,
@@ -188,7 +193,7 @@ def paged_mqa_logits_kernel(
         tl.store(out + column[:, None], empty, mask=mine[None, :] & (column < limit)[:, None])
 
 
-@jit
+@triton.jit(do_not_specialize=("ks_ptr", "ke_ptr", "rows", "entries", "columns", "chunks"))
 def mqa_logits_kernel(
     q_ptr, k_ptr, k_scale_ptr, weights_ptr, ks_ptr, ke_ptr, out_ptr,
     rows, entries, columns, chunks, chunk, weights_stride, k_stride, k_scale_stride, out_stride,
@@ -246,7 +251,12 @@ def mqa_logits_kernel(
         tl.store(out + column, empty, mask=past & mine[None, :])
 
 
-@jit
+@triton.jit(
+    do_not_specialize=(
+        "starts_ptr", "ends_ptr", "table_ptr", "blocks", "columns", "part", "first", "table_width", "pages",
+        "starts_stride", "ends_stride", "ends_stride_n", "table_stride", "next_n",
+    )
+)  # fmt: skip
 def clean_logits_kernel(
     logits_ptr, starts_ptr, ends_ptr, table_ptr, out_ptr,
     blocks, columns, part, first, table_width, page_size, pages, logits_stride,
@@ -289,7 +299,7 @@ def clean_logits_kernel(
     tl.store(out_ptr + row * out_stride + column, tl.where(sound, value, _MINUS_INF), mask=written)
 
 
-@jit
+@triton.jit(do_not_specialize=("ks_ptr", "ke_ptr", "rows", "entries", "most"))
 def limit_ranges_kernel(ks_ptr, ke_ptr, out_ptr, rows, entries, most, BLOCK: tl.constexpr):
     """Ranges within ``[0, entries]`` of at most ``most``: starts, then ends."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -301,7 +311,7 @@ def limit_ranges_kernel(ks_ptr, ke_ptr, out_ptr, rows, entries, most, BLOCK: tl.
     tl.store(out_ptr + tl.cast(rows, tl.int64) + row, ke.to(tl.int32), mask=mask)
 
 
-@jit
+@triton.jit(do_not_specialize=("rows", "capacity"))
 def gather_indexer_k_kernel(
     cache_ptr, slots_ptr, k_ptr, scale_ptr, rows, capacity, page_size, page_stride, scale_base,
     ENTRY: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,

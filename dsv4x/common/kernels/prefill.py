@@ -6,6 +6,7 @@ import triton.language as tl
 
 from ..core.calls import PrefillCall, Result, output
 from ..core.platform import platform
+from .launch import Launcher
 from .portability import to_bf16
 from .prefill_shapes import prefill_config
 from .softmax import LOG2E, apply_sink, attend_block, finish, load_q
@@ -19,7 +20,7 @@ def _rows(index_row, start, span, rows, BLOCK_K: tl.constexpr):
     return tl.where((row >= 0) & (row < rows), row, -1)
 
 
-@triton.jit(do_not_specialize=["heads", "rows", "width"])
+@triton.jit(do_not_specialize=("heads", "rows", "width"))
 def prefill_kernel(
     q_ptr, kv_ptr, indices_ptr, lens_ptr, sink_ptr, out_ptr, lse_ptr,
     heads, rows, width, scale, q_stride_t, q_stride_h, kv_stride, indices_stride, out_stride_t, out_stride_h,
@@ -63,6 +64,9 @@ def prefill_kernel(
     tl.store(lse_ptr + token * heads + head, lse, mask=head_mask)
 
 
+_launch = Launcher(prefill_kernel, floats=("scale",))
+
+
 def sparse_mla_prefill(call: PrefillCall) -> Result:
     """Launch over the heads that count."""
     q, out, heads, attn_sink = call.q, output(call), call.heads, call.attn_sink
@@ -71,11 +75,17 @@ def sparse_mla_prefill(call: PrefillCall) -> Result:
     value_dim = out.shape[2]
     config = prefill_config(platform.limits(q.device).arch, heads, head_dim)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    prefill_kernel[(tokens * -(-heads // config.block_h),)](
-        q, kv, indices, lens if lens is not None else lse, attn_sink if attn_sink is not None else lse, out, lse,
-        heads, kv.shape[0], indices.shape[1], call.softmax_scale,
-        q.stride(0), q.stride(1), kv.stride(0), indices.stride(0), out.stride(0), out.stride(1),
-        HAS_LENS=lens is not None, HAS_SINK=attn_sink is not None, BLOCK_H=config.block_h, BLOCK_K=config.block_k,
-        VALUE_DIM=value_dim, TAIL=head_dim - value_dim, PREFETCH=config.prefetch, **config.options,
+    _launch(
+        tokens * -(-heads // config.block_h),
+        (q, kv, indices, lens if lens is not None else lse, attn_sink if attn_sink is not None else lse, out, lse),
+        (
+            heads, kv.shape[0], indices.shape[1], call.softmax_scale,
+            q.stride(0), q.stride(1), kv.stride(0), indices.stride(0), out.stride(0), out.stride(1),
+        ),
+        (
+            lens is not None, attn_sink is not None, config.block_h, config.block_k, value_dim, head_dim - value_dim,
+            config.prefetch,
+        ),
+        **config.options,
     )  # fmt: skip
     return out, lse

@@ -6,13 +6,12 @@ import triton.language as tl
 
 from ..core.layouts import PagedCache
 from .encodings import e4m3fn_to_f32, e4m3fnuz_to_f32
-from .launch import jit
 from .portability import to_bf16
 
 ENTRIES = 8
 
 
-@jit
+@triton.jit(do_not_specialize=("pages",))
 def requantize_kernel(
     src_ptr, dst_ptr, pages_ptr, k_scale, page_size, pages, src_stride, dst_stride,
     NOPE_DIM: tl.constexpr, ROPE_DIM: tl.constexpr, SRC_PITCH: tl.constexpr, DST_PITCH: tl.constexpr,

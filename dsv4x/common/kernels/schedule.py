@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import Launcher, jit
+from .launch import Launcher
 
 BLOCK_ROWS = 1024
 _BLOCK_SUMS = 1024
@@ -24,13 +24,13 @@ def _segments(lens_ptr, row, rows, lens_stride, split):
     return (tl.maximum(length, 0) + split - 1) // split
 
 
-@jit
+@triton.jit(do_not_specialize=("lens_ptr", "rows", "lens_stride"))
 def segment_sums_kernel(lens_ptr, sums_ptr, rows, lens_stride, split, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(sums_ptr + tl.program_id(0), tl.sum(_segments(lens_ptr, row, rows, lens_stride, split)))
 
 
-@jit
+@triton.jit(do_not_specialize=("lens_ptr", "rows", "blocks", "lens_stride", "atoms"))
 def schedule_kernel(
     lens_ptr, sums_ptr, out_ptr, rows, blocks, num_sms, lens_stride, split, atoms,
     ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, SUMS: tl.constexpr,
@@ -78,7 +78,7 @@ def schedule_kernel(
     tl.store(out_ptr + sm * 2 + 1, tl.where((total == 0) | last, 0, segment).to(tl.int32))
 
 
-@jit
+@triton.jit(do_not_specialize=("lens_ptr", "rows", "next_n", "part", "most", "lens_stride", "lens_stride_n"))
 def limit_lens_kernel(lens_ptr, out_ptr, rows, next_n, part, most, lens_stride, lens_stride_n, BLOCK: tl.constexpr):
     """Each request's largest length within ``[0, most]``, ``part`` times."""
     row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)

@@ -144,14 +144,14 @@ def _request_counts(
 
 
 _REQUESTS_NUMBERS = (
-    "requests", "max_seq_len", "window_size", "a_first", "a_end", "a_ratio", "a_compressed_rows", "a_rows",
+    "requests", "pitch", "max_seq_len", "window_size", "a_first", "a_end", "a_ratio", "a_compressed_rows", "a_rows",
     "b_first", "b_end", "b_ratio", "b_compressed_rows", "b_rows",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_REQUESTS_NUMBERS)
 def gather_requests_kernel(
-    query_start_loc_ptr, seq_lens_ptr, a_requests_ptr, b_requests_ptr, requests, max_seq_len, window_size,
+    query_start_loc_ptr, seq_lens_ptr, a_requests_ptr, b_requests_ptr, requests, pitch, max_seq_len, window_size,
     a_first, a_end, a_ratio, a_compressed_rows, a_rows, b_first, b_end, b_ratio, b_compressed_rows, b_rows,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -180,24 +180,25 @@ def gather_requests_kernel(
         row = out_ptr + request
         live = request < requests
         tl.store(row, begins.to(tl.int32), mask=live)
-        tl.store(row + requests, (tl.minimum(ends, compressed_rows) - begins).to(tl.int32), mask=live)
-        tl.store(row + 2 * requests, swa_begins.to(tl.int32), mask=live)
-        tl.store(row + 3 * requests, (tl.minimum(swa_ends, rows) - swa_begins).to(tl.int32), mask=live)
-        tl.store(row + 4 * requests, length, mask=live)
+        tl.store(row + pitch, (tl.minimum(ends, compressed_rows) - begins).to(tl.int32), mask=live)
+        tl.store(row + 2 * pitch, swa_begins.to(tl.int32), mask=live)
+        tl.store(row + 3 * pitch, (tl.minimum(swa_ends, rows) - swa_begins).to(tl.int32), mask=live)
+        tl.store(row + 4 * pitch, length, mask=live)
         compressed_base += tl.sum(compressed.to(tl.int64), 0)
         swa_base += tl.sum(raw.to(tl.int64), 0)
 
 
 @triton.jit
 def _slots_of_rows(
-    program, requests_ptr, table_ptr, swa_table_ptr, slots_ptr, requests, steps, table_stride, columns, page_size,
+    program, requests_ptr, table_ptr, swa_table_ptr, slots_ptr, requests, pitch, steps, table_stride, columns,
+    page_size,
     pages, compressed_rows, rows, swa_table_stride, swa_columns, swa_page_size, swa_pages, TILE: tl.constexpr,
 ):  # fmt: skip
     """The slots of a tile of workspace rows: of compressed entries, or of raw tokens."""
     row = program * TILE + tl.arange(0, TILE)
     compressed = row < compressed_rows
     # Rows of begins, and of counts behind them: of compressed entries, or two rows on of raw tokens.
-    begins_ptr = requests_ptr + tl.where(compressed, 0, 2 * requests)
+    begins_ptr = requests_ptr + tl.where(compressed, 0, 2 * pitch)
     low = tl.zeros([TILE], tl.int32)
     high = low + requests
     for _ in range(steps):
@@ -209,10 +210,10 @@ def _slots_of_rows(
     request = low - 1
     owned = (request >= 0) & (row < rows)
     begin = tl.load(begins_ptr + request, mask=owned, other=0)
-    count = tl.load(begins_ptr + requests + request, mask=owned, other=0)
+    count = tl.load(begins_ptr + pitch + request, mask=owned, other=0)
     local = row - begin
     owned = owned & (local < count)
-    length = tl.load(requests_ptr + 4 * requests + request, mask=owned, other=0)
+    length = tl.load(requests_ptr + 4 * pitch + request, mask=owned, other=0)
     # The last raw tokens of a request are gathered, and its first compressed entries.
     raw = local + length - count
     far = tl.maximum(request, 0).to(tl.int64)
@@ -225,7 +226,7 @@ def _slots_of_rows(
 
 
 _SLOTS_NUMBERS = (
-    "requests", "steps", "a_programs", "swa_table_stride", "swa_columns", "swa_page_size", "swa_pages",
+    "requests", "pitch", "steps", "a_programs", "swa_table_stride", "swa_columns", "swa_page_size", "swa_pages",
     "a_table_stride", "a_columns", "a_page_size", "a_pages", "a_compressed_rows", "a_rows", "b_table_stride",
     "b_columns", "b_page_size", "b_pages", "b_compressed_rows", "b_rows",
 )  # fmt: skip
@@ -234,7 +235,7 @@ _SLOTS_NUMBERS = (
 @triton.jit(do_not_specialize=_SLOTS_NUMBERS)
 def gather_slots_kernel(
     swa_table_ptr, a_requests_ptr, a_table_ptr, a_slots_ptr, b_requests_ptr, b_table_ptr, b_slots_ptr,
-    requests, steps, a_programs, swa_table_stride, swa_columns, swa_page_size, swa_pages,
+    requests, pitch, steps, a_programs, swa_table_stride, swa_columns, swa_page_size, swa_pages,
     a_table_stride, a_columns, a_page_size, a_pages, a_compressed_rows, a_rows,
     b_table_stride, b_columns, b_page_size, b_pages, b_compressed_rows, b_rows,
     TILE: tl.constexpr,
@@ -242,13 +243,13 @@ def gather_slots_kernel(
     program = tl.program_id(0)
     if program < a_programs:
         _slots_of_rows(
-            program, a_requests_ptr, a_table_ptr, swa_table_ptr, a_slots_ptr, requests, steps, a_table_stride,
+            program, a_requests_ptr, a_table_ptr, swa_table_ptr, a_slots_ptr, requests, pitch, steps, a_table_stride,
             a_columns, a_page_size, a_pages, a_compressed_rows, a_rows, swa_table_stride, swa_columns, swa_page_size,
             swa_pages, TILE,
         )  # fmt: skip
     else:
         _slots_of_rows(
-            program - a_programs, b_requests_ptr, b_table_ptr, swa_table_ptr, b_slots_ptr, requests, steps,
+            program - a_programs, b_requests_ptr, b_table_ptr, swa_table_ptr, b_slots_ptr, requests, pitch, steps,
             b_table_stride, b_columns, b_page_size, b_pages, b_compressed_rows, b_rows, swa_table_stride, swa_columns,
             swa_page_size, swa_pages, TILE,
         )  # fmt: skip
@@ -354,7 +355,7 @@ def plan_gather(call):
         _launch_requests(
             len(call.kinds),
             (call.query_start_loc, call.seq_lens, a.requests, b.requests),
-            (requests, call.max_seq_len, call.window_size, *layout),
+            (requests, a.requests.stride(0), call.max_seq_len, call.window_size, *layout),
             (BLOCK_R,),
             4,
         )
@@ -373,7 +374,7 @@ def plan_gather(call):
         sum(programs),
         (call.swa_block_table, a.requests, a.block_table, a.slots, b.requests, b.block_table, b.slots),
         (
-            requests, requests.bit_length(), programs[0], call.swa_block_table.stride(0),
+            requests, a.requests.stride(0), requests.bit_length(), programs[0], call.swa_block_table.stride(0),
             call.swa_block_table.shape[1], call.swa_page_size, call.swa_pages, *tables,
         ),
         (GATHER_TILE,),

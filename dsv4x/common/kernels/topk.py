@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ..core.platform import platform
 from ..core.spaces import TopkMethod
-from .launch import Launcher, jit
+from .launch import Launcher
 from .limits import least_part
 
 _INT_MAX = tl.constexpr(2**31 - 1)
@@ -128,7 +128,12 @@ def _emit(
     return taken + tl.sum(above), equal_before + tl.sum(equal)
 
 
-@jit
+@triton.jit(
+    do_not_specialize=(
+        "starts_ptr", "lens_ptr", "bases_ptr", "requests_ptr", "table_ptr", "kept_ptr", "selected_ptr", "columns",
+        "parts", "part", "next_n", "requests", "table_width", "pages", "table_stride", "selected_stride",
+    )
+)  # fmt: skip
 def topk_kernel(
     logits_ptr, ids_ptr, starts_ptr, lens_ptr, bases_ptr, requests_ptr, table_ptr, kept_ptr, selected_ptr, values_ptr,
     columns, k, parts, part, target, next_n, requests, table_width, page_size, pages,

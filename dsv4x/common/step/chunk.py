@@ -439,7 +439,7 @@ def _gather_kind(meta: AttentionMetadata, first: int, end: int, compressed: int,
     assert table is not None
     return GatherKind(
         first, end, meta.compress_ratio if meta.compressed else 0, table, meta.extra_page_size or 1, meta.extra_pages,
-        compressed, torch.empty(5, requests, dtype=torch.int32, device=device),
+        compressed, torch.empty(5, -(-requests // 4) * 4, dtype=torch.int32, device=device)[:, :requests],
         torch.empty(compressed + windows, dtype=torch.int32, device=device),
     )  # fmt: skip
 

@@ -9,7 +9,12 @@ shared memory:
 
 So the decoding of one block, the softmax of another and the matrix products of both overlap, and each role has the
 registers it needs. Programs stay for several items: the loader is at the next one while the halves still write.
+
+How many splits a row has follows from its own length, which only the device knows. There are items for the most a row
+can have; every role finds out for itself, from the same lengths, which of them a row does not have, and passes them by.
 """
+
+from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -23,9 +28,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ...common.core.calls import DecodeCall, Result, output
 from ...common.core.platform import platform
-from ...common.kernels.decode import reduce_partials
-from ...common.kernels.decode_shapes import num_splits
+from ...common.kernels.decode import Spans, clamped_span, reduce_partials, row_shares
+from ...common.kernels.decode_shapes import expected_blocks, row_splits
 from ...common.kernels.launch import Launcher
+from ...common.kernels.softmax import LN2, LOG2E
 
 BLOCK_H = gl.constexpr(64)
 BLOCK_K = gl.constexpr(64)
@@ -37,8 +43,8 @@ RIGHT_REGISTERS = 168
 LOADER_REGISTERS = 120
 """A thread's; what they leave of the multiprocessor's is the left half's."""
 
-LN2 = gl.constexpr(0.6931471805599453)
-LOG2E = gl.constexpr(1.4426950408889634)
+# The same rules as the reduction's, compiled for Gluon.
+_clamped_span, _row_shares = gluon.jit(clamped_span.fn), gluon.jit(row_shares.fn)
 
 # Four e4m3 codes and their scale -> four bf16. By way of float16 and float32, both exact, which keeps NaN; moving the
 # bits with integer instructions takes longer, since those run at half the rate.
@@ -64,28 +70,116 @@ cvt.rn.bf16x2.f32 $1, z, y;
 }""")
 
 
+class Scope(NamedTuple):
+    """One cache and the index rows into it, as the kernel's parameters name them."""
+
+    cache_ptr: gl.tensor
+    indices_ptr: gl.tensor
+    lens_ptr: gl.tensor
+    width: gl.tensor
+    indices_stride: gl.tensor
+    capacity: gl.tensor
+    page_size: gl.tensor
+    page_stride: gl.tensor
+
+
+class Requests(NamedTuple):
+    """What makes slots of local entries, for all tokens."""
+
+    request_ptr: gl.tensor
+    visible_ptr: gl.tensor
+    table_ptr: gl.tensor
+    requests: gl.tensor
+    columns: gl.tensor
+    table_stride: gl.tensor
+    pages: gl.tensor
+
+
+class Table(NamedTuple):
+    """A request's row of the block table, its columns, and the pages in the pool."""
+
+    row: gl.tensor
+    columns: gl.tensor
+    pages: gl.tensor
+
+
+class Query(NamedTuple):
+    ptr: gl.tensor
+    stride_t: gl.tensor
+    stride_h: gl.tensor
+
+
+class Output(NamedTuple):
+    """The output's rows, and where partial ones of a row of several splits go."""
+
+    ptr: gl.tensor
+    stride_t: gl.tensor
+    stride_h: gl.tensor
+    lse_ptr: gl.tensor
+    partial_ptr: gl.tensor
+    partial_lse_ptr: gl.tensor
+    most_splits: gl.tensor
+
+
+class Work(NamedTuple):
+    """The launch's items: ``rows`` (token, block of heads) for the first split, then as many for the second."""
+
+    items: gl.tensor
+    rows: gl.tensor
+    head_blocks: gl.tensor
+    most_splits: gl.tensor
+    whole_blocks: gl.tensor
+
+
+class Item(NamedTuple):
+    """One item: which token, heads and blocks, of how many entries.
+
+    ``there`` is false where the row has fewer splits; ``split`` is -1 where the item is the whole row.
+    """
+
+    there: gl.tensor
+    token: gl.tensor
+    head0: gl.tensor
+    split: gl.tensor
+    first: gl.tensor
+    last: gl.tensor
+    swa_blocks: gl.tensor
+    swa_span: gl.tensor
+    extra_span: gl.tensor
+
+
 @gluon.jit
-def _item(item, head_blocks, splits, swa, extra, HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr):
-    """``(token, first head, split, first block, last block, window's blocks, its span, extra span)`` of a work item.
+def _item(number, work, swa, extra, HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr, SPLIT: gl.constexpr):
+    """Item ``number`` of the launch.
 
     At least one block, so that every role passes its barriers equally often; past the spans it holds no entries.
     """
-    split = item % splits
-    row = item // splits
-    token = (row // head_blocks).to(gl.int64)
-    head0 = (row % head_blocks) * BLOCK_H
-    swa_span = swa[3]
+    row = number
+    if SPLIT:
+        row = number % work.rows
+    token = (row // work.head_blocks).to(gl.int64)
+    head0 = (row % work.head_blocks) * BLOCK_H
+    swa_span = swa.width
     if HAS_SWA_LENS:
-        swa_span = gl.minimum(gl.maximum(gl.load(swa[2] + token), 0), swa_span).to(gl.int32)
-    extra_span = extra[3]
+        swa_span = _clamped_span(gl.load(swa.lens_ptr + token), swa_span)
+    extra_span = extra.width
     if HAS_EXTRA_LENS:
-        extra_span = gl.minimum(gl.maximum(gl.load(extra[2] + token), 0), extra_span).to(gl.int32)
+        extra_span = _clamped_span(gl.load(extra.lens_ptr + token), extra_span)
     swa_blocks = gl.cdiv(swa_span, BLOCK_K)
     blocks = swa_blocks + gl.cdiv(extra_span, BLOCK_K)
-    share = gl.cdiv(blocks, splits)
-    first = split * share
-    last = gl.maximum(gl.minimum(first + share, blocks), first + 1)
-    return token, head0, split, first, last, swa_blocks, swa_span, extra_span
+    there = gl.to_tensor(True)
+    split = gl.to_tensor(-1)
+    first = gl.to_tensor(0)
+    last = blocks
+    if SPLIT:
+        split = number // work.rows
+        splits, share = _row_shares(blocks, work.most_splits, work.whole_blocks)
+        first = split * share
+        last = gl.minimum(first + share, blocks)
+        there = split < splits
+        split = gl.where(splits > 1, split, -1)
+    last = gl.maximum(last, first + 1)
+    return Item(there, token, head0, split, first, last, swa_blocks, swa_span, extra_span)
 
 
 @gluon.jit
@@ -95,16 +189,17 @@ def _load_slots(scope, table, token, span, block, LOCAL: gl.constexpr):
     ``LOCAL``: the row holds local entries, of which the request has the scope's capacity, and its block table makes
     them slots.
     """
-    _, indices_ptr, _, _, indices_stride, capacity, page_size, _ = scope
+    page_size = scope.page_size
     offset = block * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(1, CODES))
-    index = gl.load(indices_ptr + token * indices_stride + offset, mask=offset < span, other=-1)
-    index = gl.where((index >= 0) & (index < capacity), index, -1).to(gl.int32)
+    index = gl.load(scope.indices_ptr + token * scope.indices_stride + offset, mask=offset < span, other=-1)
+    index = gl.where((index >= 0) & (index < scope.capacity), index, -1).to(gl.int32)
     if LOCAL:
         column = index // page_size
-        held = (index >= 0) & (column < table[1])
-        page = gl.load(table[0] + column, mask=held, other=-1)
+        held = (index >= 0) & (column < table.columns)
+        page = gl.load(table.row + column, mask=held, other=-1)
+        held = held & (page >= 0) & (page < table.pages)
         # Slots are 32-bit: the record takes no larger pool.
-        index = gl.where(held & (page >= 0) & (page < table[2]), page * page_size + (index - column * page_size), -1)
+        index = gl.where(held, page * page_size + (index - column * page_size), -1)
     return index
 
 
@@ -135,9 +230,9 @@ def _load_scope(
 
     ``slots`` are those of block ``first``.
     """
-    cache_ptr, _, _, _, _, _, page_size, page_stride = scope
+    page_size = scope.page_size
     # PagedCache holds pages to this alignment, and 16-byte loads need to be told.
-    page_stride = gl.multiple_of(gl.cast(page_stride, gl.int64), 16)
+    page_stride = gl.multiple_of(gl.cast(scope.page_stride, gl.int64), 16)
     column = gl.arange(0, 64, gl.SliceLayout(0, CODES))[None, :]
     for block in range(first, last):
         valid = slots >= 0
@@ -148,7 +243,7 @@ def _load_scope(
         if BIG_PAGES:
             entry = entry.to(gl.int64)
             scale_base = gl.cast(page_size, gl.int64) * 576
-        base = cache_ptr + page.to(gl.int64) * page_stride
+        base = scope.cache_ptr + page.to(gl.int64) * page_stride
         data = base + entry * 576
         mask = valid[:, None]
         codes = data[:, None] + column
@@ -184,80 +279,94 @@ def _load_scope(
 
 @gluon.jit
 def _of_request(extra, local, token, LOCAL: gl.constexpr):
-    """The extra scope of a token, and its request's ``(block-table row, columns, pages)``."""
-    table = (local[2], local[4], local[6])
+    """The extra scope of a token, and its request's :class:`Table`."""
+    table = Table(local.table_ptr, local.columns, local.pages)
     if LOCAL:
-        request = gl.load(local[0] + token)
-        known = (request >= 0) & (request < local[3])
-        visible = gl.where(known, gl.load(local[1] + token), 0)
-        row = local[2] + gl.where(known, request, 0).to(gl.int64) * local[5]
-        extra = (extra[0], extra[1], extra[2], extra[3], extra[4], visible, extra[6], extra[7])
-        table = (row, local[4], local[6])
+        request = gl.load(local.request_ptr + token)
+        known = (request >= 0) & (request < local.requests)
+        visible = gl.where(known, gl.load(local.visible_ptr + token), 0)
+        row = local.table_ptr + gl.where(known, request, 0).to(gl.int64) * local.table_stride
+        extra = Scope(
+            extra.cache_ptr, extra.indices_ptr, extra.lens_ptr, extra.width, extra.indices_stride, visible,
+            extra.page_size, extra.page_stride,
+        )  # fmt: skip
+        table = Table(row, local.columns, local.pages)
     return extra, table
 
 
 @gluon.jit
 def _loader(
-    items, head_blocks, splits, swa, extra, local, k_smem, bias_smem, k_full, k_empty,
-    HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr, BIG_PAGES: gl.constexpr, LOCAL: gl.constexpr,
+    work, swa, extra, local, k_smem, bias_smem, k_full, k_empty,
+    HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr, SPLIT: gl.constexpr, BIG_PAGES: gl.constexpr,
+    LOCAL: gl.constexpr,
 ):  # fmt: skip
     count = gl.to_tensor(0)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    for number in range(gl.program_id(0), work.items, gl.num_programs(0)):
+        row = number
+        if SPLIT:
+            row = number % work.rows
         # Before the item, whose spans are loaded too: neither waits for the other.
-        scope, table = _of_request(extra, local, (item // splits // head_blocks).to(gl.int64), LOCAL)
-        token, _, _, first, last, swa_blocks, swa_span, extra_span = _item(
-            item, head_blocks, splits, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS
-        )
-        first_extra = gl.maximum(first - swa_blocks, 0)
-        # Both scopes' first slots are on their way at once: each is several loads behind one another.
-        slots = _load_slots(swa, local, token, swa_span, first, False)
-        extra_slots = _load_slots(scope, table, token, extra_span, first_extra, LOCAL)
-        count = _load_scope(
-            swa, local, token, swa_span, slots, first, gl.minimum(last, swa_blocks), count,
-            k_smem, bias_smem, k_full, k_empty, BIG_PAGES, False,
-        )  # fmt: skip
-        count = _load_scope(
-            scope, table, token, extra_span, extra_slots, first_extra, last - swa_blocks, count,
-            k_smem, bias_smem, k_full, k_empty, BIG_PAGES, LOCAL,
-        )  # fmt: skip
+        scope, table = _of_request(extra, local, (row // work.head_blocks).to(gl.int64), LOCAL)
+        item = _item(number, work, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS, SPLIT)
+        if item.there:
+            first_extra = gl.maximum(item.first - item.swa_blocks, 0)
+            # Both scopes' first slots are on their way at once: each is several loads behind one another.
+            slots = _load_slots(swa, table, item.token, item.swa_span, item.first, False)
+            extra_slots = _load_slots(scope, table, item.token, item.extra_span, first_extra, LOCAL)
+            count = _load_scope(
+                swa, table, item.token, item.swa_span, slots, item.first, gl.minimum(item.last, item.swa_blocks), count,
+                k_smem, bias_smem, k_full, k_empty, BIG_PAGES, False,
+            )  # fmt: skip
+            count = _load_scope(
+                scope, table, item.token, item.extra_span, extra_slots, first_extra, item.last - item.swa_blocks, count,
+                k_smem, bias_smem, k_full, k_empty, BIG_PAGES, LOCAL,
+            )  # fmt: skip
 
 
 @gluon.jit
-def _load_q(q_smem, q, token, head0, heads, FIRST: gl.constexpr, FAR_HEADS: gl.constexpr):
+def _load_q(q_smem, q, item, heads, FIRST: gl.constexpr, FAR_HEADS: gl.constexpr):
     """Bring one half of q's columns to shared memory, zeros for heads there are not."""
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
-    head = head0 + gl.arange(0, BLOCK_H, gl.SliceLayout(1, ROWS))
+    head = item.head0 + gl.arange(0, BLOCK_H, gl.SliceLayout(1, ROWS))
     if FAR_HEADS:
         head = head.to(gl.int64)
     column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, ROWS))
-    rows = q[0] + token * q[1] + head[:, None] * q[2] + column[None, :]
+    rows = q.ptr + item.token * q.stride_t + head[:, None] * q.stride_h + column[None, :]
     q_smem.slice(FIRST, HALF, dim=1).store(gl.load(rows, mask=(head < heads)[:, None], other=0.0))
     fence_async_shared()
 
 
 @gluon.jit
-def _store_out(
-    acc, weight, q_smem, token, head0, heads, split, splits, out,
-    FIRST: gl.constexpr, SPLIT: gl.constexpr, FAR_HEADS: gl.constexpr,
-):  # fmt: skip
-    """Write one half of the output's columns. q's own half of shared memory, done with, turns them into whole rows."""
+def _store_partial(acc, weight, item, heads, out, FIRST: gl.constexpr):
     ACC: gl.constexpr = acc.type.layout
-    if SPLIT:
-        head = head0 + gl.arange(0, BLOCK_H, gl.SliceLayout(1, ACC))
-        column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, ACC))
-        row = (token * heads + head) * splits + split
-        rows = out[3] + row[:, None] * (2 * HALF) + column[None, :]
-        gl.store(rows, acc * weight[:, None], mask=(head < heads)[:, None])
+    head = item.head0 + gl.arange(0, BLOCK_H, gl.SliceLayout(1, ACC))
+    column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, ACC))
+    row = (item.token * heads + head) * out.most_splits + item.split
+    rows = out.partial_ptr + row[:, None] * (2 * HALF) + column[None, :]
+    gl.store(rows, acc * weight[:, None], mask=(head < heads)[:, None])
+
+
+@gluon.jit
+def _store_whole(acc, weight, q_smem, item, heads, out, FIRST: gl.constexpr, FAR_HEADS: gl.constexpr):
+    """q's own half of shared memory, done with, turns them into whole rows."""
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    half = q_smem.slice(FIRST, HALF, dim=1)
+    half.store((acc * weight[:, None]).to(gl.bfloat16))
+    head = item.head0 + gl.arange(0, BLOCK_H, gl.SliceLayout(1, ROWS))
+    if FAR_HEADS:
+        head = head.to(gl.int64)
+    column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, ROWS))
+    rows = out.ptr + item.token * out.stride_t + head[:, None] * out.stride_h + column[None, :]
+    gl.store(rows, half.load(ROWS), mask=(head < heads)[:, None])
+
+
+@gluon.jit
+def _store_out(acc, weight, q_smem, item, heads, out, FIRST: gl.constexpr, FAR_HEADS: gl.constexpr):
+    """Write one half of the output's columns, as a partial result where the row has several splits."""
+    if item.split >= 0:
+        _store_partial(acc, weight, item, heads, out, FIRST)
     else:
-        ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
-        half = q_smem.slice(FIRST, HALF, dim=1)
-        half.store((acc * weight[:, None]).to(gl.bfloat16))
-        head = head0 + gl.arange(0, BLOCK_H, gl.SliceLayout(1, ROWS))
-        if FAR_HEADS:
-            head = head.to(gl.int64)
-        column = FIRST + gl.arange(0, HALF, gl.SliceLayout(0, ROWS))
-        rows = out[0] + token * out[1] + head[:, None] * out[2] + column[None, :]
-        gl.store(rows, half.load(ROWS), mask=(head < heads)[:, None])
+        _store_whole(acc, weight, q_smem, item, heads, out, FIRST, FAR_HEADS)
 
 
 @gluon.jit
@@ -286,7 +395,7 @@ def _hand_over(p, alpha, p_smem, alpha_smem, p_full, p_empty, message):
 
 @gluon.jit
 def _left(
-    items, head_blocks, splits, swa, extra, q, out, lse_ptr, partial_lse_ptr, sink_ptr, heads, scale,
+    work, swa, extra, q, out, sink_ptr, heads, scale,
     q_smem, k_smem, bias_smem, p_smem, alpha_smem, q_full, k_full, k_empty, p_full, p_empty,
     HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr, HAS_SINK: gl.constexpr, SPLIT: gl.constexpr,
     FAR_HEADS: gl.constexpr,
@@ -298,120 +407,118 @@ def _left(
     count = gl.to_tensor(0)
     message = gl.to_tensor(0)
     turn = gl.to_tensor(0)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        token, head0, split, first, last, _, _, _ = _item(
-            item, head_blocks, splits, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS
-        )
-        _load_q(q_smem, q, token, head0, heads, 0, FAR_HEADS)
-        m = gl.full([BLOCK_H], float("-inf"), gl.float32, HEADS)
-        l = gl.zeros([BLOCK_H], gl.float32, HEADS)
-        acc = gl.zeros([BLOCK_H, HALF], gl.float32, ACC)
-        mbarrier.wait(q_full, turn & 1)
-        turn += 1
-        stage = count % STAGES
-        mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
-        logits = warpgroup_mma(q_smem, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-        logits = warpgroup_mma_wait(0, (logits,))
-        bias = bias_smem.index(stage).load(gl.SliceLayout(0, LOGITS))
-        p, alpha, m, l = _softmax(logits, bias, scale, m, l)
-        _hand_over(p, alpha, p_smem, alpha_smem, p_full, p_empty, message)
-        for _ in range(first + 1, last):
-            before = count % STAGES
-            count += 1
+    for number in range(gl.program_id(0), work.items, gl.num_programs(0)):
+        item = _item(number, work, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS, SPLIT)
+        if item.there:
+            _load_q(q_smem, q, item, heads, 0, FAR_HEADS)
+            m = gl.full([BLOCK_H], float("-inf"), gl.float32, HEADS)
+            l = gl.zeros([BLOCK_H], gl.float32, HEADS)
+            acc = gl.zeros([BLOCK_H, HALF], gl.float32, ACC)
+            mbarrier.wait(q_full, turn & 1)
+            turn += 1
             stage = count % STAGES
             mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
-            # Both products are under way before the softmax waits for the first: the second runs beside it.
             logits = warpgroup_mma(q_smem, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
-            v = k_smem.index(before).slice(0, HALF, dim=1)
-            acc = warpgroup_mma(p_smem.index(message % STAGES), v, acc, is_async=True)
-            logits = warpgroup_mma_wait(1, (logits,))
+            logits = warpgroup_mma_wait(0, (logits,))
             bias = bias_smem.index(stage).load(gl.SliceLayout(0, LOGITS))
             p, alpha, m, l = _softmax(logits, bias, scale, m, l)
-            message += 1
             _hand_over(p, alpha, p_smem, alpha_smem, p_full, p_empty, message)
+            for _ in range(item.first + 1, item.last):
+                before = count % STAGES
+                count += 1
+                stage = count % STAGES
+                mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+                # Both products are under way before the softmax waits for the first: the second runs beside it.
+                logits = warpgroup_mma(q_smem, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+                acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
+                v = k_smem.index(before).slice(0, HALF, dim=1)
+                acc = warpgroup_mma(p_smem.index(message % STAGES), v, acc, is_async=True)
+                logits = warpgroup_mma_wait(1, (logits,))
+                bias = bias_smem.index(stage).load(gl.SliceLayout(0, LOGITS))
+                p, alpha, m, l = _softmax(logits, bias, scale, m, l)
+                message += 1
+                _hand_over(p, alpha, p_smem, alpha_smem, p_full, p_empty, message)
+                acc = warpgroup_mma_wait(0, (acc,))
+                mbarrier.arrive(k_empty.index(before), count=1)
+            stage = count % STAGES
+            count += 1
+            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
+            v = k_smem.index(stage).slice(0, HALF, dim=1)
+            acc = warpgroup_mma(p_smem.index(message % STAGES), v, acc, is_async=True)
+            empty = l == 0.0
+            lse = gl.where(empty, float("inf"), (m + gl.log2(gl.where(empty, 1.0, l))) * LN2)
+            weight = 1.0 / gl.where(empty, 1.0, l)
+            head = item.head0 + gl.arange(0, BLOCK_H, HEADS)
+            row = item.token * heads + head
+            if item.split >= 0:
+                gl.store(out.partial_lse_ptr + row * out.most_splits + item.split, lse, mask=head < heads)
+            else:
+                gl.store(out.lse_ptr + row, lse, mask=head < heads)
+                if HAS_SINK:
+                    sink = gl.load(sink_ptr + head, mask=head < heads, other=0.0)
+                    # An empty row's lse of +inf meets a sink of +inf as NaN; its output is zero whatever the sink.
+                    weight *= gl.where(empty, 0.0, 1.0 / (1.0 + gl.exp2((sink - lse) * LOG2E)))
             acc = warpgroup_mma_wait(0, (acc,))
-            mbarrier.arrive(k_empty.index(before), count=1)
-        stage = count % STAGES
-        count += 1
-        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
-        v = k_smem.index(stage).slice(0, HALF, dim=1)
-        acc = warpgroup_mma(p_smem.index(message % STAGES), v, acc, is_async=True)
-        empty = l == 0.0
-        lse = gl.where(empty, float("inf"), (m + gl.log2(gl.where(empty, 1.0, l))) * LN2)
-        weight = 1.0 / gl.where(empty, 1.0, l)
-        head = head0 + gl.arange(0, BLOCK_H, HEADS)
-        if SPLIT:
-            gl.store(partial_lse_ptr + (token * heads + head) * splits + split, lse, mask=head < heads)
-        else:
-            gl.store(lse_ptr + token * heads + head, lse, mask=head < heads)
-            if HAS_SINK:
-                sink = gl.load(sink_ptr + head, mask=head < heads, other=0.0)
-                # An empty row's lse of +inf meets a sink of +inf as NaN; its output is zero whatever the sink.
-                weight *= gl.where(empty, 0.0, 1.0 / (1.0 + gl.exp2((sink - lse) * LOG2E)))
-        acc = warpgroup_mma_wait(0, (acc,))
-        mbarrier.arrive(k_empty.index(stage), count=1)
-        # The weights of the last message are those of the output.
-        message += 1
-        stage = message % STAGES
-        if message >= STAGES:
-            mbarrier.wait(p_empty.index(stage), (message // STAGES - 1) & 1)
-        alpha_smem.index(stage).store(weight)
-        mbarrier.arrive(p_full.index(stage), count=1)
-        message += 1
-        weight = gl.convert_layout(weight, gl.SliceLayout(1, ACC))
-        _store_out(acc, weight, q_smem, token, head0, heads, split, splits, out, 0, SPLIT, FAR_HEADS)
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            # The weights of the last message are those of the output.
+            message += 1
+            stage = message % STAGES
+            if message >= STAGES:
+                mbarrier.wait(p_empty.index(stage), (message // STAGES - 1) & 1)
+            alpha_smem.index(stage).store(weight)
+            mbarrier.arrive(p_full.index(stage), count=1)
+            message += 1
+            weight = gl.convert_layout(weight, gl.SliceLayout(1, ACC))
+            _store_out(acc, weight, q_smem, item, heads, out, 0, FAR_HEADS)
 
 
 @gluon.jit
 def _right(
-    items, head_blocks, splits, swa, extra, q, out, heads,
-    q_smem, k_smem, p_smem, alpha_smem, q_full, k_empty, p_full, p_empty,
+    work, swa, extra, q, out, heads, q_smem, k_smem, p_smem, alpha_smem, q_full, k_empty, p_full, p_empty,
     HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr, SPLIT: gl.constexpr, FAR_HEADS: gl.constexpr,
 ):  # fmt: skip
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     count = gl.to_tensor(0)
     message = gl.to_tensor(0)
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        token, head0, split, first, last, _, _, _ = _item(
-            item, head_blocks, splits, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS
-        )
-        _load_q(q_smem, q, token, head0, heads, HALF, FAR_HEADS)
-        mbarrier.arrive(q_full, count=1)
-        acc = gl.zeros([BLOCK_H, HALF], gl.float32, ACC)
-        for _ in range(first, last):
+    for number in range(gl.program_id(0), work.items, gl.num_programs(0)):
+        item = _item(number, work, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS, SPLIT)
+        if item.there:
+            _load_q(q_smem, q, item, heads, HALF, FAR_HEADS)
+            mbarrier.arrive(q_full, count=1)
+            acc = gl.zeros([BLOCK_H, HALF], gl.float32, ACC)
+            for _ in range(item.first, item.last):
+                stage = message % STAGES
+                mbarrier.wait(p_full.index(stage), (message // STAGES) & 1)
+                acc = acc * alpha_smem.index(stage).load(gl.SliceLayout(1, ACC))[:, None]
+                v = k_smem.index(count % STAGES).slice(HALF, HALF, dim=1)
+                acc = warpgroup_mma(p_smem.index(stage), v, acc, is_async=True)
+                acc = warpgroup_mma_wait(0, (acc,))
+                mbarrier.arrive(p_empty.index(stage), count=1)
+                mbarrier.arrive(k_empty.index(count % STAGES), count=1)
+                count += 1
+                message += 1
             stage = message % STAGES
             mbarrier.wait(p_full.index(stage), (message // STAGES) & 1)
-            acc = acc * alpha_smem.index(stage).load(gl.SliceLayout(1, ACC))[:, None]
-            v = k_smem.index(count % STAGES).slice(HALF, HALF, dim=1)
-            acc = warpgroup_mma(p_smem.index(stage), v, acc, is_async=True)
-            acc = warpgroup_mma_wait(0, (acc,))
+            weight = alpha_smem.index(stage).load(gl.SliceLayout(1, ACC))
             mbarrier.arrive(p_empty.index(stage), count=1)
-            mbarrier.arrive(k_empty.index(count % STAGES), count=1)
-            count += 1
             message += 1
-        stage = message % STAGES
-        mbarrier.wait(p_full.index(stage), (message // STAGES) & 1)
-        weight = alpha_smem.index(stage).load(gl.SliceLayout(1, ACC))
-        mbarrier.arrive(p_empty.index(stage), count=1)
-        message += 1
-        _store_out(acc, weight, q_smem, token, head0, heads, split, splits, out, HALF, SPLIT, FAR_HEADS)
+            _store_out(acc, weight, q_smem, item, heads, out, HALF, FAR_HEADS)
 
 
 # Nothing but q's and out's strides needs its divisibility known, and every number specialized doubles the kernels.
-_UNSPECIALIZED = (
-    "items", "heads", "head_blocks", "splits",
-    "swa_width", "swa_indices_stride", "swa_capacity", "swa_page_size", "swa_page_stride",
-    "extra_width", "extra_indices_stride", "extra_capacity", "extra_page_size", "extra_page_stride",
-    "requests", "table_columns", "table_stride", "table_pages",
+@gluon.jit(
+    do_not_specialize=(
+        "items", "rows", "heads", "head_blocks", "most_splits", "whole_blocks",
+        "swa_width", "swa_indices_stride", "swa_capacity", "swa_page_size", "swa_page_stride",
+        "extra_width", "extra_indices_stride", "extra_capacity", "extra_page_size", "extra_page_stride",
+        "requests", "table_columns", "table_stride", "table_pages",
+    )
 )  # fmt: skip
-
-
-@gluon.jit(do_not_specialize=_UNSPECIALIZED)
 def decode_hopper_kernel(
     q_ptr, swa_ptr, swa_indices_ptr, swa_lens_ptr, extra_ptr, extra_indices_ptr, extra_lens_ptr, sink_ptr,
     request_ptr, visible_ptr, table_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
-    items, heads, head_blocks, splits, scale, q_stride_t, q_stride_h, out_stride_t, out_stride_h,
+    items, rows, heads, head_blocks, most_splits, whole_blocks, scale,
+    q_stride_t, q_stride_h, out_stride_t, out_stride_h,
     swa_width, swa_indices_stride, swa_capacity, swa_page_size, swa_page_stride,
     extra_width, extra_indices_stride, extra_capacity, extra_page_size, extra_page_stride,
     requests, table_columns, table_stride, table_pages,
@@ -437,17 +544,18 @@ def decode_hopper_kernel(
         mbarrier.init(k_empty.index(stage), count=2)
         mbarrier.init(p_full.index(stage), count=1)
         mbarrier.init(p_empty.index(stage), count=1)
-    swa = (
+    swa = Scope(
         swa_ptr, swa_indices_ptr, swa_lens_ptr, swa_width,
         swa_indices_stride, swa_capacity, swa_page_size, swa_page_stride,
     )  # fmt: skip
-    extra = (
+    extra = Scope(
         extra_ptr, extra_indices_ptr, extra_lens_ptr, extra_width,
         extra_indices_stride, extra_capacity, extra_page_size, extra_page_stride,
     )  # fmt: skip
-    local = (request_ptr, visible_ptr, table_ptr, requests, table_columns, table_stride, table_pages)
-    q = (q_ptr, q_stride_t, q_stride_h)
-    out = (out_ptr, out_stride_t, out_stride_h, partial_ptr)
+    local = Requests(request_ptr, visible_ptr, table_ptr, requests, table_columns, table_stride, table_pages)
+    q = Query(q_ptr, q_stride_t, q_stride_h)
+    out = Output(out_ptr, out_stride_t, out_stride_h, lse_ptr, partial_ptr, partial_lse_ptr, most_splits)
+    work = Work(items, rows, head_blocks, most_splits, whole_blocks)
     if SPLIT:
         # Lets the reduction be launched beside these programs; it waits for what they write by itself.
         gl.inline_asm_elementwise(
@@ -456,18 +564,17 @@ def decode_hopper_kernel(
     gl.warp_specialize(
         [
             (_left, (
-                items, head_blocks, splits, swa, extra, q, out, lse_ptr, partial_lse_ptr, sink_ptr, heads,
-                scale * LOG2E, q_smem, k_smem, bias_smem, p_smem, alpha_smem, q_full, k_full, k_empty, p_full, p_empty,
+                work, swa, extra, q, out, sink_ptr, heads, scale * LOG2E,
+                q_smem, k_smem, bias_smem, p_smem, alpha_smem, q_full, k_full, k_empty, p_full, p_empty,
                 HAS_SWA_LENS, HAS_EXTRA_LENS, HAS_SINK, SPLIT, FAR_HEADS,
             )),
             (_right, (
-                items, head_blocks, splits, swa, extra, q, out, heads,
-                q_smem, k_smem, p_smem, alpha_smem, q_full, k_empty, p_full, p_empty,
+                work, swa, extra, q, out, heads, q_smem, k_smem, p_smem, alpha_smem, q_full, k_empty, p_full, p_empty,
                 HAS_SWA_LENS, HAS_EXTRA_LENS, SPLIT, FAR_HEADS,
             )),
             (_loader, (
-                items, head_blocks, splits, swa, extra, local, k_smem, bias_smem, k_full, k_empty,
-                HAS_SWA_LENS, HAS_EXTRA_LENS, BIG_PAGES, LOCAL,
+                work, swa, extra, local, k_smem, bias_smem, k_full, k_empty,
+                HAS_SWA_LENS, HAS_EXTRA_LENS, SPLIT, BIG_PAGES, LOCAL,
             )),
         ],
         [4, 4],
@@ -475,13 +582,14 @@ def decode_hopper_kernel(
     )  # fmt: skip
 
 
-_launch = Launcher(decode_hopper_kernel)
+_launch = Launcher(decode_hopper_kernel, floats=("scale",))
 
 
 def sparse_mla_decode(call: DecodeCall) -> Result:
     """Launch over the heads that count and DSv4 pages; extra indices may be local entries.
 
-    Its splits follow from the shapes where ``split_k`` is None; a number makes a row independent of its batch.
+    How many splits there are at most follows from the shapes where ``split_k`` is None; how many a row has, from its
+    own length. A number makes a row independent of its batch.
     """
     q, out, heads, attn_sink = call.q, output(call), call.heads, call.attn_sink
     swa_cache, swa_indices, swa_lens, _ = call.swa
@@ -492,16 +600,16 @@ def sparse_mla_decode(call: DecodeCall) -> Result:
         extra_cache, extra_indices, extra_lens, _ = call.extra
         extra_width = extra_indices.shape[1]
     head_blocks = -(-heads // BLOCK_H.value)
-    blocks = -(-swa_indices.shape[1] // BLOCK_K.value) - (-extra_width // BLOCK_K.value)
-    splits = call.split_k
-    if splits is None:
-        splits = num_splits(tokens * head_blocks, blocks, multiprocessors)
+    rows = tokens * head_blocks
+    spans = Spans(swa_lens, swa_indices.shape[1], extra_lens, extra_width)
+    blocks = expected_blocks(call.entries, (spans.swa_width, spans.extra_width), BLOCK_K.value)
+    splits, whole = row_splits(rows, blocks, multiprocessors, call.split_k)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     partial = partial_lse = lse
     if splits > 1:
         partial = torch.empty(tokens, heads, splits, 512, dtype=torch.float32, device=q.device)
         partial_lse = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
-    items = tokens * head_blocks * splits
+    items = rows * splits
     request, visible, table, pages = call.local or (lse, lse, extra_indices, 0)
     _launch(
         min(items, multiprocessors),
@@ -511,7 +619,7 @@ def sparse_mla_decode(call: DecodeCall) -> Result:
             lse if attn_sink is None else attn_sink, request, visible, table, out, lse, partial, partial_lse,
         ),
         (
-            items, heads, head_blocks, splits, call.softmax_scale,
+            items, rows, heads, head_blocks, splits, whole, call.softmax_scale,
             q.stride(0), q.stride(1), out.stride(0), out.stride(1),
             swa_indices.shape[1], swa_indices.stride(0), swa_cache.capacity, swa_cache.page_size,
             swa_cache.page_stride, extra_width, extra_indices.stride(0), extra_cache.capacity, extra_cache.page_size,
@@ -527,5 +635,5 @@ def sparse_mla_decode(call: DecodeCall) -> Result:
         4,
     )  # fmt: skip
     if splits > 1:
-        reduce_partials(partial, partial_lse, attn_sink, out, lse)
+        reduce_partials(partial, partial_lse, attn_sink, out, lse, spans, whole, BLOCK_K.value)
     return out, lse

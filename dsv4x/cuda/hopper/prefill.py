@@ -24,12 +24,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ...common.core.calls import PrefillCall, Result, output, queries
 from ...common.core.platform import platform
 from ...common.kernels.launch import Launcher
+from ...common.kernels.softmax import LN2, LOG2E
 
 # Triton 3.9 renamed it.
 _copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
-
-LN2 = gl.constexpr(0.6931471805599453)
-LOG2E = gl.constexpr(1.4426950408889634)
 
 BLOCK_H = gl.constexpr(64)
 BLOCK_K = gl.constexpr(64)
@@ -239,7 +237,7 @@ def _consume(
         gl.store(pointers, out, mask=gl.broadcast((head < heads)[:, None], pointers)[0])
 
 
-@gluon.jit(do_not_specialize=["items", "heads", "rows", "width"])
+@gluon.jit(do_not_specialize=("items", "heads", "rows", "width"))
 def prefill_hopper_kernel(
     q_ptr, kv_ptr, indices_ptr, lens_ptr, sink_ptr, out_ptr, lse_ptr,
     items, heads, rows, width, scale, q_stride_t, q_stride_h, kv_stride, indices_stride, out_stride_t, out_stride_h,
@@ -289,7 +287,7 @@ def prefill_hopper_kernel(
     )  # fmt: skip
 
 
-_launch = Launcher(prefill_hopper_kernel)
+_launch = Launcher(prefill_hopper_kernel, floats=("scale",))
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
