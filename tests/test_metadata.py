@@ -93,8 +93,7 @@ class Step:
             if owner is not None:
                 chosen = [entries[s] for s in self.window_slots(owner) if s >= 0]
                 if topk_indices is not None:
-                    row = topk_indices[t, : min(self.visible(owner), self.topk)].tolist()
-                    local = [e for e in row if 0 <= e < self.visible(owner)]
+                    local = [e for e in topk_indices[t].tolist() if 0 <= e < self.visible(owner)]
                 else:
                     local = range(self.visible(owner)) if self.extra is not None else ()
                 slots = [slot(self.extra_table, owner[0], e, self.extra) for e in local]
@@ -129,7 +128,7 @@ def make_step(make_cache, rng):
         dsv4x.quantize_and_insert_k_cache(k, cache, torch.tensor(slots, dtype=torch.int64), kernel="reference")
         return cache, table
 
-    def make(requests, ratio=4, window=16, page_size=4, extra_page_size=2, padding=0, topk=5):
+    def make(requests, ratio=4, window=16, page_size=4, extra_page_size=2, padding=0, topk=7):
         # Only what some query's window reaches is live; pages wholly before are garbage in table and pool.
         first = [max(0, seq - q - window + 1) if q else seq for q, seq in requests]
         swa, swa_table = pool([seq for _, seq in requests], first, page_size)
@@ -250,13 +249,39 @@ def test_c128_attention_is_the_definition_on_either_path(path, kernel_device, ma
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(("columns", "topk"), [(0, 5), (3, 5), (5, 5), (12, 5), (12, 0), (200, 130)])
-def test_c4_reads_at_most_k_entries_whatever_the_rows_width(
+@pytest.mark.parametrize(("columns", "topk"), [(0, 5), (0, 0), (3, 5), (5, 5), (12, None), (200, 200)])
+def test_c4_reads_every_entry_of_its_rows_whatever_their_width(
     columns, topk, path, kernel_device, make_step, on_device, rng
 ):
     kernel, device = kernel_device
-    requests = [(2, 40), (1, 90)] if topk < 100 else [(1, 800)]
+    requests = [(2, 40), (1, 90)] if columns < 100 else [(1, 800)]
     run_and_check(make_step(requests, topk=topk), path, kernel, device, on_device, rng, columns=columns)
+
+
+@pytest.mark.parametrize("name", ["topk_indices", "topk_slots"])
+def test_rows_wider_than_the_topk_they_were_planned_for_are_an_error(name, make_step, rng):
+    step = make_step(BATCHES["mixed"], topk=5)
+    q, topk, _ = attention_case(step, rng, columns=6)
+    with pytest.raises(ValueError, match=f"{name}: width is 6, need <= 5, the metadata's topk"):
+        dsv4x.sparse_mla_attention(q, step.swa, step.extra, step.build(), **{name: topk})
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("lens", [False, True])
+def test_holes_in_front_of_a_row_cost_no_entry_behind_them(lens, path, kernel_device, make_step, on_device, rng):
+    """While few entries are visible, too: a row of -1 and then all that the token may see."""
+    kernel, device = kernel_device
+    step = make_step([(3, 12), (1, 9)], topk=8)
+    q, _, sink = attention_case(step, rng)
+    topk = torch.full((4, 8), -1, dtype=torch.int32)
+    topk[:, 5:] = torch.arange(3)
+    want = step.expected(q, topk, sink)
+    spans = torch.full((4,), 8, dtype=torch.int32, device=device) if lens else None
+    got = dsv4x.sparse_mla_attention(
+        q.to(device), on_device(step.swa, device), on_device(step.extra, device), step.build(device), topk.to(device),
+        sink.to(device), path=path, kernel=kernel, topk_lens=spans,
+    )  # fmt: skip
+    (check_decode if path == "direct" else check_prefill)(*got, *want)
 
 
 @pytest.mark.gpu
@@ -490,8 +515,9 @@ def test_only_c4_has_references(ratio, make_step, rng):
     step = make_step(BATCHES["mixed"], ratio)
     meta = step.build()
     q, _, _ = attention_case(step, rng)
-    with pytest.raises(ValueError, match=f"path: referenced, but no indexer selects in layers of compress_ratio
-        {ratio}"): dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, path="referenced")
+    reason = f"no indexer selects in layers of compress_ratio {ratio}"
+    with pytest.raises(ValueError, match=f"path: referenced, but {reason}"):
+        dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, path="referenced")
     explanation = dsv4x.explain_step(q, step.swa, step.extra, meta)
     assert explanation.refused == {"referenced": f"no indexer selects in layers of compress_ratio {ratio}"}
     assert set(explanation.predicted_us) == set(explanation.kernels) == {"direct", "gathered"}
@@ -571,6 +597,9 @@ def test_a_chunk_is_for_the_metadata_it_was_built_for(make_step, rng):
         tensor.add_(0)
         with pytest.raises(ValueError, match="chunk: a length or a block table changed in place since rebuild"):
             run()
+        with pytest.raises(ValueError, match=r"meta: a length .* changed in place since it was filled, need update"):
+            chunk.rebuild(meta)
+        meta.update(meta.query_start_loc, meta.seq_lens, meta.swa_block_table, meta.extra_block_table)
         chunk.rebuild(meta)
     assert all(map(torch.equal, run(), want))
     chunk.close()

@@ -113,6 +113,7 @@ class SparsePrefillChunkCache:
             raise TypeError(f"meta: got {type(meta).__name__}, need a dsv4x.AttentionMetadata")
         if self._workspace is not None and self._workspace.device != meta.seq_lens.device:
             raise ValueError(f"workspace: on {self._workspace.device}, need {meta.seq_lens.device}")
+        meta.check_current()
         self.close()
         self._meta, self._versions = meta, meta.step.versions
         self.reserve(TOPK if meta.topk is None else meta.topk)

@@ -209,8 +209,8 @@ class StepMetadata:
         Args:
             extra: compress ratio -> int32 ``[R, m]`` block table, for every ratio it was built for.
             query_start_loc, seq_lens, swa_block_table, swa_indices, swa_lens: of the shapes it was built with.
-            query_start_loc_cpu, seq_lens_cpu: host copies, both or none. Without them the host knows nothing of the
-                lengths but ``max_seq_len``.
+            query_start_loc_cpu, seq_lens_cpu: host copies, as for the build. Inside a captured graph the host need not
+                know anything: layers are then read in place.
 
         Raises:
             TypeError, ValueError: as :meth:`build`, before anything is written.
@@ -226,10 +226,11 @@ class StepMetadata:
             raise ValueError(f"extra: tables of ratios {sorted(tables)}, need {sorted(self.kinds)} as it was built")
         for ratio, table in tables.items():
             _check_like(f"extra[{ratio}]", table, self.kinds[ratio].extra_block_table)
+        copies, bound = _Copies(query_start_loc_cpu, seq_lens_cpu), self.max_seq_len
         host = None
-        if query_start_loc_cpu is not None or seq_lens_cpu is not None:
-            copies = _Copies(query_start_loc_cpu, seq_lens_cpu)
-            host = _host_lengths(query_start_loc, seq_lens, copies, self.max_seq_len, self.num_tokens)
+        if copies != (None, None) or not capturing(device):
+            bounded = None if bound == INT32_MAX else bound
+            host = _host_lengths(query_start_loc, seq_lens, copies, bounded, self.num_tokens)
         self.query_start_loc, self.seq_lens, self.swa_block_table = query_start_loc, seq_lens, swa_block_table
         self.host = host
         if swa_indices is not None:
