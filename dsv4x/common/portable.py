@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import reference
+from .core.ambient import without_grad
 from .core.model import VALUE_DIM
 from .core.platform import platform
 from .core.vendor import TRITON
@@ -133,7 +134,7 @@ def _pair(
         Kernel(
             op,
             "reference",
-            reference_run,
+            without_grad(reference_run),
             reference_us,
             devices=("cuda", "cpu"),
             capture_safe=False,

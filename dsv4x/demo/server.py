@@ -117,7 +117,7 @@ class PagedServer:
         if self.index is not None:
             unused = torch.full((padding, layer.topk), 2**31 - 1, dtype=torch.int32, device=self.device)
             indices = torch.cat([self._select(queries, kernel), unused])
-        starts = torch.tensor([0, *queries]).cumsum(0)
+        starts = torch.tensor([0, *queries], dtype=torch.int64, device="cpu").cumsum(0)
         meta = AttentionMetadata.build(
             starts.int().to(self.device),
             torch.tensor(self.done, dtype=torch.int32, device=self.device),
@@ -180,13 +180,14 @@ class PagedServer:
             )  # fmt: skip
         slots, ks, ke, base = [], [], [], 0
         for i in active:
-            entries, position = self.done[i] // ratio, torch.arange(self.done[i] - queries[i], self.done[i])
+            entries, end = self.done[i] // ratio, self.done[i]
+            position = torch.arange(end - queries[i], end, dtype=torch.int64, device=self.device)
             slots.append(self._slots(self.index, self.extra_table[i], 0, entries))
-            ks.append(torch.full((queries[i],), base))
+            ks.append(torch.full((queries[i],), base, dtype=torch.int64, device=self.device))
             ke.append(base + (position + 1) // ratio)
             base += entries
         k, k_scale = gather_indexer_k(self.index, torch.cat(slots))
-        starts, ends = (torch.cat(x).int().to(self.device) for x in (ks, ke))
+        starts, ends = (torch.cat(x).int() for x in (ks, ke))
         return indexer_topk(
             q, k, k_scale, torch.cat(weights), starts, ends, topk, method, kernel=name, topk_kernel=name
         )
@@ -195,7 +196,7 @@ class PagedServer:
         quantize_and_insert_k_cache(entries[start:end], cache, self._slots(cache, table, start, end))
 
     def _slots(self, cache: PagedCache, table: torch.Tensor, start: int, end: int) -> torch.Tensor:
-        local = torch.arange(start, end, device=self.device)
+        local = torch.arange(start, end, dtype=torch.int64, device=self.device)
         return table.long()[local // cache.page_size] * cache.page_size + local % cache.page_size
 
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..common.core import layouts
+from ..common.core.ambient import without_autocast
 from ..common.core.errors import KernelNotSupported
 from ..common.core.layouts import PagedCache
 from ..common.core.model import VALUE_DIM
@@ -165,6 +166,7 @@ class Call:
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
 
+@without_autocast
 def merge_partials(
     acc: torch.Tensor, maxima: torch.Tensor, sums: torch.Tensor, attn_sink: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -108,14 +108,14 @@ def index_values(
     ``capacity`` is one number, or one a row.
     """
     rows = indices if indices.dim() == 2 else indices[:, None]
-    limits = torch.as_tensor(capacity, device=rows.device).expand(rows.shape[0])
+    limits = torch.as_tensor(capacity, dtype=torch.int64, device=rows.device).expand(rows.shape[0])
     bad = (rows < -1) | (rows >= limits[:, None])
     if lens is not None:
         past = (lens < 0) | (lens > rows.shape[1])
         if past.any():
             row = int(past.nonzero()[0])
             raise ValueError(f"{name}: length {int(lens[row])} in row {row}, need 0 to {rows.shape[1]}")
-        bad &= torch.arange(rows.shape[1], device=rows.device) < lens[:, None]
+        bad &= torch.arange(rows.shape[1], dtype=torch.int64, device=rows.device) < lens[:, None]
     if bad.any():
         row, column = (int(x) for x in bad.nonzero()[0])
         raise ValueError(
@@ -126,7 +126,7 @@ def index_values(
 
 def no_holes(name: str, slots: torch.Tensor, lens: torch.Tensor, table: str) -> None:
     """Report the first token with a -1 among the slots its span promises: its page is not in the pool."""
-    bad = (slots < 0) & (torch.arange(slots.shape[1], device=slots.device) < lens[:, None])
+    bad = (slots < 0) & (torch.arange(slots.shape[1], dtype=torch.int64, device=slots.device) < lens[:, None])
     if bad.any():
         row, column = (int(x) for x in bad.nonzero()[0])
         raise ValueError(f"{table}: token {row} needs a page that is outside the pool ({name} column {column})")

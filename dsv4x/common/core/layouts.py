@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from .ambient import writable
+
 ValueEncoding = Literal["e4m3fn", "e4m3fnuz", "e2m1", "bf16"]
 ScaleEncoding = Literal["ue8m0", "float32", "e4m3fn", "none"]
 
@@ -360,7 +362,7 @@ class PagedCache:
     @functools.cached_property
     def page_bytes(self) -> torch.Tensor:
         """uint8 ``[pages, page_size * entry_bytes]``: the bytes entries live in, as a view."""
-        return self.data.as_strided(
+        return writable(self.data).as_strided(
             (self.pages, self.page_size * self.layout.entry_bytes),
             (self.page_stride, 1),
             self.data.storage_offset(),

@@ -205,7 +205,7 @@ def convert_cache(
     def parts() -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         for start in range(0, count, CONVERT_ROWS):
             end = min(start + CONVERT_ROWS, count)
-            part = torch.arange(start, end, device=device) if slots is None else slots[start:end]
+            part = torch.arange(start, end, dtype=torch.int64, device=device) if slots is None else slots[start:end]
             # A slot src does not have must not reach dst, which may be larger.
             part = torch.where(part < src.capacity, part, -1)
             rows = torch.zeros(part.shape[0], src.layout.head_dim, dtype=torch.bfloat16, device=device)

@@ -123,9 +123,9 @@ def _run_reductions(device: torch.device, heads: int) -> None:
     from ..kernels.decode import REDUCTIONS, reduce_partials
 
     out = torch.empty(1, heads, VALUE_DIM, dtype=torch.bfloat16, device=device)
-    lse = torch.empty(1, heads, device=device)
+    lse = torch.empty(1, heads, dtype=torch.float32, device=device)
     for splits, _ in REDUCTIONS:
-        partial = torch.zeros(1, heads, splits, VALUE_DIM, device=device)
+        partial = torch.zeros(1, heads, splits, VALUE_DIM, dtype=torch.float32, device=device)
         for sink in (None, lse):
             registry.call_on(device, reduce_partials, partial, partial[..., 0].contiguous(), sink, out, lse)
 
@@ -144,8 +144,8 @@ def _run_step(
     device = swa_cache.device
     # Long enough that few tokens are split over their compressed entries.
     length = max(tokens, 4 * topk, 1024 * ratio if ratio > 4 else 0)
-    lengths = torch.tensor([length, 1], dtype=torch.int32)
-    starts = torch.tensor([0, tokens, tokens + 1], dtype=torch.int32)
+    lengths = torch.tensor([length, 1], dtype=torch.int32, device="cpu")
+    starts = torch.tensor([0, tokens, tokens + 1], dtype=torch.int32, device="cpu")
     extra: dict[str, Any] = {}
     if ratio > 1:
         assert extra_cache is not None
@@ -175,7 +175,7 @@ def _run_step(
     problems = path_problems(q, swa_cache, cache, meta, chosen)
     for path in (path for path in PATHS if path in explanation.kernels):
         for name in _kernels_of(problems[path], kernel):
-            for sink in (None, torch.zeros(heads, device=device)):
+            for sink in (None, torch.zeros(heads, dtype=torch.float32, device=device)):
                 sparse_mla_attention(q, swa_cache, cache, meta, chosen, sink, path=path, kernel=name)
     if not explanation.kernels:
         sparse_mla_attention(q, swa_cache, cache, meta, chosen, kernel=kernel)
@@ -243,7 +243,7 @@ def _run_paged(
     device = cache.device
     table = torch.full((requests, -(-width // cache.page_size)), -1, dtype=torch.int32, device=device)
     lens = torch.zeros(requests, next_n, dtype=torch.int32, device=device)
-    weights = torch.zeros(requests * next_n, heads, device=device)
+    weights = torch.zeros(requests * next_n, heads, dtype=torch.float32, device=device)
     for q, q_scale in _index_queries(cache, requests, next_n, heads):
 
         def run(kernel: str | None, topk_kernel: str | None, q: Any = q, q_scale: Any = q_scale) -> None:
@@ -270,7 +270,7 @@ def _run_flat(
     device = k.device
     none = torch.zeros(rows, dtype=torch.int32, device=device)
     table = torch.full((1, 1), -1, dtype=torch.int32, device=device)
-    weights = torch.zeros(rows, heads, device=device)
+    weights = torch.zeros(rows, heads, dtype=torch.float32, device=device)
     for q, q_scale in _index_queries(cache, rows, heads):
 
         def run(kernel: str | None, topk_kernel: str | None, q: Any = q, q_scale: Any = q_scale) -> None:
