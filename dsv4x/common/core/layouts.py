@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import math
 import struct
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -261,7 +262,7 @@ class CacheSpec(NamedTuple):
     page_stride: int
 
 
-# Vector loads of 16 bytes need every entry of every page to start on one.
+# Vector loads of 16 bytes need every page to start on one, where the layout's pages back to back do.
 ALIGNMENT = 16
 
 
@@ -273,7 +274,8 @@ class PagedCache:
         data: uint8, ``[pages, >= layout.page_stride(page_size)]``, or the servers' view
             ``[pages, page_size, 1, entry_bytes]`` (also without the 1) whose rows are *not* entries.
             ``stride(0)`` may exceed the page stride (layers packed into one block) and is honoured.
-            Base address and ``stride(0)`` are multiples of 16.
+            The base address is a multiple of 16. So is ``stride(0)``, unless the layout's own page stride is not: pages
+            of one indexer entry stand 132 bytes apart, and 4 is enough there.
         layout: a :class:`CacheLayout`.
         page_size: entries per page, > 0.
 
@@ -306,10 +308,10 @@ class PagedCache:
                     f"data: rows of {data.shape[1]} bytes, need >= {page_bytes} "
                     f"({self.layout.name}, page_size {self.page_size})"
                 )
-            if data.stride(1) != 1:
+            if data.stride(1) != 1 and data.numel():
                 raise ValueError(f"data: stride(1) is {data.stride(1)}, need 1")
         elif tuple(data.shape[1:]) in page_shapes:
-            if (data.stride(1) != entry and self.page_size > 1) or data.stride(-1) != 1:
+            if data.numel() and ((data.stride(1) != entry and self.page_size > 1) or data.stride(-1) != 1):
                 raise ValueError(
                     f"data: strides {tuple(data.stride())}, need (any, {entry}, .., 1): a page is one run of bytes"
                 )
@@ -319,9 +321,10 @@ class PagedCache:
                 f"or [pages, {self.page_size}, 1, {entry}]"
             )
         # torch normalizes the stride of a single page, so only several pages can be addressed wrongly.
-        if data.shape[0] > 1 and (data.stride(0) < page_bytes or data.stride(0) % ALIGNMENT):
+        alignment = math.gcd(ALIGNMENT, page_bytes)
+        if data.shape[0] > 1 and (data.stride(0) < page_bytes or data.stride(0) % alignment):
             raise ValueError(
-                f"data: stride(0) is {data.stride(0)} bytes, need a multiple of {ALIGNMENT} >= {page_bytes} "
+                f"data: stride(0) is {data.stride(0)} bytes, need a multiple of {alignment} >= {page_bytes} "
                 f"({self.layout.name}, page_size {self.page_size})"
             )
         # Fake and meta tensors (torch.compile) have no address to check.

@@ -82,6 +82,7 @@ def dequantize_k_cache_paged(
     cache = checks.cache("cache", cache, device)
     if out is not None:
         checks.tensor("out", out, (slots.shape[0], cache.layout.head_dim), torch.bfloat16, device)
+        checks.rows_apart("out", out)
     if checks.check_values_enabled():
         checks.index_values("slots", slots, None, cache.capacity, "slot")
     k_scale = checks.k_scale("k_scale", k_scale, cache)

@@ -88,9 +88,7 @@ def encoding_of(problem: Problem, name: str) -> str:
 
 def _check_out(out: torch.Tensor | None, rows: int, width: int, device: torch.device) -> None:
     if out is not None:
-        checks.tensor("out", out, (rows, width), torch.float32, device)
-        if rows > 1 and out.stride(0) < width:
-            raise ValueError(f"out: stride(0) is {out.stride(0)}, need >= {width}")
+        checks.rows_apart("out", checks.tensor("out", out, (rows, width), torch.float32, device))
 
 
 def check_cache(name: str, cache: object, device: torch.device) -> PagedCache:
@@ -652,7 +650,7 @@ def _bounded_topk(
     if out is None:
         out = torch.empty(rows, k, dtype=torch.int32, device=device)
     else:
-        checks.tensor("out", out, (rows, k), torch.int32, device)
+        checks.rows_apart("out", checks.tensor("out", out, (rows, k), torch.int32, device))
     checks.integer("logits_bytes", logits_bytes, 1)
     if rows == 0:
         return out

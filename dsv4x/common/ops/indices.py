@@ -39,6 +39,7 @@ def _combined_buffers(
             raise ValueError(
                 f"out_indices: width is {out_indices.shape[1]}, need a multiple of {ROW_ALIGNMENT} >= {width}"
             )
+        checks.rows_apart("out_indices", out_indices)
     if out_lens is None:
         out_lens = torch.empty(tokens, dtype=torch.int32, device=device)
     else:

@@ -257,6 +257,7 @@ def check_rest(q: torch.Tensor, attn_sink: torch.Tensor | None, out: torch.Tenso
         checks.tensor("attn_sink", attn_sink, (q.shape[1],), torch.float32, q.device)
     if out is not None:
         checks.tensor("out", out, (*q.shape[:2], VALUE_DIM), torch.bfloat16, q.device)
+        checks.rows_apart("out", out)
     return out
 
 
@@ -266,7 +267,7 @@ def scale_of(softmax_scale: object, head_dim: int) -> float:
         if head_dim != VALUE_DIM:
             raise ValueError(f"softmax_scale: got None, need the model's scale for q of {head_dim}")
         return VALUE_DIM**-0.5
-    if not isinstance(softmax_scale, (int, float)):
+    if not isinstance(softmax_scale, (int, float)) or isinstance(softmax_scale, bool):
         raise TypeError(f"softmax_scale: got {type(softmax_scale).__name__}, need a float or None")
     # FlashMLA takes the maximum before it scales, which only a positive scale allows.
     if not 0 < softmax_scale < float("inf"):
