@@ -234,8 +234,10 @@ class MLAKVCacheLayout(enum.Enum):
 def by_name(name: str) -> CacheLayout:
     """The layout of a record's name, such as ``"DSv4"`` or ``"DSv4 fnuz"``, or of an enum member's, ``"DSV4"``.
 
-    Raises ValueError naming the layouts there are.
+    Raises TypeError for what is no string, and ValueError naming the layouts there are.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {type(name).__name__}, need a layout's name")
     if name in MLAKVCacheLayout.__members__:
         return MLAKVCacheLayout[name].value
     for member in MLAKVCacheLayout:
@@ -266,6 +268,15 @@ class CacheSpec(NamedTuple):
 ALIGNMENT = 16
 
 
+def _check_pages(layout: object, page_size: object) -> None:
+    if not isinstance(layout, CacheLayout):
+        raise TypeError(f"layout: got {type(layout).__name__}, need a CacheLayout such as dsv4x.layouts.DSV4")
+    if not isinstance(page_size, int) or isinstance(page_size, bool):
+        raise TypeError(f"page_size: got {type(page_size).__name__}, need an int")
+    if page_size <= 0:
+        raise ValueError(f"page_size: got {page_size}, need > 0")
+
+
 @dataclass(frozen=True, eq=False)
 class PagedCache:
     """A paged cache as the server holds it: bytes, how entries are laid out, and entries per page.
@@ -289,12 +300,7 @@ class PagedCache:
     page_size: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layout, CacheLayout):
-            raise TypeError(f"layout: got {type(self.layout).__name__}, need a CacheLayout such as dsv4x.layouts.DSV4")
-        if not isinstance(self.page_size, int) or isinstance(self.page_size, bool):
-            raise TypeError(f"page_size: got {type(self.page_size).__name__}, need an int")
-        if self.page_size <= 0:
-            raise ValueError(f"page_size: got {self.page_size}, need > 0")
+        _check_pages(self.layout, self.page_size)
         data = self.data
         if not isinstance(data, torch.Tensor) or data.dtype != torch.uint8:
             seen = data.dtype if isinstance(data, torch.Tensor) else type(data).__name__
@@ -335,7 +341,17 @@ class PagedCache:
     def zeros(
         cls, pages: int, layout: CacheLayout, page_size: int, device: torch.device | str | None = None
     ) -> PagedCache:
-        """A cache of ``pages`` zeroed pages, back to back."""
+        """A cache of ``pages`` zeroed pages, back to back.
+
+        Raises:
+            TypeError: ``layout`` is not a CacheLayout, or ``pages`` or ``page_size`` not an int.
+            ValueError: ``pages`` < 0 or ``page_size`` < 1.
+        """
+        _check_pages(layout, page_size)
+        if not isinstance(pages, int) or isinstance(pages, bool):
+            raise TypeError(f"pages: got {type(pages).__name__}, need an int")
+        if pages < 0:
+            raise ValueError(f"pages: got {pages}, need >= 0")
         stride = -(-layout.page_stride(page_size) // ALIGNMENT) * ALIGNMENT
         return cls(torch.zeros(pages, stride, dtype=torch.uint8, device=device), layout, page_size)
 

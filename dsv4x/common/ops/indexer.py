@@ -16,7 +16,7 @@ import torch
 from ..core import checks, layouts
 from ..core.layouts import PagedCache
 from ..core.platform import platform
-from ..core.spaces import TopkMethod
+from ..core.spaces import INT32_MAX, TopkMethod
 from ..dispatch.registry import Problem, find, select
 from .topk import check_space, launch_topk, put_in_space
 
@@ -56,7 +56,7 @@ def indexer_context_lens(seq_lens: torch.Tensor, next_n: int, compress_ratio: in
     """
     checks.tensor("seq_lens", seq_lens, (None,), checks.INDEX_DTYPES)
     checks.integer("next_n", next_n, 1)
-    checks.integer("compress_ratio", compress_ratio, 1)
+    checks.integer("compress_ratio", compress_ratio, 1, INT32_MAX)
     visible = seq_lens[:, None] + torch.arange(1 - next_n, 1, dtype=seq_lens.dtype, device=seq_lens.device)
     return torch.div(visible.clamp_min(0), compress_ratio, rounding_mode="floor").int()
 

@@ -32,7 +32,7 @@ def topk_method(op: str) -> TopkMethod:
 
     Raises ValueError for another name.
     """
-    if op not in _METHODS:
+    if not isinstance(op, str) or op not in _METHODS:
         raise ValueError(f"op: got {op!r}, need one of {', '.join(_METHODS)}")
     return _METHODS[op]
 
