@@ -251,6 +251,10 @@ OPS = {
     "indexer_topk": (
         lambda kernel, **arguments: dsv4x.indexer_topk(**arguments, kernel=kernel, topk_kernel=kernel),
         lambda given: {**flat_logits(given), "topk": 4, "method": TopkMethod.RAGGED}),
+    "merge_attention_states": (
+        dsv4x.merge_attention_states,
+        lambda given: {"outs": given.normal(4, T, H, 512), "lses": given.normal(4, T, H, dtype=F32),
+                       "attn_sink": given.normal(H, dtype=F32)}),
     "topk_transform": (
         dsv4x.topk_transform,
         lambda given: {"logits": given.normal(T, 9, dtype=F32), "lengths": given.ints([9, 2, 0]), "k": 4}),

@@ -166,5 +166,6 @@ def register_portable() -> None:
     _pair("get_paged_mqa_logits_metadata", "schedule")
     _pair("topk_transform", "topk")
     _pair("topk_merge", "topk")
+    _pair("merge_attention_states", "merge")
     _pair("sparse_mla_decode", "decode", attention=True)
     _pair("sparse_mla_prefill", "prefill", attention=True, triton_us=_triton_prefill_us)

@@ -283,6 +283,29 @@ def sparse_mla_prefill(
     return _attend_chunks(q, gather, indices.shape[1], attn_sink, scale, dtype)
 
 
+def merge_attention_states(
+    outs: torch.Tensor,
+    last: torch.Tensor,
+    lses: torch.Tensor,
+    attn_sink: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """:func:`dsv4x.merge_attention_states` of states ``outs [>= N - 1, T, H, V]`` and ``last [T, H, V]``."""
+    states = torch.cat([outs[: lses.shape[0] - 1], last[None]]).float()
+    empty = lses.isinf()
+    none = empty.all(0)
+    scores = lses.masked_fill(empty, -torch.inf)
+    top = scores.amax(0).masked_fill(none, 0.0)
+    weights = torch.exp(scores - top)
+    total = weights.sum(0).masked_fill(none, 1.0)
+    merged = (weights[..., None] * states.masked_fill(empty[..., None], 0.0)).sum(0) / total[..., None]
+    lse.copy_((top + total.log()).masked_fill(none, torch.inf))
+    if attn_sink is not None:
+        merged = merged / (1 + torch.exp(attn_sink - lse))[..., None]
+    out.copy_(merged.masked_fill(none[..., None], 0.0))
+
+
 def combine_topk_swa_indices(
     topk_indices: torch.Tensor,
     query_start_loc: torch.Tensor,
