@@ -297,9 +297,10 @@ def main(arguments: argparse.Namespace) -> int:
     """Run the demo; 1 when an error is above tolerance."""
     device = torch.device("cpu" if platform.backend == "reference" else "cuda")
     on_gpu = device.type == "cuda"
-    heads = arguments.heads or (64 if on_gpu else 8)
+    heads = (64 if on_gpu else 8) if arguments.heads is None else arguments.heads
     text = readme() if arguments.text is None else arguments.text.read_text(errors="replace")
-    tokens = tokens_of(text, arguments.tokens or (4096 if on_gpu else 768), device)
+    limit = (4096 if on_gpu else 768) if arguments.tokens is None else arguments.tokens
+    tokens = tokens_of(text, limit, device)
     parts = [tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :: 2], tokens[: len(tokens) // 7], tokens[:1]]
     print(f"dsv4x demo: backend {platform.backend} ({platform.reason}), arch {platform.arch}")
     source = arguments.text or "README.md"
