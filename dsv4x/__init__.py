@@ -10,8 +10,9 @@ The step, once a step and once a layer::
     out, lse = dsv4x.sparse_mla_attention(q, swa_cache, extra_cache, step[4], topk_indices, attn_sink)
 
 Under it, the ops: ``quantize_and_insert_k_cache``, ``dequantize_k_cache_paged``, ``combine_topk_swa_indices``,
-``sparse_mla_decode``, ``sparse_mla_prefill``. ``gather_referenced_cache_blocks`` and ``gather_referenced_rows`` compact
-what a step refers to. ``explain(problem)`` tells which kernel runs and why the others do not, ``explain_step`` which
+``sparse_mla_decode``, ``sparse_mla_prefill``; ``merge_attention_states`` joins what parts of a row's entries gave.
+``gather_referenced_cache_blocks`` and ``gather_referenced_rows`` compact what a step refers to.
+``explain(problem)`` tells which kernel runs and why the others do not, ``explain_step`` which
 path a step takes and what was predicted for each. ``warmup`` compiles what a server's steps will launch.
 ``plan_cache(prefill, decode)`` tells what to store and where to convert for two kernels that read different layouts.
 The indexer of C4 layers: ``paged_indexer_topk`` and ``indexer_topk`` go from index queries to the entries that
@@ -71,6 +72,7 @@ from .common.ops.indices import (
     slots_to_compact_slots,
     window_slots,
 )
+from .common.ops.merge import merge_attention_states
 from .common.ops.sparse_mla import sparse_mla_decode, sparse_mla_prefill
 from .common.ops.topk import topk_method, topk_transform
 from .common.portable import register_portable
@@ -132,6 +134,7 @@ __all__ = [
     "layouts",
     "local_to_slots",
     "local_to_workspace_rows",
+    "merge_attention_states",
     "mqa_logits",
     "ops",
     "paged_indexer_topk",

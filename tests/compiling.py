@@ -18,7 +18,18 @@ from triton.experimental.gluon._runtime import GluonASTSource
 import dsv4x.common.kernels as kernels_package
 import dsv4x.cuda.hopper as hopper_package
 from dsv4x import layouts
-from dsv4x.common.kernels import cache, compaction, decode, gather_combine, indices, mqa_logits, prefill, schedule, topk
+from dsv4x.common.kernels import (
+    cache,
+    compaction,
+    decode,
+    gather_combine,
+    indices,
+    merge,
+    mqa_logits,
+    prefill,
+    schedule,
+    topk,
+)
 from dsv4x.common.kernels import decode_shapes as config
 from dsv4x.common.kernels import prefill_shapes as prefill_config
 from dsv4x.common.kernels import requantize as convert
@@ -142,6 +153,17 @@ def cases(arch: str) -> list[Case]:
             for at_once, warps in decode.REDUCTIONS
         ),
     ]
+    for kind, width, states in (("bf16", 512, 2), ("fp32", 512, 16), ("bf16", 200, 1)):
+        block_v, block_s, warps = merge.merge_shape(states, width)
+        found.append(
+            Case(
+                merge.merge_kernel,
+                {"HAS_SINK": True, "WIDTH": width, "BLOCK_V": block_v, "BLOCK_S": block_s},
+                {"num_warps": warps},
+                {**dict.fromkeys(("outs_ptr", "last_ptr", "out_ptr"), f"*{kind}"), "lses_ptr": "*fp32"},
+                label=f"[{kind} {width} {states}]",
+            )
+        )
     # Triton makes an integer argument of 1 a constant: the slots of a unit of one slot, and most sizes of a tiny pool.
     tiny = ("width", "slots", "unit_slots", "units", "words", "capacity", "indices_stride", "out_stride")
     for label, wide, ones in (("", False, ()), ("[wide]", True, ("unit_slots",)), ("[tiny]", False, tiny)):

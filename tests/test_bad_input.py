@@ -258,6 +258,7 @@ SINK_AND_OUT_CASES = [
     *wrong_tensors("out", zeros(T, H, 512), need="bfloat16", dtype=BF16, resize=[(T, H + 1, 512), (T + 1, H, 512)]),
     *[("softmax_scale", scale, ValueError, [str(scale), "> 0"]) for scale in (0.0, -0.05, float("inf"), float("nan"))],
     ("softmax_scale", "1", TypeError, ["str", "float"]),
+    ("softmax_scale", True, TypeError, ["bool", "float"]),
 ]
 COMPACTION_CASES = [
     ("cache", None, TypeError, ["NoneType", "PagedCache"]),
@@ -299,6 +300,7 @@ TABLE = {
             ("cache", None, TypeError, ["NoneType", "PagedCache"]),
             *wrong_caches("cache"),
             *wrong_tensors("slots", zeros(T, dtype=I64), need=EITHER, dtype=I64, resize=[(T + 1,), (T, 1)]),
+            ("k_scale", True, TypeError, ["bool", "float"]),
             *CHOICE_CASES,
         ],
     ),
@@ -352,6 +354,8 @@ TABLE = {
             *wrong_tensors("row_slots", zeros(9, dtype=I32), need="int32", dtype=I32, resize=[(9, 1)]),
             ("window_size", -1, ValueError, ["-1", ">= 0"]),
             ("window_size", 16.0, TypeError, ["float", "int"]),
+            ("positions", 5, TypeError, ["int", "pair of int32"]),
+            ("positions", (zeros(T, dtype=I32),), TypeError, ["tuple", "pair of int32"]),
             ("compress_ratio", 0, ValueError, ["0", ">= 1"]),
             ("compress_ratio", True, TypeError, ["bool", "int"]),
             ("topk", -1, ValueError, ["-1", ">= 0"]),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import dsv4x
+from dsv4x.common.core import checks
 from dsv4x.common.core.layouts import DSV4, PagedCache
 
 T, H, WIDTH, CAPACITY = 4, 2, 6, 128
@@ -238,3 +239,56 @@ def test_a_local_entry_a_token_may_not_see_is_named_by_the_entry_point(monkeypat
     attend(3)
     with pytest.raises(ValueError, match="topk_indices: local entry 5 in row 0, column 2, need -1 or 0 to 4"):
         attend(5)
+
+
+@pytest.mark.parametrize("setting", ["1", "true", "TRUE", "yes", "On", " 1 "])
+def test_every_way_of_saying_yes_turns_checks_on(setting, monkeypatch):
+    monkeypatch.setenv("DSV4X_CHECK", setting)
+    call = arguments(DEQUANTIZE, "cpu")
+    call["slots"][1] = -2
+    with pytest.raises(ValueError, match="slots: slot -2 in row 1"):
+        DEQUANTIZE(**call)
+
+
+@pytest.mark.parametrize("setting", ["0", "false", "No", "OFF", ""])
+def test_every_way_of_saying_no_leaves_them_off(setting, monkeypatch):
+    monkeypatch.setenv("DSV4X_CHECK", setting)
+    call = arguments(DEQUANTIZE, "cpu")
+    call["slots"][1] = -2
+    DEQUANTIZE(**call)
+
+
+@pytest.mark.parametrize("setting", ["2", "y", "enabled", "1,1"])
+def test_any_other_setting_is_refused_by_its_name(setting, monkeypatch):
+    monkeypatch.setenv("DSV4X_CHECK", setting)
+    with pytest.raises(ValueError, match=f"DSV4X_CHECK: got '{setting}', need one of 1, true, yes, on, or 0, false"):
+        DEQUANTIZE(**arguments(DEQUANTIZE, "cpu"))
+
+
+def test_pages_in_pool_names_the_first_that_is_not(device):
+    table = torch.tensor([[0, 5, 99], [1, -1, 2], [9, 9, 9]], dtype=torch.int32, device=device)
+
+    def check(counts):
+        checks.pages_in_pool("extra_block_table", table, torch.tensor(counts, device=device), 6)
+
+    check([2, 1, 0])
+    with pytest.raises(ValueError, match="extra_block_table: page -1 of request 1 at 1, need 0 to 5"):
+        check([2, 3, 1])
+    with pytest.raises(ValueError, match="extra_block_table: page 99 of request 0 at 2, need 0 to 5"):
+        check([3, 3, 0])
+    with pytest.raises(ValueError, match="extra_block_table: 3 pages, need >= 4 for request 1"):
+        check([2, 4, 0])
+
+
+def test_nothing_past_span_names_the_first_entry_that_nobody_reads(device):
+    rows = torch.tensor([[3, -1, -1], [0, 1, -1], [-1, -1, 7]], dtype=torch.int32, device=device)
+    checks.nothing_past_span("topk_indices", rows, torch.tensor([1, 2, 3], device=device))
+    with pytest.raises(ValueError, match="topk_indices: entry 1 in row 1, column 1, need -1 past its 1"):
+        checks.nothing_past_span("topk_indices", rows, torch.tensor([1, 1, 0], device=device))
+
+
+def test_same_as_device_names_the_first_length_that_differs(device):
+    lengths = torch.tensor([4, 9], dtype=torch.int32, device=device)
+    checks.same_as_device("seq_lens_cpu", torch.tensor([4, 9]), lengths)
+    with pytest.raises(ValueError, match="seq_lens_cpu: 8 at 1, need 9 as on the device"):
+        checks.same_as_device("seq_lens_cpu", torch.tensor([4, 8]), lengths)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dsv4x
+from dsv4x import layouts
 from dsv4x.common.core.layouts import DSV4, DSV32, PagedCache
 
 
@@ -108,6 +109,29 @@ def test_a_tensor_that_holds_no_pages_is_named(data, page_size, error, says):
 def test_the_layout_must_be_a_record():
     with pytest.raises(TypeError, match=r"layout: got str, need a CacheLayout"):
         PagedCache(zeros(2, 37440), "DSv4", 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"pages": 2.0}, TypeError, "pages: got float, need an int"),
+        ({"pages": True}, TypeError, "pages: got bool, need an int"),
+        ({"pages": -1}, ValueError, "pages: got -1, need >= 0"),
+        ({"layout": "DSv4"}, TypeError, "layout: got str, need a CacheLayout"),
+        ({"page_size": 64.0}, TypeError, "page_size: got float, need an int"),
+        ({"page_size": None}, TypeError, "page_size: got NoneType, need an int"),
+        ({"page_size": 0}, ValueError, "page_size: got 0, need > 0"),
+    ],
+)
+def test_zeros_names_what_it_cannot_take(changes, error, says):
+    with pytest.raises(error, match=says):
+        PagedCache.zeros(**{"pages": 2, "layout": DSV4, "page_size": 64, **changes})
+
+
+@pytest.mark.parametrize("name", [None, 5, ["DSv4"], {}])
+def test_a_layouts_name_is_a_string(name):
+    with pytest.raises(TypeError, match=f"name: got {type(name).__name__}, need a layout's name"):
+        layouts.by_name(name)
 
 
 def test_meta_tensors_have_no_address_to_check():

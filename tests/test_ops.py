@@ -43,6 +43,10 @@ def arguments(device, make_cache, index_rows, rng, on_device):
             torch.zeros_like(q),
         ),
         "sparse_mla_prefill": (q, kv, rows, lens, sink, 0.05, torch.zeros_like(q)),
+        "merge_attention_states": (
+            torch.randn(2, 3, 4, 512, generator=rng).bfloat16().to(device),
+            torch.randn(2, 3, 4, generator=rng).to(device), sink, torch.zeros_like(q),
+        ),
     }  # fmt: skip
 
 
@@ -60,7 +64,7 @@ def eager(name, args):
         extra = None if extra is None else PagedCache(extra, DSV4, extra_page)
         swa = PagedCache(swa, DSV4, swa_page)
         return list(dsv4x.sparse_mla_decode(q, swa, indices, lens, extra, extra_indices, extra_lens, sink, scale, out))
-    return list(dsv4x.sparse_mla_prefill(*args))
+    return list(getattr(dsv4x, name)(*args))
 
 
 def called(name, args):
@@ -84,7 +88,10 @@ def copied(args):
     return tuple(copy(value) for value in args)
 
 
-NAMES = ["quantize_and_insert_k_cache", "dequantize_k_cache_paged", "sparse_mla_decode", "sparse_mla_prefill"]
+NAMES = [
+    "quantize_and_insert_k_cache", "dequantize_k_cache_paged", "sparse_mla_decode", "sparse_mla_prefill",
+    "merge_attention_states",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,6 +106,8 @@ def test_the_fakes_hold_without_optional_arguments(arguments):
     q, kv, rows, *_ = arguments["sparse_mla_prefill"]
     bare = (q, kv, rows, None, None, None, torch.zeros_like(q))
     torch.library.opcheck(ops.sparse_mla_prefill.default, bare, test_utils=CHECKS)
+    outs, lses, _, out = arguments["merge_attention_states"]
+    torch.library.opcheck(ops.merge_attention_states.default, (outs, lses, None, out), test_utils=CHECKS)
 
 
 def test_the_fake_knows_each_layouts_width(device):

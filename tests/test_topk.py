@@ -166,6 +166,8 @@ def test_each_entry_point_has_its_space():
     assert dsv4x.topk_method("sparse_mla_prefill") is TopkMethod.RAGGED
     with pytest.raises(ValueError, match="op: got 'decode', need one of"):
         dsv4x.topk_method("decode")
+    with pytest.raises(ValueError, match="need one of"):
+        dsv4x.topk_method(["sparse_mla_decode"])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import reference
+from .core.ambient import without_grad
 from .core.calls import DecodeCall, PrefillCall, Result, deliver, queries, sinks
 from .core.layouts import INDEXER_FP8
 from .core.platform import platform
@@ -150,7 +151,7 @@ def _pair(
         Kernel(
             op,
             "reference",
-            reference_run,
+            without_grad(reference_run),
             reference_us,
             devices=("cuda", "cpu"),
             capture_safe=False,
@@ -185,5 +186,6 @@ def register_portable() -> None:
     _pair("get_paged_mqa_logits_metadata", "schedule")
     _pair("topk_transform", "topk")
     _pair("topk_merge", "topk")
+    _pair("merge_attention_states", "merge")
     _pair("sparse_mla_decode", "decode", reference_run=_reference_decode)
     _pair("sparse_mla_prefill", "prefill", reference_run=_reference_prefill, triton_us=_triton_prefill_us)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .core import encodings
+from .core.ambient import without_autocast
 from .core.layouts import CacheLayout, PagedCache
 from .core.refill import CombineCall, GatherCall, StepCall
 from .core.spaces import TopkMethod, token_positions
@@ -26,7 +27,8 @@ _CHUNK_ELEMENTS = 1 << 28
 def _entry_bytes(cache: PagedCache, slots: torch.Tensor, offset: torch.Tensor, count: int) -> torch.Tensor:
     """uint8 ``[N, count]``: the bytes at ``offset`` (int64 ``[N]``) inside each slot's page."""
     return cache.page_bytes[
-        (slots // cache.page_size)[:, None], offset[:, None] + torch.arange(count, device=slots.device)
+        (slots // cache.page_size)[:, None],
+        offset[:, None] + torch.arange(count, dtype=torch.int64, device=slots.device),
     ]
 
 
@@ -63,7 +65,7 @@ def dequantize_slots(
         cache, slots, layout.scale_base(cache.page_size) + entry * layout.scale_pitch, layout.scale_bytes
     ).contiguous()
     if layout.scale_encoding == "none":
-        nope = values * torch.tensor(k_scale, dtype=torch.float32)
+        nope = values * torch.tensor(k_scale, dtype=torch.float32, device=values.device)
     else:
         if layout.scale_encoding == "float32":
             scales = codes.view(torch.float32)
@@ -119,7 +121,7 @@ def quantize_and_insert_k_cache(k: torch.Tensor, cache: PagedCache, slots: torch
         pieces.append((data, values))
         pieces.append((layout.scale_base(cache.page_size) + entry * layout.scale_pitch, scale_codes))
     for offset, written in pieces:
-        columns = offset[:, None] + torch.arange(written.shape[1], device=k.device)
+        columns = offset[:, None] + torch.arange(written.shape[1], dtype=torch.int64, device=k.device)
         cache.page_bytes[(slots // cache.page_size)[:, None], columns] = written
 
 
@@ -150,7 +152,7 @@ def _quantize(x: torch.Tensor, layout: CacheLayout, k_scale: float) -> tuple[tor
 
 def requantize_fp8_to_block_scale(src: PagedCache, dst: PagedCache, pages: torch.Tensor | None, k_scale: float) -> None:
     """Codes copied, ``k_scale`` in every block scale, RoPE decoded; pages outside the pool are skipped."""
-    which = torch.arange(src.pages, device=src.device) if pages is None else pages.long()
+    which = torch.arange(src.pages, dtype=torch.int64, device=src.device) if pages is None else pages.long()
     which = which[(which >= 0) & (which < src.pages)]
     size, nope = src.page_size, dst.layout.nope_dim
     entries = src.page_bytes[which].view(len(which), size, src.layout.entry_bytes)
@@ -161,6 +163,7 @@ def requantize_fp8_to_block_scale(src: PagedCache, dst: PagedCache, pages: torch
     dst.page_bytes[which] = torch.cat(written, dim=2).flatten(1)
 
 
+@without_autocast
 def attend(
     q: torch.Tensor,
     kv: torch.Tensor,
@@ -199,7 +202,7 @@ def attend(
 def _valid_span(indices: torch.Tensor, lens: torch.Tensor | None, capacity: int) -> torch.Tensor:
     valid = (indices >= 0) & (indices < capacity)
     if lens is not None:
-        valid &= torch.arange(indices.shape[1], device=indices.device) < lens[:, None]
+        valid &= torch.arange(indices.shape[1], dtype=torch.int64, device=indices.device) < lens[:, None]
     return valid
 
 
@@ -281,6 +284,29 @@ def sparse_mla_prefill(
     return _attend_chunks(q, gather, indices.shape[1], attn_sink, scale, dtype)
 
 
+def merge_attention_states(
+    outs: torch.Tensor,
+    last: torch.Tensor,
+    lses: torch.Tensor,
+    attn_sink: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """:func:`dsv4x.merge_attention_states` of states ``outs [>= N - 1, T, H, V]`` and ``last [T, H, V]``."""
+    states = torch.cat([outs[: lses.shape[0] - 1], last[None]]).float()
+    empty = lses.isinf()
+    none = empty.all(0)
+    scores = lses.masked_fill(empty, -torch.inf)
+    top = scores.amax(0).masked_fill(none, 0.0)
+    weights = torch.exp(scores - top)
+    total = weights.sum(0).masked_fill(none, 1.0)
+    merged = (weights[..., None] * states.masked_fill(empty[..., None], 0.0)).sum(0) / total[..., None]
+    lse.copy_((top + total.log()).masked_fill(none, torch.inf))
+    if attn_sink is not None:
+        merged = merged / (1 + torch.exp(attn_sink - lse))[..., None]
+    out.copy_(merged.masked_fill(none[..., None], 0.0))
+
+
 def combine_topk_swa_indices(call: CombineCall) -> None:
     """One row after another, as the definition reads."""
     tokens = call.topk_indices.shape[0]
@@ -296,8 +322,8 @@ def combine_topk_swa_indices(call: CombineCall) -> None:
         # A base in 64 bits may lead past what a row number can be.
         return 0 <= row < 2**31 and (slots is None or (row < len(slots) and slots[row] >= 0))
 
-    rows = torch.full(call.out_indices.shape, -1, dtype=torch.int64)
-    lens = torch.zeros(call.out_lens.shape, dtype=torch.int64)
+    rows = torch.full(call.out_indices.shape, -1, dtype=torch.int64, device="cpu")
+    lens = torch.zeros(call.out_lens.shape, dtype=torch.int64, device="cpu")
     for t, (r, p) in enumerate(zip(owners, at)):
         if r < 0 or p < 0:
             continue
@@ -311,7 +337,7 @@ def combine_topk_swa_indices(call: CombineCall) -> None:
         for x in range(max(0, p - call.window_size + 1), p + 1):
             value = swa_base[r] + x - first_gathered
             row.append(value if x >= first_gathered and backed(value) else -1)
-        rows[t, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        rows[t, : len(row)] = torch.tensor(row, dtype=torch.int64, device="cpu")
         lens[t] = len(row)
     call.out_indices.copy_(rows)
     call.out_lens.copy_(lens)
@@ -330,7 +356,7 @@ def window_slots(
     request, position = token_positions(query_start_loc, seq_lens, out_indices.shape[0])
     width = out_indices.shape[1]
     span = (position + 1).clamp_max(width)
-    offset = torch.arange(width, device=position.device)
+    offset = torch.arange(width, dtype=torch.int64, device=position.device)
     local = torch.where(offset < span[:, None], (position - span + 1)[:, None] + offset, -1)
     local_to_slots(local, request, position + 1, block_table, page_size, pages, out_indices)
     out_lens.copy_(span)
@@ -442,7 +468,7 @@ def build_swa_token_ids(
     for r, (start, end) in enumerate(itertools.pairwise(at)):
         rows = slice(start, min(end, token_ids.shape[0]))
         count = max(rows.stop - rows.start, 0)
-        token_ids[rows] = (first[r] + torch.arange(count, device=first.device)).int()
+        token_ids[rows] = (first[r] + torch.arange(count, dtype=torch.int64, device=first.device)).int()
         request[rows] = r
 
 
@@ -486,6 +512,7 @@ def indexer_values(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     return (encodings.decode_e2m1(x).unflatten(-1, (4, 32)) * encodings.decode_ue8m0(scale)[..., None]).flatten(-2)
 
 
+@without_autocast
 def _weighted_logits(
     q: torch.Tensor, k: torch.Tensor, k_scale: torch.Tensor | None, weights: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -526,7 +553,7 @@ def paged_mqa_logits(
     most = min(max_context_len, block_table.shape[1] * cache.page_size)
     for request in range(batch):
         lens = context_lens[request].long().clamp(0, most)
-        column = torch.arange(int(lens.max()), device=q.device)
+        column = torch.arange(int(lens.max()), dtype=torch.int64, device=q.device)
         page = block_table[request].long()[column // cache.page_size]
         there = (page >= 0) & (page < cache.pages)
         slots = torch.where(there, page * cache.page_size + column % cache.page_size, -1)
@@ -559,10 +586,10 @@ def mqa_logits(
         indexer_values(q, q_scale), indexer_values(k, k_scale), None if packed else k_scale, weights, dtype
     )
     ks, ke = ks.long().clamp(0, entries)[:, None], ke.long().clamp(0, entries)[:, None]
-    column = torch.arange(entries, device=q.device)
+    column = torch.arange(entries, dtype=torch.int64, device=q.device)
     values = _masked_logits(values, (column >= ks) & (column < ke))
     if max_seqlen_k is not None:
-        at = ks + torch.arange(max_seqlen_k, device=q.device)
+        at = ks + torch.arange(max_seqlen_k, dtype=torch.int64, device=q.device)
         padded = torch.nn.functional.pad(values, (0, 1), value=-torch.inf)
         values = padded.gather(1, at.clamp_max(entries))
     return values if out is None else out.copy_(values)
@@ -586,7 +613,7 @@ def get_paged_mqa_logits_metadata(
                 request += 1
             offset = mark - (ends[request] - segments[request]) * atoms
             table[sm] = (request * atoms + offset // segments[request], offset % segments[request])
-    out.copy_(torch.tensor(table, dtype=torch.int32))
+    out.copy_(torch.tensor(table, dtype=torch.int32, device=out.device))
 
 
 def gather_indexer_k(
@@ -621,7 +648,11 @@ def _selected(values: torch.Tensor, valid: torch.Tensor, k: int) -> torch.Tensor
     order = valid.gather(1, best).sort(dim=1, descending=True, stable=True).indices
     chosen = best.gather(1, order)[:, :k]
     count = valid.sum(1, keepdim=True).clamp_max(k)
-    chosen = torch.where(torch.arange(chosen.shape[1], device=values.device) < count, chosen, width).sort(1).values
+    chosen = (
+        torch.where(torch.arange(chosen.shape[1], dtype=torch.int64, device=values.device) < count, chosen, width)
+        .sort(1)
+        .values
+    )
     chosen = torch.nn.functional.pad(chosen, (0, k - chosen.shape[1]), value=width)
     return torch.where(chosen == width, -1, chosen)
 
@@ -634,7 +665,7 @@ def _in_space(local: torch.Tensor, method: TopkMethod, space: dict[str, Any]) ->
         return torch.where((local >= 0) & (base >= 0) & (moved < 2**31), moved, -1)
     if method is TopkMethod.PAGED:
         table, size = space["block_table"].long(), space["page_size"]
-        row = torch.arange(len(local), device=local.device)
+        row = torch.arange(len(local), dtype=torch.int64, device=local.device)
         request = row // space["next_n"] if space["requests"] is None else space["requests"].long()
         known = (local >= 0) & ((request >= 0) & (request < len(table)))[:, None] & (local // size < table.shape[1])
         if not known.any():
@@ -662,7 +693,7 @@ def topk_transform(
     length = width - start
     if lengths is not None:
         length = torch.minimum(lengths.long().clamp_min(0), length)
-    column = torch.arange(width, device=logits.device)
+    column = torch.arange(width, dtype=torch.int64, device=logits.device)
     moved = torch.nn.functional.pad(logits, (0, 1)).gather(1, (start[:, None] + column).clamp_max(width))
     out.copy_(_in_space(_selected(moved, column < length[:, None], k), method, space))
 

@@ -112,7 +112,7 @@ def compact_indices(
     tokens, width = indices.shape
     valid = (indices >= 0) & (indices < capacity)
     if lens is not None:
-        valid &= torch.arange(width, device=indices.device) < lens[:, None]
+        valid &= torch.arange(width, dtype=torch.int64, device=indices.device) < lens[:, None]
     padded = max(1, -(-width // multiple)) * multiple
     # A row with a hole leaves its last column free, so that column takes every hole's -1.
     column = torch.where(valid, valid.cumsum(1) - 1, padded - 1)

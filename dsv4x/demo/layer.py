@@ -39,7 +39,7 @@ def rope(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 def as_stored(entries: torch.Tensor) -> torch.Tensor:
     """bf16 ``[N, 512]`` after the fp8 cache: what attention over it can at best be exact about."""
     cache = PagedCache.zeros(1, DSV4, max(1, len(entries)), entries.device)
-    slots = torch.arange(len(entries), device=entries.device)
+    slots = torch.arange(len(entries), dtype=torch.int64, device=entries.device)
     reference.quantize_and_insert_k_cache(entries, cache, slots)
     return reference.dequantize_slots(cache, slots)
 
@@ -81,10 +81,12 @@ class Layer:
         device: torch.device | str = "cpu",
     ):
         self.compress_ratio, self.heads, self.topk, self.window_size = compress_ratio, heads, topk, window_size
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
 
         def weight(*shape: int) -> torch.Tensor:
-            return (torch.randn(*shape, generator=generator, dtype=torch.float64) * shape[0] ** -0.5).to(device)
+            return (torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu") * shape[0] ** -0.5).to(
+                device
+            )
 
         self.embedding = weight(VOCABULARY, HIDDEN) * VOCABULARY**0.5
         self.wq = weight(HIDDEN, heads * HEAD_DIM)
@@ -101,15 +103,17 @@ class Layer:
         length, ratio = len(tokens), self.compress_ratio
         x = self.embedding[tokens]
         # Equal bytes would bring equal entries; a little of the past tells them apart.
-        x = rms_norm(x + 0.3 * x.cumsum(0) * torch.arange(1, length + 1, device=x.device)[:, None] ** -0.5)
-        positions = torch.arange(length, device=x.device)
+        x = rms_norm(
+            x + 0.3 * x.cumsum(0) * torch.arange(1, length + 1, dtype=torch.int64, device=x.device)[:, None] ** -0.5
+        )
+        positions = torch.arange(length, dtype=torch.int64, device=x.device)
         q = rope(rms_norm((x @ self.wq).view(length, self.heads, HEAD_DIM)), positions).bfloat16()
         raw = rope(rms_norm(x @ self.wk), positions).bfloat16()
         entries = 0 if ratio == 1 else length // ratio
         groups = x[: entries * ratio].view(entries, -1 if entries else 1, HIDDEN)
         gate = torch.softmax(groups @ self.wg, dim=1)
         compressed = rms_norm((gate * (groups @ self.wc)).sum(1))
-        compressed = rope(compressed, torch.arange(entries, device=x.device) * ratio).bfloat16()
+        compressed = rope(compressed, torch.arange(entries, dtype=torch.int64, device=x.device) * ratio).bfloat16()
         if ratio != 4:
             return Sequence(q, raw, compressed, None)
         index_q, index_weights, index_k = self._index(x, groups)
@@ -137,9 +141,9 @@ class Layer:
         if entries == 0:
             return chosen
         cache = PagedCache.zeros(1, self.index_layout, entries, q.device)
-        slots = torch.arange(entries, device=q.device)
+        slots = torch.arange(entries, dtype=torch.int64, device=q.device)
         reference.quantize_and_insert_k_cache(k, cache, slots)
-        visible = (torch.arange(length, device=q.device) + 1) // self.compress_ratio
+        visible = (torch.arange(length, dtype=torch.int64, device=q.device) + 1) // self.compress_ratio
         stored = reference.gather_indexer_k(cache, slots)
         logits = reference.mqa_logits(q, None, *stored, weights, torch.zeros_like(visible), visible)
         reference.topk_transform(logits, visible, chosen.shape[1], TopkMethod.LOCAL, None, {}, chosen)
@@ -147,7 +151,10 @@ class Layer:
 
     def visible(self, positions: torch.Tensor, entries: int) -> torch.Tensor:
         """bool ``[len(positions), entries]``: which compressed entries each position may see."""
-        return torch.arange(entries, device=positions.device) < ((positions + 1) // self.compress_ratio)[:, None]
+        return (
+            torch.arange(entries, dtype=torch.int64, device=positions.device)
+            < ((positions + 1) // self.compress_ratio)[:, None]
+        )
 
     def dense(
         self, sequence: Sequence, *, stored: bool, dtype: torch.dtype = torch.float32, block: int = 64
@@ -163,7 +170,7 @@ class Layer:
         length = len(raw)
         out = torch.empty(length, self.heads, HEAD_DIM, dtype=dtype, device=kv.device)
         lse = torch.empty(length, self.heads, dtype=dtype, device=kv.device)
-        token = torch.arange(length, device=kv.device)
+        token = torch.arange(length, dtype=torch.int64, device=kv.device)
         for start in range(0, length, block):
             rows = token[start : start + block]
             behind = rows[:, None] - token

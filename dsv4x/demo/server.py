@@ -117,7 +117,7 @@ class PagedServer:
         if self.index is not None:
             unused = torch.full((padding, layer.topk), 2**31 - 1, dtype=torch.int32, device=self.device)
             indices = torch.cat([self._select(queries, kernel), unused])
-        starts = torch.tensor([0, *queries]).cumsum(0)
+        starts = torch.tensor([0, *queries], dtype=torch.int64, device="cpu").cumsum(0)
         meta = AttentionMetadata.build(
             starts.int().to(self.device),
             torch.tensor(self.done, dtype=torch.int32, device=self.device),
@@ -181,13 +181,14 @@ class PagedServer:
             )  # fmt: skip
         slots, ks, ke, base = [], [], [], 0
         for i in active:
-            entries, position = self.done[i] // ratio, torch.arange(self.done[i] - queries[i], self.done[i])
+            entries, end = self.done[i] // ratio, self.done[i]
+            position = torch.arange(end - queries[i], end, dtype=torch.int64, device=self.device)
             slots.append(self._slots(self.index, self.extra_table[i], 0, entries))
-            ks.append(torch.full((queries[i],), base))
+            ks.append(torch.full((queries[i],), base, dtype=torch.int64, device=self.device))
             ke.append(base + (position + 1) // ratio)
             base += entries
         k, k_scale = gather_indexer_k(self.index, torch.cat(slots))
-        starts, ends = (torch.cat(x).int().to(self.device) for x in (ks, ke))
+        starts, ends = (torch.cat(x).int() for x in (ks, ke))
         return indexer_topk(
             q, k, k_scale, torch.cat(weights), starts, ends, topk, method, kernel=name, topk_kernel=name
         )
@@ -196,7 +197,7 @@ class PagedServer:
         quantize_and_insert_k_cache(entries[start:end], cache, self._slots(cache, table, start, end))
 
     def _slots(self, cache: PagedCache, table: torch.Tensor, start: int, end: int) -> torch.Tensor:
-        local = torch.arange(start, end, device=self.device)
+        local = torch.arange(start, end, dtype=torch.int64, device=self.device)
         return table.long()[local // cache.page_size] * cache.page_size + local % cache.page_size
 
 
@@ -297,9 +298,10 @@ def main(arguments: argparse.Namespace) -> int:
     """Run the demo; 1 when an error is above tolerance."""
     device = torch.device("cpu" if platform.backend == "reference" else "cuda")
     on_gpu = device.type == "cuda"
-    heads = arguments.heads or (64 if on_gpu else 8)
+    heads = (64 if on_gpu else 8) if arguments.heads is None else arguments.heads
     text = readme() if arguments.text is None else arguments.text.read_text(errors="replace")
-    tokens = tokens_of(text, arguments.tokens or (4096 if on_gpu else 768), device)
+    limit = (4096 if on_gpu else 768) if arguments.tokens is None else arguments.tokens
+    tokens = tokens_of(text, limit, device)
     parts = [tokens[: len(tokens) // 2], tokens[len(tokens) // 2 :: 2], tokens[: len(tokens) // 7], tokens[:1]]
     print(f"dsv4x demo: backend {platform.backend} ({platform.reason}), arch {platform.arch}")
     source = arguments.text or "README.md"

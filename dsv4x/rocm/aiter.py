@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..common.core import layouts
+from ..common.core.ambient import without_autocast
 from ..common.core.calls import (
     AttentionCall,
     Call,
@@ -152,6 +153,7 @@ def finite_sink(call: AttentionCall) -> torch.Tensor:
     return sink.clamp(-SINK_BOUND, SINK_BOUND)
 
 
+@without_autocast
 def merge_partials(
     acc: torch.Tensor, maxima: torch.Tensor, sums: torch.Tensor, attn_sink: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

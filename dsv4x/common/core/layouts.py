@@ -10,11 +10,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import math
 import struct
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+
+from .ambient import writable
 
 ValueEncoding = Literal["e4m3fn", "e4m3fnuz", "e2m1", "bf16"]
 ScaleEncoding = Literal["ue8m0", "float32", "e4m3fn", "none"]
@@ -231,8 +234,10 @@ class MLAKVCacheLayout(enum.Enum):
 def by_name(name: str) -> CacheLayout:
     """The layout of a record's name, such as ``"DSv4"`` or ``"DSv4 fnuz"``, or of an enum member's, ``"DSV4"``.
 
-    Raises ValueError naming the layouts there are.
+    Raises TypeError for what is no string, and ValueError naming the layouts there are.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name: got {type(name).__name__}, need a layout's name")
     if name in MLAKVCacheLayout.__members__:
         return MLAKVCacheLayout[name].value
     for member in MLAKVCacheLayout:
@@ -259,8 +264,17 @@ class CacheSpec(NamedTuple):
     page_stride: int
 
 
-# Vector loads of 16 bytes need every entry of every page to start on one.
+# Vector loads of 16 bytes need every page to start on one, where the layout's pages back to back do.
 ALIGNMENT = 16
+
+
+def _check_pages(layout: object, page_size: object) -> None:
+    if not isinstance(layout, CacheLayout):
+        raise TypeError(f"layout: got {type(layout).__name__}, need a CacheLayout such as dsv4x.layouts.DSV4")
+    if not isinstance(page_size, int) or isinstance(page_size, bool):
+        raise TypeError(f"page_size: got {type(page_size).__name__}, need an int")
+    if page_size <= 0:
+        raise ValueError(f"page_size: got {page_size}, need > 0")
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,7 +285,8 @@ class PagedCache:
         data: uint8, ``[pages, >= layout.page_stride(page_size)]``, or the servers' view
             ``[pages, page_size, 1, entry_bytes]`` (also without the 1) whose rows are *not* entries.
             ``stride(0)`` may exceed the page stride (layers packed into one block) and is honoured.
-            Base address and ``stride(0)`` are multiples of 16.
+            The base address is a multiple of 16. So is ``stride(0)``, unless the layout's own page stride is not: pages
+            of one indexer entry stand 132 bytes apart, and 4 is enough there.
         layout: a :class:`CacheLayout`.
         page_size: entries per page, > 0.
 
@@ -285,12 +300,7 @@ class PagedCache:
     page_size: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layout, CacheLayout):
-            raise TypeError(f"layout: got {type(self.layout).__name__}, need a CacheLayout such as dsv4x.layouts.DSV4")
-        if not isinstance(self.page_size, int) or isinstance(self.page_size, bool):
-            raise TypeError(f"page_size: got {type(self.page_size).__name__}, need an int")
-        if self.page_size <= 0:
-            raise ValueError(f"page_size: got {self.page_size}, need > 0")
+        _check_pages(self.layout, self.page_size)
         data = self.data
         if not isinstance(data, torch.Tensor) or data.dtype != torch.uint8:
             seen = data.dtype if isinstance(data, torch.Tensor) else type(data).__name__
@@ -304,10 +314,10 @@ class PagedCache:
                     f"data: rows of {data.shape[1]} bytes, need >= {page_bytes} "
                     f"({self.layout.name}, page_size {self.page_size})"
                 )
-            if data.stride(1) != 1:
+            if data.stride(1) != 1 and data.numel():
                 raise ValueError(f"data: stride(1) is {data.stride(1)}, need 1")
         elif tuple(data.shape[1:]) in page_shapes:
-            if (data.stride(1) != entry and self.page_size > 1) or data.stride(-1) != 1:
+            if data.numel() and ((data.stride(1) != entry and self.page_size > 1) or data.stride(-1) != 1):
                 raise ValueError(
                     f"data: strides {tuple(data.stride())}, need (any, {entry}, .., 1): a page is one run of bytes"
                 )
@@ -317,9 +327,10 @@ class PagedCache:
                 f"or [pages, {self.page_size}, 1, {entry}]"
             )
         # torch normalizes the stride of a single page, so only several pages can be addressed wrongly.
-        if data.shape[0] > 1 and (data.stride(0) < page_bytes or data.stride(0) % ALIGNMENT):
+        alignment = math.gcd(ALIGNMENT, page_bytes)
+        if data.shape[0] > 1 and (data.stride(0) < page_bytes or data.stride(0) % alignment):
             raise ValueError(
-                f"data: stride(0) is {data.stride(0)} bytes, need a multiple of {ALIGNMENT} >= {page_bytes} "
+                f"data: stride(0) is {data.stride(0)} bytes, need a multiple of {alignment} >= {page_bytes} "
                 f"({self.layout.name}, page_size {self.page_size})"
             )
         # Fake and meta tensors (torch.compile) have no address to check.
@@ -330,7 +341,17 @@ class PagedCache:
     def zeros(
         cls, pages: int, layout: CacheLayout, page_size: int, device: torch.device | str | None = None
     ) -> PagedCache:
-        """A cache of ``pages`` zeroed pages, back to back."""
+        """A cache of ``pages`` zeroed pages, back to back.
+
+        Raises:
+            TypeError: ``layout`` is not a CacheLayout, or ``pages`` or ``page_size`` not an int.
+            ValueError: ``pages`` < 0 or ``page_size`` < 1.
+        """
+        _check_pages(layout, page_size)
+        if not isinstance(pages, int) or isinstance(pages, bool):
+            raise TypeError(f"pages: got {type(pages).__name__}, need an int")
+        if pages < 0:
+            raise ValueError(f"pages: got {pages}, need >= 0")
         stride = -(-layout.page_stride(page_size) // ALIGNMENT) * ALIGNMENT
         return cls(torch.zeros(pages, stride, dtype=torch.uint8, device=device), layout, page_size)
 
@@ -360,7 +381,7 @@ class PagedCache:
     @functools.cached_property
     def page_bytes(self) -> torch.Tensor:
         """uint8 ``[pages, page_size * entry_bytes]``: the bytes entries live in, as a view."""
-        return self.data.as_strided(
+        return writable(self.data).as_strided(
             (self.pages, self.page_size * self.layout.entry_bytes),
             (self.page_stride, 1),
             self.data.storage_offset(),

@@ -1,14 +1,17 @@
 """Which vendor, arch and limits this machine has.
 
 The backend is decided when dsv4x is imported, from the torch build, the driver's presence and
-``DSV4X_BACKEND``; nothing here creates a device context until limits are asked for.
+``DSV4X_BACKEND``; nothing here creates a device context until limits are asked for. A ``DSV4X_BACKEND`` that cannot be
+fails the import, but not of ``python -m dsv4x``, which has to say so itself.
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,11 +53,14 @@ class Platform:
         backend: ``cuda``, ``rocm`` or ``reference``.
         reason: why that one, in one line.
         forced: whether ``DSV4X_BACKEND`` asked for it.
+        failure: why ``DSV4X_BACKEND`` cannot be met, under ``python -m dsv4x`` alone; the rest is then what there would
+            be without it.
     """
 
     backend: str
     reason: str
     forced: bool
+    failure: BackendUnavailable | None = None
 
     @property
     def vendor(self) -> str:
@@ -119,11 +125,15 @@ def _torch_build() -> tuple[str, str]:
     return "reference", f"torch {torch.__version__} is a CPU build"
 
 
-def detect() -> Platform:
-    """Choose the backend. Raises BackendUnavailable when ``DSV4X_BACKEND`` asks for one that cannot be."""
+def detect(requested: str | None = None) -> Platform:
+    """Choose the backend. Raises BackendUnavailable when one is asked for that cannot be.
+
+    ``requested`` None asks as ``DSV4X_BACKEND`` does, and empty for none.
+    """
     built_for, build = _torch_build()
     missing = _driver_missing(built_for) if built_for != "reference" else None
-    requested = os.environ.get("DSV4X_BACKEND", "").strip().lower()
+    if requested is None:
+        requested = os.environ.get("DSV4X_BACKEND", "").strip().lower()
     if requested:
         if requested not in BACKENDS:
             raise BackendUnavailable(f"DSV4X_BACKEND: got {requested!r}, need one of {', '.join(BACKENDS)}")
@@ -137,7 +147,23 @@ def detect() -> Platform:
     return Platform(built_for, build, False)
 
 
-platform = detect()
+def _is_command() -> bool:
+    """Whether this is ``python -m dsv4x``, as the interpreter tells it while it looks for that module."""
+    if sys.argv[:1] != ["-m"] or len(sys.orig_argv) < len(sys.argv):
+        return False
+    return sys.orig_argv[-len(sys.argv)].removeprefix("-m") in ("dsv4x", "dsv4x.__main__")
+
+
+def _chosen() -> Platform:
+    try:
+        return detect()
+    except BackendUnavailable as error:
+        if not _is_command():
+            raise
+        return dataclasses.replace(detect(""), failure=error)
+
+
+platform = _chosen()
 
 
 def capturing(device: torch.device) -> bool:

@@ -38,7 +38,7 @@ def token_positions(
     Token 0 is the one at ``query_start_loc[0]``.
     """
     starts = query_start_loc.long() - query_start_loc[0].long()
-    token = torch.arange(tokens, device=starts.device)
+    token = torch.arange(tokens, dtype=torch.int64, device=starts.device)
     request = torch.searchsorted(starts[1:].contiguous(), token, right=True)
     live = request < seq_lens.numel()
     at = request.clamp_max(max(seq_lens.numel() - 1, 0))

@@ -56,7 +56,7 @@ class VendorLibrary:
             return None, f"{self.module} here is {self.wrong[distribution]}; {self.hint}", None
         try:
             module = importlib.import_module(self.module)
-        except Exception as error:  # a vendor wheel may fail in any way; the reason is kept, not hidden
+        except (Exception, SystemExit) as error:  # a vendor wheel may fail in any way; the reason is kept, not hidden
             return None, self._failed(error), error
         lacking = [name for name in self.attributes if not hasattr(module, name)]
         if lacking:

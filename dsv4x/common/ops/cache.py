@@ -83,6 +83,7 @@ def dequantize_k_cache_paged(
     cache = checks.cache("cache", cache, device)
     if out is not None:
         checks.tensor("out", out, (slots.shape[0], cache.layout.head_dim), torch.bfloat16, device)
+        checks.rows_apart("out", out)
     if checks.check_values_enabled():
         checks.index_values("slots", slots, None, cache.capacity, "slot")
     k_scale = checks.k_scale("k_scale", k_scale, cache)
@@ -206,7 +207,7 @@ def convert_cache(
     def parts() -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         for start in range(0, count, CONVERT_ROWS):
             end = min(start + CONVERT_ROWS, count)
-            part = torch.arange(start, end, device=device) if slots is None else slots[start:end]
+            part = torch.arange(start, end, dtype=torch.int64, device=device) if slots is None else slots[start:end]
             # A slot src does not have must not reach dst, which may be larger.
             part = torch.where(part < src.capacity, part, -1)
             rows = torch.zeros(part.shape[0], src.layout.head_dim, dtype=torch.bfloat16, device=device)

@@ -18,7 +18,7 @@ from ..core import checks, layouts
 from ..core.layouts import PagedCache
 from ..core.logits_calls import FlatLogitsCall, PagedLogitsCall
 from ..core.platform import platform
-from ..core.spaces import TopkMethod
+from ..core.spaces import INT32_MAX, TopkMethod
 from ..dispatch.problem import CacheProblem, LogitsProblem, ScheduleProblem, SelectionProblem
 from ..dispatch.registry import find, select
 from .topk import Selection, check_space, launch_topk, put_in_space
@@ -64,7 +64,7 @@ def indexer_context_lens(seq_lens: torch.Tensor, next_n: int, compress_ratio: in
     """
     checks.tensor("seq_lens", seq_lens, (None,), checks.INDEX_DTYPES)
     checks.integer("next_n", next_n, 1)
-    checks.integer("compress_ratio", compress_ratio, 1)
+    checks.integer("compress_ratio", compress_ratio, 1, INT32_MAX)
     visible = seq_lens[:, None] + torch.arange(1 - next_n, 1, dtype=seq_lens.dtype, device=seq_lens.device)
     return torch.div(visible.clamp_min(0), compress_ratio, rounding_mode="floor").int()
 
@@ -90,9 +90,7 @@ def _encoding(x: torch.Tensor) -> str:
 
 def _check_out(out: torch.Tensor | None, rows: int, width: int, device: torch.device) -> None:
     if out is not None:
-        checks.tensor("out", out, (rows, width), torch.float32, device)
-        if rows > 1 and out.stride(0) < width:
-            raise ValueError(f"out: stride(0) is {out.stride(0)}, need >= {width}")
+        checks.rows_apart("out", checks.tensor("out", out, (rows, width), torch.float32, device))
 
 
 def check_cache(name: str, cache: object, device: torch.device) -> PagedCache:
@@ -645,7 +643,7 @@ def _bounded_topk(
     if out is None:
         out = torch.empty(rows, k, dtype=torch.int32, device=device)
     else:
-        checks.tensor("out", out, (rows, k), torch.int32, device)
+        checks.rows_apart("out", checks.tensor("out", out, (rows, k), torch.int32, device))
     checks.integer("logits_bytes", logits_bytes, 1)
     if rows == 0:
         return out

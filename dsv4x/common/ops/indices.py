@@ -41,6 +41,7 @@ def _combined_buffers(
             raise ValueError(
                 f"out_indices: width is {out_indices.shape[1]}, need a multiple of {ROW_ALIGNMENT} >= {width}"
             )
+        checks.rows_apart("out_indices", out_indices)
     if out_lens is None:
         out_lens = torch.empty(tokens, dtype=torch.int32, device=device)
     else:
@@ -111,6 +112,8 @@ def combine_topk_swa_indices(
     if row_slots is not None:
         checks.tensor("row_slots", row_slots, (None,), torch.int32, device)
     if positions is not None:
+        if not isinstance(positions, (tuple, list)) or len(positions) != 2:
+            raise TypeError(f"positions: got {type(positions).__name__}, need a pair of int32 tensors")
         for name, value in zip(("positions[0]", "positions[1]"), positions):
             checks.tensor(name, value, (tokens,), torch.int32, device)
     checks.integer("compress_ratio", compress_ratio, 1)

@@ -290,6 +290,7 @@ def check_rest(
         checks.tensor("out", out, (q.shape[0], exact, VALUE_DIM), torch.bfloat16, q.device)
         if heads is not None and out.shape[1] < heads:
             raise ValueError(f"out: {out.shape[1]} heads, need >= {heads}")
+        checks.rows_apart("out", out)
 
 
 def _check_local(local: Local, tokens: int, cache: PagedCache) -> None:
@@ -307,7 +308,7 @@ def scale_of(softmax_scale: object, head_dim: int) -> float:
         if head_dim != VALUE_DIM:
             raise ValueError(f"softmax_scale: got None, need the model's scale for q of {head_dim}")
         return VALUE_DIM**-0.5
-    if not isinstance(softmax_scale, (int, float)):
+    if not isinstance(softmax_scale, (int, float)) or isinstance(softmax_scale, bool):
         raise TypeError(f"softmax_scale: got {type(softmax_scale).__name__}, need a float or None")
     # FlashMLA takes the maximum before it scales, which only a positive scale allows.
     if not 0 < softmax_scale < float("inf"):

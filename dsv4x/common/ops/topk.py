@@ -33,7 +33,7 @@ def topk_method(op: str) -> TopkMethod:
 
     Raises ValueError for another name.
     """
-    if op not in _METHODS:
+    if not isinstance(op, str) or op not in _METHODS:
         raise ValueError(f"op: got {op!r}, need one of {', '.join(_METHODS)}")
     return _METHODS[op]
 
@@ -104,7 +104,7 @@ def topk_transform(
     if out is None:
         out = torch.empty(rows, k, dtype=torch.int32, device=device)
     else:
-        checks.tensor("out", out, (rows, k), torch.int32, device)
+        checks.rows_apart("out", checks.tensor("out", out, (rows, k), torch.int32, device))
     if lengths is not None and checks.check_values_enabled():
         most = width - (0 if row_starts is None else row_starts.long())
         bad = (lengths < 0) | (lengths > most)

@@ -10,7 +10,7 @@ import torch
 
 from ..core import layouts
 from ..core.layouts import PagedCache
-from . import cache, sparse_mla
+from . import cache, merge, sparse_mla
 
 _library = torch.library.Library("dsv4x", "DEF")
 
@@ -54,6 +54,14 @@ def _prefill(q, kv, indices, lens, attn_sink, softmax_scale, out):  # type: igno
     return sparse_mla.sparse_mla_prefill(q, kv, indices, lens, attn_sink, softmax_scale, out)[1]
 
 
+def _merge(outs, lses, attn_sink, out):  # type: ignore[no-untyped-def]
+    return merge.merge_attention_states(outs, lses, attn_sink, out)[1]
+
+
+def _merge_fake(outs, lses, attn_sink, out):  # type: ignore[no-untyped-def]
+    return lses.new_empty(lses.shape[1], lses.shape[2])
+
+
 def _lse_fake(q, *rest):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape[0], q.shape[1], dtype=torch.float32)
 
@@ -82,4 +90,9 @@ _define(
     "Tensor(a!) out) -> Tensor",
     _prefill,
     _lse_fake,
+)
+_define(
+    "merge_attention_states(Tensor outs, Tensor lses, Tensor? attn_sink, Tensor(a!) out) -> Tensor",
+    _merge,
+    _merge_fake,
 )

@@ -104,7 +104,7 @@ class SparsePrefillChunkCache:
             checks.rows_apart("workspace", checks.tensor("workspace", workspace, (None, 512), torch.bfloat16))
         self.max_bytes, self._workspace = max_bytes, workspace
         self._meta: AttentionMetadata | None = None
-        self._versions: tuple[int, ...] = ()
+        self._versions: tuple[int, ...] | None = ()
         self.close()
 
     def rebuild(self, meta: AttentionMetadata) -> SparsePrefillChunkCache:

@@ -84,7 +84,7 @@ class StepMetadata:
         makes_windows: whether ``swa_indices`` are made here.
         captured: whether it was last filled inside a graph that was being captured.
         kinds: compress ratio -> metadata, of the layers with compressed entries.
-        versions: :meth:`current_versions` when it was last filled.
+        versions: :meth:`current_versions` when it was last filled; None of a copy that nobody used.
     """
 
     query_start_loc: torch.Tensor
@@ -104,7 +104,7 @@ class StepMetadata:
     makes_windows: bool
     captured: bool = False
     kinds: dict[int, AttentionMetadata] = field(default_factory=dict)
-    versions: tuple[int, ...] = ()
+    versions: tuple[int, ...] | None = ()
 
     @classmethod
     def build(
@@ -257,6 +257,17 @@ class StepMetadata:
         tables = [kind.extra_block_table for kind in self.kinds.values()]
         tensors = (self.query_start_loc, self.seq_lens, self.swa_block_table, *tables)
         return tuple([-1 if t is None or t.is_inference() else t._version for t in tensors])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's tensors count their changes anew; what was out of date stays so.
+        return {**self.__dict__, "versions": () if self.stale else None}
+
+    @property
+    def stale(self) -> bool:
+        """Whether torch has changed a length or a table since it was filled."""
+        if self.versions is None:
+            self.versions = self.current_versions()
+        return self.versions != self.current_versions()
 
     def _fill(self, *, fresh: bool) -> None:
         device = self.seq_lens.device
@@ -565,7 +576,7 @@ class AttentionMetadata:
 
     def check_current(self) -> None:
         """Raise ValueError where torch has changed a length or a table since the step was filled."""
-        if self.step.versions != self.step.current_versions():
+        if self.step.stale:
             raise ValueError("meta: a length or a block table changed in place since it was filled, need update(...)")
 
     def check_pages(self) -> None:

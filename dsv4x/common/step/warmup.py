@@ -157,10 +157,10 @@ def _run_reductions(device: torch.device, heads: int) -> None:
     from ..kernels.decode import REDUCTIONS, Spans, reduce_partials
 
     out = torch.empty(1, heads, VALUE_DIM, dtype=torch.bfloat16, device=device)
-    lse = torch.empty(1, heads, device=device)
+    lse = torch.empty(1, heads, dtype=torch.float32, device=device)
     spans = Spans(torch.zeros(1, dtype=torch.int32, device=device), 1, None, 0)
     for splits, _ in REDUCTIONS:
-        partial = torch.zeros(1, heads, splits, VALUE_DIM, device=device)
+        partial = torch.zeros(1, heads, splits, VALUE_DIM, dtype=torch.float32, device=device)
         for sink in (None, lse):
             partial_lse = partial[..., 0].contiguous()
             registry.call_on(device, reduce_partials, partial, partial_lse, sink, out, lse, spans, 0, 64)
@@ -176,8 +176,8 @@ def _run_steps(caches: tuple[PagedCache, PagedCache | None], kinds: Sequence[Lay
     largest = max((kind.compress_ratio for kind in kinds), default=1)
     # Long enough that few tokens are split over their compressed entries.
     length = max(size.tokens, 4 * size.topk, 1024 * largest if largest > 4 else 0)
-    lengths = torch.tensor([length, 1], dtype=torch.int32)
-    starts = torch.tensor([0, size.tokens, size.tokens + 1], dtype=torch.int32)
+    lengths = torch.tensor([length, 1], dtype=torch.int32, device="cpu")
+    starts = torch.tensor([0, size.tokens, size.tokens + 1], dtype=torch.int32, device="cpu")
 
     def table(cache: PagedCache, ratio: int) -> torch.Tensor:
         columns = -(-length // ratio // cache.page_size) + 1
@@ -289,7 +289,7 @@ def _run_paged(
     device = cache.device
     table = torch.full((requests, -(-width // cache.page_size)), -1, dtype=torch.int32, device=device)
     lens = torch.zeros(requests, next_n, dtype=torch.int32, device=device)
-    weights = torch.zeros(requests * next_n, heads, device=device)
+    weights = torch.zeros(requests * next_n, heads, dtype=torch.float32, device=device)
     for q, q_scale in _index_queries(cache, requests, next_n, heads):
 
         def run(kernel: str | None, topk_kernel: str | None, q: Any = q, q_scale: Any = q_scale) -> None:
@@ -316,7 +316,7 @@ def _run_flat(
     device = k.device
     none = torch.zeros(rows, dtype=torch.int32, device=device)
     table = torch.full((1, 1), -1, dtype=torch.int32, device=device)
-    weights = torch.zeros(rows, heads, device=device)
+    weights = torch.zeros(rows, heads, dtype=torch.float32, device=device)
     for q, q_scale in _index_queries(cache, rows, heads):
 
         def run(kernel: str | None, topk_kernel: str | None, q: Any = q, q_scale: Any = q_scale) -> None:
