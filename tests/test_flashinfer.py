@@ -300,6 +300,22 @@ def test_heads_are_padded_to_those_there_are_kernels_for(layout, heads, newest, 
     assert (around == 7).all(), "wrote outside out"
 
 
+@pytest.mark.parametrize(("heads", "wide"), [(5, 8), (8, 64), (20, 33)])
+@pytest.mark.parametrize("layout", [NATIVE, BF16], ids=lambda x: x.name)
+def test_only_the_heads_that_count_are_read_and_written(layout, heads, wide, newest, decode_case):
+    case = decode_case(heads=heads, layout=layout)
+    want = run(case)
+    more = (0, 0, 0, wide - heads)
+    case["q"] = torch.nn.functional.pad(case["q"], more, value=math.nan)
+    case["attn_sink"] = torch.nn.functional.pad(case["attn_sink"], more[2:], value=math.nan)
+    around = torch.full((3, wide, 512), 7.0, dtype=torch.bfloat16)
+    for out in (None, around):
+        got, lse = flashinfer.decode(decode_call(**case, softmax_scale=SCALE, heads=heads, out=out))
+        assert torch.equal(got[:, :heads], want[0])
+        assert torch.equal(lse, want[1])
+    assert (around[:, heads:] == 7).all(), "wrote to heads that do not count"
+
+
 @pytest.mark.parametrize("width", [0, 1, 127, 128, 129, 300])
 @pytest.mark.parametrize("lens", [False, True])
 def test_any_width_is_served(width, lens, newest, decode_case):

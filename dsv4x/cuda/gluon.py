@@ -31,7 +31,7 @@ _DECODE_BLOCK = 64
 
 
 def prefill(call: PrefillCall) -> Result:
-    """Gluon's prefill kernel. q and kv whose rows are not aligned to 32 bytes are copied."""
+    """Gluon's prefill kernel. q and kv are copied where a stride is no multiple of 32 bytes, or the address of 16."""
     from .hopper.prefill import sparse_mla_prefill
 
     return sparse_mla_prefill(call)
