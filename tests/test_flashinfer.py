@@ -376,6 +376,18 @@ def test_long_batches_are_split(tokens, given, newest, decode_case, monkeypatch)
     assert [call[0] for call in newest.calls] == [4] * (tokens // 4) + [tokens % 4] * (tokens % 4 > 0)
 
 
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 8), (300, 20), (10**6, 128)])
+def test_scratch_holds_the_workspace_of_a_call(tokens, heads):
+    spec = CacheSpec(NATIVE.name, 64, 100, NATIVE.page_stride(64))
+    problem = dsv4x.Problem(
+        "sparse_mla_decode", "cuda", "sm_100", tokens=tokens, heads=heads, head_dim=576, width=2048, caches=(spec,)
+    )
+    padded = next(h for h in flashinfer.HEADS if heads <= h)
+    cut = min(tokens, flashinfer.max_batch(padded, 2048))
+    bound = flashinfer._scratch(problem)
+    assert flashinfer.workspace_bytes(cut, padded) < bound < flashinfer.workspace_bytes(cut, padded) + (6 << 30)
+
+
 def test_a_call_stays_within_its_memory():
     for heads in flashinfer.HEADS:
         for width in (0, 128, 2048, 1 << 25):

@@ -681,6 +681,21 @@ def test_other_layouts_are_served(layout, lens, trusted, double, decode_case):
     assert double.calls == [3, 3]
 
 
+@pytest.mark.parametrize(("heads", "padded"), [(8, 64), (64, 64), (65, 128)])
+def test_scratch_is_what_its_launcher_allocates(heads, padded):
+    """``sparse_attn_decode_interface`` of 9241ae3, by hand: an arch that is not here is taken for 304 SMs."""
+    spec = dsv4x.CacheSpec("DSv4", 64, 100, 37440)
+    fields = {"tokens": 100, "heads": heads, "width": 128, "extra_width": 500, "caches": (spec, spec)}
+    parts, rows = 304, 100 * padded
+    floats = (100 + parts) * padded * 513 + rows * 2 + padded + 8 * parts + 101 + 100 * (128 + 512 + 2)
+    least = 4 * floats + 2 * rows * 1024
+    bound = flash_mla._decode_scratch(dsv4x.Problem("sparse_mla_decode", "cuda", "sm_90x", **fields))
+    assert least <= bound <= least + 13 * 512
+    more = {**fields, "tokens": 10**7}
+    most = flash_mla._decode_scratch(dsv4x.Problem("sparse_mla_decode", "cuda", "sm_90x", **more))
+    assert most < 4 * 2**30, "long batches are cut"
+
+
 @pytest.mark.interpreter
 def test_prefill_of_an_empty_workspace_is_served(one_double, prefill_case):
     case = prefill_case()

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 from . import reference
+from .core import layouts
 from .core.calls import DecodeCall, PrefillCall, Result, deliver, queries, sinks
 from .core.platform import platform
 from .core.vendor import TRITON
 from .dispatch import costs
 from .dispatch.registry import Kernel, Problem, register
+from .kernels.decode_shapes import decode_config, most_splits
+from .kernels.scratch import multiprocessors, partial_bytes, tensor_bytes
 
 # Microseconds a call and FLOP a microsecond. Triton's are an H200's (decode-kernels-h200.json of benchmarks/results,
 # over DSv4 entries); the reference's are a guess that keeps it last on a GPU.
@@ -81,6 +84,26 @@ def _reference_prefill(call: PrefillCall) -> Result:
     return deliver(call, values.to(call.q.dtype), lse)
 
 
+def _triton_scratch(problem: Problem) -> int:
+    """Partial outputs, of as many splits as a row may get."""
+    if problem.op != "sparse_mla_decode":
+        return 0
+    config = decode_config(problem.arch, problem.heads, tuple(layouts.by_name(c.layout) for c in problem.caches))
+    blocks = sum(-(-width // config.block_k) for width in (problem.width, problem.extra_width))
+    at_once = 2 * multiprocessors(problem.device, problem.arch)
+    programs = problem.tokens * -(-problem.heads // config.block_h)
+    splits = problem.split_k or most_splits(programs, blocks, at_once)
+    return partial_bytes(problem.tokens, problem.heads, splits)
+
+
+def _reference_scratch(problem: Problem) -> int:
+    """Gathered and decoded entries, logits and weights of as many tokens as it takes at a time, and float32 results."""
+    width = problem.width + problem.extra_width
+    tokens = min(problem.tokens, reference.tokens_at_once(width, problem.head_dim))
+    entries, logits = tokens * width * problem.head_dim, tokens * width * problem.heads
+    return tensor_bytes(entries, 40) + tensor_bytes(logits, 24) + tensor_bytes(problem.tokens * problem.heads * 512, 16)
+
+
 # Microseconds a call, and bytes of K, FLOP and bytes of logits a microsecond: an H200's, and for the reference a guess.
 TRITON_LOGITS_RATES = {"paged_mqa_logits": (8.0, 3.8e6, 650e6, 4e6), "mqa_logits": (8.0, 3.8e6, 880e6, 4e6)}
 _REFERENCE_LOGITS_RATES = (500.0, 1e5, 1e6, 1e5)
@@ -107,6 +130,8 @@ def _pair(
     module: str,
     *,
     reference_run: Callable[..., Any] | None = None,
+    triton_scratch: Callable[[Problem], int] = lambda problem: 0,
+    reference_scratch: Callable[[Problem], int] = lambda problem: 0,
     triton_us: Callable[[Problem], float] = _triton_us,
     reference_us: Callable[[Problem], float] = _reference_us,
 ) -> None:
@@ -122,6 +147,7 @@ def _pair(
                 fixed_splits=op == "sparse_mla_decode",
                 remaps=op == "sparse_mla_decode",
                 host_us=functools.partial(costs.kernel_host_us, kernel="triton"),
+                scratch_bytes=triton_scratch,
                 further_reasons=_triton_reasons,
             )
         )
@@ -133,6 +159,7 @@ def _pair(
             reference_us,
             devices=("cuda", "cpu"),
             capture_safe=False,
+            scratch_bytes=reference_scratch,
         )
     )
 
@@ -161,5 +188,6 @@ def register_portable() -> None:
     _pair("get_paged_mqa_logits_metadata", "schedule")
     _pair("topk_transform", "topk")
     _pair("topk_merge", "topk")
-    _pair("sparse_mla_decode", "decode", reference_run=_reference_decode)
-    _pair("sparse_mla_prefill", "prefill", reference_run=_reference_prefill, triton_us=_triton_prefill_us)
+    scratch = {"triton_scratch": _triton_scratch, "reference_scratch": _reference_scratch}
+    _pair("sparse_mla_decode", "decode", reference_run=_reference_decode, **scratch)
+    _pair("sparse_mla_prefill", "prefill", reference_run=_reference_prefill, triton_us=_triton_prefill_us, **scratch)

@@ -23,6 +23,7 @@ from ..common.core.platform import platform
 from ..common.core.vendor import VendorLibrary, aligned, is_aligned, needs_triton, parameters
 from ..common.dispatch import costs
 from ..common.dispatch.registry import Kernel, Problem, register
+from ..common.kernels.scratch import multiprocessors, tensor_bytes
 
 FLASH_MLA = VendorLibrary(
     "flash_mla",
@@ -292,11 +293,49 @@ def _kernel_us(problem: Problem) -> float:
     return call + problem.attention_flops * padded / max(problem.heads, 1) / rate
 
 
+_SCHEDULE_BYTES = 32
+"""A scheduler's words for each of its parts of a multiprocessor's work."""
+
+
+def _index_bytes(tokens: int, width: int, multiple: int) -> int:
+    return tensor_bytes(tokens * max(1, -(-width // multiple)) * multiple, 4) + tensor_bytes(tokens, 4)
+
+
+def _around_bytes(problem: Problem, tokens: int) -> int:
+    """q and the sink padded or aligned, and FlashMLA's own outputs: its values, lse and largest logits."""
+    heads = _padded_heads(problem.heads)
+    rows = tokens * heads
+    values = tensor_bytes(rows * problem.head_dim, 2) + tensor_bytes(rows * VALUE_DIM, 2)
+    return values + 2 * tensor_bytes(rows, 4) + tensor_bytes(heads, 4)
+
+
+def _prefill_scratch(problem: Problem) -> int:
+    """A copy of a workspace that is off its alignment is not counted."""
+    return _around_bytes(problem, problem.tokens) + _index_bytes(problem.tokens, problem.width, PREFILL_WIDTH)
+
+
+def _decode_scratch(problem: Problem) -> int:
+    """What ``sparse_attn_decode_interface`` allocates for one part of the batch, and what is made for it."""
+    if any(cache.layout in BF16_LAYOUTS for cache in problem.caches):
+        return _prefill_scratch(problem)
+    heads = _padded_heads(problem.heads)
+    tokens = min(problem.tokens, _MAX_PARTIAL_ELEMENTS // (heads * VALUE_DIM))
+    # One for each token, and for each multiprocessor one more at most.
+    parts = multiprocessors(problem.device, problem.arch)
+    splits = (tokens + parts) * heads
+    partial = tensor_bytes(splits * VALUE_DIM, 4) + tensor_bytes(splits, 4)
+    schedule = tensor_bytes(parts, _SCHEDULE_BYTES) + tensor_bytes(tokens + 1, 4)
+    rows = _index_bytes(tokens, problem.width, DECODE_WIDTH)
+    if len(problem.caches) > 1:
+        rows += _index_bytes(tokens, problem.extra_width, DECODE_WIDTH)
+    return partial + schedule + rows + _around_bytes(problem, tokens)
+
+
 def register_kernels() -> None:
     """Add FlashMLA's two kernels to the ops they serve."""
-    for op, run, reasons, names in (
-        ("sparse_mla_decode", decode, _decode_reasons, DECODE_LAYOUTS),
-        ("sparse_mla_prefill", prefill, _prefill_reasons, ()),
+    for op, run, reasons, names, scratch in (
+        ("sparse_mla_decode", decode, _decode_reasons, DECODE_LAYOUTS, _decode_scratch),
+        ("sparse_mla_prefill", prefill, _prefill_reasons, (), _prefill_scratch),
     ):
         register(
             Kernel(
@@ -308,6 +347,7 @@ def register_kernels() -> None:
                 archs=ARCHS,
                 layouts=names,
                 max_heads=HEADS[-1],
+                scratch_bytes=scratch,
                 host_us=functools.partial(costs.kernel_host_us, kernel="flash_mla"),
                 further_reasons=reasons,
             )

@@ -23,6 +23,7 @@ from ..common.core.layouts import PagedCache
 from ..common.core.model import VALUE_DIM
 from ..common.core.vendor import VendorLibrary, aligned, parameters
 from ..common.dispatch.registry import Kernel, Problem, refuse, register
+from ..common.kernels.scratch import tensor_bytes
 
 FLASHINFER = VendorLibrary(
     "flashinfer",
@@ -275,6 +276,16 @@ def _decode_part(call: DecodeCall) -> Result:
     return deliver(call, values, natural.masked_fill(empty[:, None], math.inf))
 
 
+def _scratch(problem: Problem) -> int:
+    """The workspace of one part of the batch, and what is made around it: index rows, q in e4m3, values in float32."""
+    heads = _padded_heads(problem.heads)
+    tokens = min(problem.tokens, max_batch(heads, problem.width))
+    width = max(1, -(-problem.width // WIDTH)) * WIDTH
+    rows = tokens * heads
+    made = tensor_bytes(tokens * width, 64) + tensor_bytes(rows * HEAD_DIM, 14) + tensor_bytes(rows * VALUE_DIM, 16)
+    return workspace_bytes(tokens, heads) + made + 4 * tensor_bytes(rows, 4)
+
+
 def register_kernels() -> None:
     """Add the decode kernel, and say why there is no prefill one."""
     register(
@@ -289,6 +300,7 @@ def register_kernels() -> None:
             layouts=LAYOUTS,
             max_heads=HEADS[-1],
             by_name_only=BY_NAME_ONLY,
+            scratch_bytes=_scratch,
             further_reasons=_decode_reasons,
         )
     )

@@ -9,6 +9,8 @@ from ..common.core.model import VALUE_DIM
 from ..common.core.vendor import VendorLibrary
 from ..common.dispatch import costs
 from ..common.dispatch.registry import Kernel, Problem, register
+from ..common.kernels.decode_shapes import most_splits, num_splits
+from ..common.kernels.scratch import multiprocessors, partial_bytes, tensor_bytes
 
 GLUON = VendorLibrary(
     "triton.experimental.gluon.language.nvidia.hopper",
@@ -55,9 +57,19 @@ def _decode_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-def _decode_us(problem: Problem) -> float:
-    from ..common.kernels.decode_shapes import num_splits
+def _decode_scratch(problem: Problem) -> int:
+    programs = problem.tokens * -(-problem.heads // _BLOCK_H)
+    blocks = sum(-(-width // _DECODE_BLOCK) for width in (problem.width, problem.extra_width))
+    splits = problem.split_k or most_splits(programs, blocks, multiprocessors(problem.device, problem.arch))
+    return partial_bytes(problem.tokens, problem.heads, splits)
 
+
+def _prefill_scratch(problem: Problem) -> int:
+    """A copy of q, which is made where q is off its alignment. One of such a workspace is not counted."""
+    return tensor_bytes(problem.tokens * problem.heads * problem.head_dim, 2)
+
+
+def _decode_us(problem: Problem) -> float:
     programs = problem.tokens * -(-problem.heads // _BLOCK_H)
     blocks = sum(-(-width // _DECODE_BLOCK) for width in (problem.width, problem.extra_width))
     splits = problem.split_k or num_splits(programs, blocks, _MULTIPROCESSORS)
@@ -103,6 +115,7 @@ def register_kernels() -> None:
             layouts=("DSv4",),
             fixed_splits=True,
             remaps=True,
+            scratch_bytes=_decode_scratch,
             host_us=host_us,
             further_reasons=_decode_reasons,
         )
@@ -115,6 +128,7 @@ def register_kernels() -> None:
             _predicted_us,
             library=GLUON,
             archs=("sm_90",),
+            scratch_bytes=_prefill_scratch,
             host_us=host_us,
             further_reasons=_reasons,
         )

@@ -39,6 +39,7 @@ from ..common.core.model import VALUE_DIM
 from ..common.core.platform import platform
 from ..common.core.vendor import VendorLibrary, aligned, is_aligned, parameters
 from ..common.dispatch.registry import Kernel, Problem, find, register
+from ..common.kernels.scratch import tensor_bytes
 from ..common.ops import indices
 from ..common.ops.sparse_mla import problem_of
 
@@ -576,6 +577,23 @@ def _predicted_us(problem: Problem) -> float:
     return triton.predicted_us(problem) * (_BEFORE if own else _BEHIND)
 
 
+# pa_decode_sparse splits rows until about 2 * 16384 of them are in flight (heads of a workgroup times its workgroups),
+# each with float32 values and two statistics. Read in its Python, not measured.
+_AITER_PARTIAL_BYTES = 2 * 16384 * 4 * (VALUE_DIM + 2)
+
+
+def _scratch(problem: Problem) -> int:
+    """Ragged rows, q aligned and padded, values before they are masked or merged, and AITER's own partial outputs."""
+    width = problem.width + problem.extra_width
+    step = min(problem.tokens, max_tokens(problem.heads, problem.head_dim, width, problem.lse))
+    tokens = max(step, MLA_GLUON_UNSPLIT_TOKENS)
+    rows = tokens * problem.heads
+    indices_bytes = tensor_bytes(step * width, 4) + 6 * tensor_bytes(tokens + 1, 8)
+    values = tensor_bytes(rows * VALUE_DIM, 16) + tensor_bytes(rows * problem.head_dim, 6) + 8 * tensor_bytes(rows, 4)
+    merged = 3 * tensor_bytes(rows * _SPLITS * VALUE_DIM, 4) if problem.lse else 0
+    return indices_bytes + values + merged + _AITER_PARTIAL_BYTES
+
+
 def register_kernels() -> None:
     """Add AITER to the two attention ops; it is not imported."""
     for op, run, names in (("sparse_mla_decode", decode, LAYOUTS), ("sparse_mla_prefill", prefill, ())):
@@ -589,6 +607,7 @@ def register_kernels() -> None:
                 archs=ARCHS,
                 layouts=names,
                 max_heads=MAX_HEADS,
+                scratch_bytes=_scratch,
                 further_reasons=_reasons,
             )
         )

@@ -107,3 +107,8 @@ def num_splits(programs: int, blocks: int, at_once: int) -> int:
             if cost < fewest:
                 best, fewest = splits, cost
     return best
+
+
+def most_splits(programs: int, blocks: int, at_once: int) -> int:
+    """More splits than this :func:`num_splits` never gives ``programs`` rows of up to ``blocks``."""
+    return max(1, min(blocks, MAX_SPLITS, _MOST_WAVES * at_once // max(programs, 1)))

@@ -26,6 +26,7 @@ from ...common.core.platform import platform
 from ...common.kernels.decode import reduce_partials
 from ...common.kernels.decode_shapes import num_splits
 from ...common.kernels.launch import Launcher
+from ...common.kernels.scratch import partials
 
 BLOCK_H = gl.constexpr(64)
 BLOCK_K = gl.constexpr(64)
@@ -499,8 +500,7 @@ def sparse_mla_decode(call: DecodeCall) -> Result:
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     partial = partial_lse = lse
     if splits > 1:
-        partial = torch.empty(tokens, heads, splits, 512, dtype=torch.float32, device=q.device)
-        partial_lse = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
+        partial, partial_lse = partials(call, splits)
     items = tokens * head_blocks * splits
     request, visible, table, pages = call.local or (lse, lse, extra_indices, 0)
     _launch(
