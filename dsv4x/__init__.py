@@ -73,7 +73,7 @@ from .common.ops.indices import (
     window_slots,
 )
 from .common.ops.merge import merge_attention_states
-from .common.ops.sparse_mla import sparse_mla_decode, sparse_mla_prefill
+from .common.ops.sparse_mla import scratch_bytes, sparse_mla_decode, sparse_mla_prefill
 from .common.ops.topk import topk_method, topk_transform
 from .common.portable import register_portable
 from .common.step.attention import explain_step, sparse_mla_attention
@@ -145,6 +145,7 @@ __all__ = [
     "ragged_to_dense",
     "reference",
     "requantize_fp8_to_block_scale",
+    "scratch_bytes",
     "slots_to_compact_slots",
     "sparse_mla_attention",
     "sparse_mla_decode",

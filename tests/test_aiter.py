@@ -100,6 +100,8 @@ class Aiter:
         assert q.dtype == torch.bfloat16
         assert q.dim() == 3
         assert q.shape[0] > 0
+        assert q.data_ptr() % 16 == 0
+        assert all(stride > 0 and stride % 8 == 0 for stride in q.stride()[:-1])
         assert q.shape[2] in dims
         assert q.stride(2) == 1
 
@@ -107,6 +109,8 @@ class Aiter:
         """The pool as a dsv4x cache: its format told as AITER tells it, by dtype and width."""
         assert pool.shape[0] > 0
         assert pool.stride(-1) == 1
+        assert pool.data_ptr() % 16 == 0
+        assert pool.shape[0] == 1 or pool.stride(0) * pool.element_size() % 16 == 0
         if pool.dim() == 2:
             assert pool.dtype == torch.bfloat16
             assert pool.shape[1] == head_dim
@@ -148,6 +152,8 @@ class Aiter:
     def _write(values, out, like):
         if out is None:
             out = torch.empty_like(like[..., :512], dtype=torch.bfloat16)
+        assert out.data_ptr() % 16 == 0
+        assert all(stride % 8 == 0 for stride in out.stride()[:-1])
         return out.copy_(values)
 
     def _pa_decode_sparse(self, a):
@@ -260,10 +266,6 @@ class Aiter:
         tokens, heads, _ = a.q.shape
         assert a.unified_kv.dim() == 2
         cache = self._cache(a.unified_kv, 512)
-        # 16 bytes at a time.
-        for tensor in (a.q, a.unified_kv):
-            assert tensor.data_ptr() % 16 == 0
-            assert all(stride % 8 == 0 for stride in tensor.stride()[:-1])
         self._is_ragged(a.kv_indices_prefix, a.kv_indptr_prefix, tokens, cache.capacity, holes=False)
         self._is_sink(a.attn_sink, heads)
         return self._rows(cache, a.kv_indices_prefix, a.kv_indptr_prefix)
@@ -310,7 +312,7 @@ def reference_dense(entries, indptr):
 
 def forget():
     """What the wiring remembers of the build it has seen."""
-    for cached in (aiter._imported, aiter._parameters):
+    for cached in (aiter._imported,):
         cached.cache_clear()
     registry.clear_caches()
 
@@ -530,6 +532,47 @@ ROUTES = [
 ]
 
 
+def with_padding(case, wide):
+    """q and sink of ``wide`` heads, those past the case's own NaN."""
+    more = (0, 0, 0, wide - case["q"].shape[1])
+    q, sink = (torch.nn.functional.pad(case[x], y, value=NAN) for x, y in (("q", more), ("attn_sink", more[2:])))
+    return {**case, "q": q, "attn_sink": sink}
+
+
+def padded_as_alone(run, case, wide, **options):
+    """A padded q gives what its own heads give, and leaves the others in out as they were."""
+    heads = case["q"].shape[1]
+    want, want_lse = run(**case, softmax_scale=SCALE, **options)
+    around = torch.full((len(want), wide, 512), 7.0, dtype=torch.bfloat16)
+    for out in (None, around):
+        got, lse = run(**with_padding(case, wide), softmax_scale=SCALE, heads=heads, out=out, **options)
+        assert torch.equal(got[:, :heads], want)
+        assert lse is None or torch.equal(lse, want_lse)
+    assert (around[:, heads:] == 7).all(), "wrote to heads that do not count"
+
+
+@pytest.mark.parametrize("wide", [6, 64])
+@pytest.mark.parametrize(("arch", "build", "layout", "extra", "lse"), ROUTES)
+def test_only_the_heads_that_count_are_read_and_written(
+    arch, build, layout, extra, lse, wide, install, decode_case, prefill_case
+):  # fmt: skip
+    install(arch, build)
+    case = decode_case(layout, extra, heads=5)
+    padded_as_alone(lambda **x: aiter.decode(decode_call(**x)), case, wide, return_lse=lse)
+
+
+@pytest.mark.parametrize("offset", [1, 4, 8])
+@pytest.mark.parametrize(("arch", "build", "layout", "extra", "lse"), ROUTES)
+def test_what_is_off_its_alignment_is_copied(arch, build, layout, extra, lse, offset, install, decode_case):
+    install(arch, build)
+    for tokens in (1, 3):
+        case = decode_case(layout, extra, tokens=tokens)
+        q = torch.zeros(tokens, 9, layout.head_dim + 8 + offset, dtype=torch.bfloat16)[:, 1:, offset:][..., :-8]
+        case["q"] = q.copy_(case["q"])
+        out = torch.zeros(tokens, 9, 521 + offset, dtype=torch.bfloat16)[:, 1:, offset : 512 + offset]
+        run_decode(case, out, lse=lse, scaled=(arch, build) == ("gfx942", RELEASED))
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("arch", "build", "layout", "extra", "lse"), ROUTES)
 def test_no_index_out_of_range_and_no_hole_is_handed_over(
@@ -685,6 +728,11 @@ def test_every_entry_point_attends_to_rows(heads, sink, only, prefill_case):
     around, out = odd_out(4, heads)
     run_prefill(case, out, lse=False)
     only_inside(around, out)
+
+
+def test_a_padded_q_is_served_by_every_entry_point(only, prefill_case):
+    case = prefill_case(tokens=3, heads=5)
+    padded_as_alone(lambda **x: aiter.prefill(prefill_call(**x)), case, 64, return_lse=False)
 
 
 def test_mla_gluon_is_called_where_it_is_right(install, monkeypatch, prefill_case):

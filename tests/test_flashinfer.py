@@ -300,6 +300,22 @@ def test_heads_are_padded_to_those_there_are_kernels_for(layout, heads, newest, 
     assert (around == 7).all(), "wrote outside out"
 
 
+@pytest.mark.parametrize(("heads", "wide"), [(5, 8), (8, 64), (20, 33)])
+@pytest.mark.parametrize("layout", [NATIVE, BF16], ids=lambda x: x.name)
+def test_only_the_heads_that_count_are_read_and_written(layout, heads, wide, newest, decode_case):
+    case = decode_case(heads=heads, layout=layout)
+    want = run(case)
+    more = (0, 0, 0, wide - heads)
+    case["q"] = torch.nn.functional.pad(case["q"], more, value=math.nan)
+    case["attn_sink"] = torch.nn.functional.pad(case["attn_sink"], more[2:], value=math.nan)
+    around = torch.full((3, wide, 512), 7.0, dtype=torch.bfloat16)
+    for out in (None, around):
+        got, lse = flashinfer.decode(decode_call(**case, softmax_scale=SCALE, heads=heads, out=out))
+        assert torch.equal(got[:, :heads], want[0])
+        assert torch.equal(lse, want[1])
+    assert (around[:, heads:] == 7).all(), "wrote to heads that do not count"
+
+
 @pytest.mark.parametrize("width", [0, 1, 127, 128, 129, 300])
 @pytest.mark.parametrize("lens", [False, True])
 def test_any_width_is_served(width, lens, newest, decode_case):
@@ -358,6 +374,18 @@ def test_long_batches_are_split(tokens, given, newest, decode_case, monkeypatch)
     _, out = odd_out(tokens, 5) if given else (None, None)
     run(case, out)
     assert [call[0] for call in newest.calls] == [4] * (tokens // 4) + [tokens % 4] * (tokens % 4 > 0)
+
+
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 8), (300, 20), (10**6, 128)])
+def test_scratch_holds_the_workspace_of_a_call(tokens, heads):
+    spec = CacheSpec(NATIVE.name, 64, 100, NATIVE.page_stride(64))
+    problem = dsv4x.Problem(
+        "sparse_mla_decode", "cuda", "sm_100", tokens=tokens, heads=heads, head_dim=576, width=2048, caches=(spec,)
+    )
+    padded = next(h for h in flashinfer.HEADS if heads <= h)
+    cut = min(tokens, flashinfer.max_batch(padded, 2048))
+    bound = flashinfer._scratch(problem)
+    assert flashinfer.workspace_bytes(cut, padded) < bound < flashinfer.workspace_bytes(cut, padded) + (6 << 30)
 
 
 def test_a_call_stays_within_its_memory():

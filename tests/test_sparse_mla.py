@@ -676,6 +676,102 @@ def test_value_checks_name_a_local_entry_its_token_may_not_see(local_case, monke
         dsv4x.sparse_mla_decode(**case, kernel="reference")
 
 
+WITH_WORKSPACE = pytest.mark.parametrize(
+    ("kernel", "device"),
+    [
+        pytest.param("triton", "cpu", marks=pytest.mark.interpreter),
+        pytest.param("triton", "cuda", marks=pytest.mark.gpu),
+        pytest.param("gluon", "cuda", marks=pytest.mark.gpu),
+    ],
+)
+
+
+def decode_problem(case, device, **fields):
+    """What :func:`dsv4x.sparse_mla_decode` asks for a case."""
+    q = case["q"]
+    return dsv4x.Problem.on(
+        "sparse_mla_decode", q.to(device).device, tokens=q.shape[0], heads=q.shape[1],
+        width=case["swa_indices"].shape[1], extra_width=case["extra_indices"].shape[1],
+        caches=(case["swa_cache"].spec, case["extra_cache"].spec), **fields,
+    )  # fmt: skip
+
+
+@WITH_WORKSPACE
+@pytest.mark.parametrize("split_k", [None, 1, 3])
+def test_partial_outputs_are_kept_in_the_callers_workspace(split_k, kernel, device, decode_case, on_device):
+    if kernel == "gluon" and platform.arch != "sm_90":
+        pytest.skip(f"arch is {platform.arch}")
+    case = decode_case(tokens=3, heads=5, width=100, extra_width=300)
+    need = dsv4x.scratch_bytes(decode_problem(case, device, split_k=split_k or 0), kernel)
+    buffer = torch.full((need + 64,), 255, dtype=torch.uint8, device=device)
+    there = on_device(case, device)
+    got = dsv4x.sparse_mla_decode(**there, kernel=kernel, split_k=split_k, workspace=buffer[:need])
+    check_decode(*got, *reference.sparse_mla_decode(**case, dtype=torch.float64))
+    assert (buffer[need:] == 255).all(), "wrote past the workspace"
+    if split_k == 3:
+        assert (buffer[:need] != 255).any(), "did not use it"
+        with pytest.raises(ValueError, match=f"workspace: 512 bytes, need >= {need} for 3 splits of 3 tokens"):
+            dsv4x.sparse_mla_decode(**there, kernel=kernel, split_k=3, workspace=buffer[:512])
+    if split_k == 1:
+        assert need == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["flash_mla", "gluon", "triton", "reference"])
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 64), (3, 5), (200, 64), (64, 128)])
+def test_a_call_allocates_no_more_than_its_scratch(tokens, heads, kernel, decode_case, prefill_case, on_device):
+    case, rows = decode_case(tokens=tokens, heads=heads, width=100, extra_width=300), prefill_case(tokens, heads)
+    given = dsv4x.Problem.on(
+        "sparse_mla_prefill", torch.device("cuda"), tokens=tokens, heads=heads, width=40, rows=len(rows["kv"])
+    )
+    for op, arguments, problem in (
+        (dsv4x.sparse_mla_decode, case, decode_problem(case, "cuda")), (dsv4x.sparse_mla_prefill, rows, given),
+    ):  # fmt: skip
+        record = registry.find(problem.op, kernel)
+        if record is None or record.not_supported_reasons(problem):
+            pytest.skip(f"no {kernel} kernel here")
+        there = on_device(arguments, "cuda")
+        out = torch.empty(tokens, heads, 512, dtype=torch.bfloat16, device="cuda")
+        op(**there, kernel=kernel, out=out)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _, lse = op(**there, kernel=kernel, out=out)
+        torch.cuda.synchronize()
+        taken = torch.cuda.max_memory_allocated() - before - (-(-4 * lse.numel() // 512) * 512)
+        assert taken <= dsv4x.scratch_bytes(problem, kernel)
+
+
+def test_splits_are_never_more_than_their_bound():
+    from dsv4x.common.kernels.decode_shapes import most_splits, num_splits
+
+    for at_once in (2, 132, 264, 608):
+        for programs in (1, 2, 3, 17, 64, 131, 132, 133, 500, 4096):
+            for blocks in (0, 1, 2, 3, 10, 33, 128, 600):
+                splits = {num_splits(programs, fewer, at_once) for fewer in range(blocks + 1)}
+                assert max(splits) <= most_splits(programs, blocks, at_once)
+
+
+def test_scratch_is_asked_of_the_attention_ops_alone():
+    with pytest.raises(ValueError, match="problem: of copy_pages, need sparse_mla_decode or sparse_mla_prefill"):
+        dsv4x.scratch_bytes(dsv4x.Problem("copy_pages", "cpu", "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("workspace", "error", "message"),
+    [
+        (torch.zeros(64), TypeError, "workspace: dtype is float32, need uint8"),
+        (torch.zeros(8, 8, dtype=torch.uint8), ValueError, r"workspace: shape is \(8, 8\), need \(any\)"),
+        (torch.zeros(64, dtype=torch.uint8)[::2], ValueError, r"workspace: stride\(0\) is 2, need 1"),
+        (torch.zeros(64, dtype=torch.uint8)[1:], ValueError, "workspace: address .*, need a multiple of 16"),
+        (4096, TypeError, "workspace: got int, need a uint8 tensor"),
+    ],
+)
+def test_a_workspace_that_is_none_is_refused(workspace, error, message, decode_case):
+    with pytest.raises(error, match=message):
+        dsv4x.sparse_mla_decode(**decode_case(), kernel="reference", workspace=workspace)
+
+
 def test_kernels_that_split_as_they_like_refuse_fixed_splits(decode_case):
     with pytest.raises(dsv4x.KernelNotSupported, match="split_k is 2, need None: it splits rows as the whole batch"):
         dsv4x.sparse_mla_decode(**decode_case(), kernel="reference", split_k=2)

@@ -15,7 +15,7 @@ from dsv4x import reference
 from dsv4x.common.core import layouts
 from dsv4x.common.core.errors import BackendUnavailable
 from dsv4x.common.core.layouts import PagedCache
-from dsv4x.common.core.vendor import VendorLibrary
+from dsv4x.common.core.vendor import VendorLibrary, aligned, is_aligned
 from dsv4x.cuda import flash_mla
 
 NAME = "dsv4x_test_vendor_module"
@@ -163,6 +163,8 @@ class Double:
         assert k_cache.stride()[1:] == (entry, entry, 1) or page_size == 1
         assert k_cache.stride(3) == 1
         assert pages == 1 or k_cache.stride(0) >= layout.page_stride(page_size)
+        assert k_cache.data_ptr() % 16 == 0
+        assert pages == 1 or k_cache.stride(0) % 16 == 0
         return PagedCache(k_cache, layout, page_size)
 
     def _indices(self, indices, lens, tokens, capacity, multiple):
@@ -171,6 +173,7 @@ class Double:
         assert indices.shape[2] > 0
         assert indices.shape[2] % multiple == 0
         assert indices.stride(2) == 1
+        self._steps(indices, 32)
         assert bool(((indices == -1) | ((indices >= 0) & (indices < capacity))).all()), "an illegal access"
         if lens is not None:
             assert lens.dtype == torch.int32
@@ -179,7 +182,16 @@ class Double:
             assert bool(((lens >= 0) & (lens <= indices.shape[2])).all()), "a length past its row"
         return indices[:, 0]
 
+    @staticmethod
+    def _steps(tensor, size):
+        """Tensor maps and vector loads, which look at the stride of one row too."""
+        assert tensor.data_ptr() % size == 0
+        for stride in tensor.stride()[:-1]:
+            assert stride > 0
+            assert stride * tensor.element_size() % size == 0
+
     def _heads(self, q, attn_sink):
+        self._steps(q, 16)
         assert q.dtype == torch.bfloat16
         assert q.shape[-2] in (64, 128)
         assert q.shape[-1] in (512, 576)
@@ -200,6 +212,8 @@ class Double:
         tokens, one = q.shape[:2]
         assert one == 1
         self._heads(q[:, 0], attn_sink)
+        assert q.stride(1) % 8 == 0
+        assert q.stride(0) % q.stride(1) == 0, "SM100 asserts it"
         assert block_table is cache_seqlens is num_splits is None
         assert (head_dim_v, causal, is_fp8_kvcache) == (512, False, True)
         assert type(softmax_scale) is float
@@ -246,6 +260,7 @@ class Double:
         assert kv.shape[0] > 0
         assert kv.shape[1:] == (1, q.shape[-1])
         assert kv.stride(2) == 1
+        self._steps(kv, 16)
         assert d_v == 512
         rows = self._indices(indices, topk_length, q.shape[0], kv.shape[0], 128)
         if topk_length is not None:
@@ -392,6 +407,65 @@ def test_a_padded_q_is_handed_over_as_it_is(heads, wide, double, decode_case, pr
         assert (around[:, heads:] == 7).all(), "wrote to heads that do not count"
         assert [q.shape[-2] for q in seen] == [needed, needed]
         assert all((q.data_ptr() == wider["q"].data_ptr()) == (wide >= needed) for q in seen)
+
+
+def shifted(tensor, by, gap=0):
+    """The same values ``by`` elements into memory, rows ``gap`` elements further apart."""
+    *rows, width = tensor.shape
+    wide = tensor.new_empty(*rows, width + gap + by)
+    flat = tensor.new_empty(wide.numel() + by)
+    view = flat[by:].view(wide.shape)[..., :width]
+    return view.copy_(tensor)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize(("by", "gap"), [(1, 0), (3, 5), (8, 4), (4, 4), (0, 1)])
+@pytest.mark.parametrize("heads", [5, 64])
+def test_what_is_off_its_alignment_is_copied(heads, by, gap, trusted, double, decode_case, prefill_case):
+    for tokens in (1, 3):
+        case = decode_case(tokens=tokens, heads=heads, extra_width=64)
+        for name in ("q", "swa_indices", "extra_indices", "swa_lens", "extra_lens", "attn_sink"):
+            case[name] = shifted(case[name], by, 0 if case[name].dim() == 1 else gap)
+        run_decode(case, shifted(torch.empty(tokens, heads, 512).bfloat16(), by, gap), trusted_indices=trusted)
+        rows = prefill_case(tokens=tokens, heads=heads)
+        rows["lens"].fill_(128)
+        for name in ("q", "kv", "indices", "lens", "attn_sink"):
+            rows[name] = shifted(rows[name], by, 0 if rows[name].dim() == 1 else gap)
+        run_prefill(rows, shifted(torch.empty(tokens, heads, 512).bfloat16(), by, gap), trusted_indices=trusted)
+
+
+@pytest.mark.interpreter
+def test_a_stride_that_torch_does_not_care_for_is_mended(one_double, decode_case):
+    case = decode_case(tokens=1, heads=64)
+    case["q"] = case["q"].as_strided((1, 64, 512), (3, 512, 1))
+    case["swa_indices"] = case["swa_indices"].as_strided((1, 64), (1, 1))
+    run_decode(case, trusted_indices=True)
+    case = decode_case(tokens=3, heads=64)
+    run_decode({**case, "q": case["q"][:1].expand(3, 64, 512)})
+
+
+@pytest.mark.parametrize(
+    ("shift", "strides", "base", "step", "well"),
+    [
+        (0, (64, 1), 16, 16, True),
+        (4, (64, 1), 16, 16, True),
+        (4, (64, 1), 32, 16, False),
+        (1, (64, 1), 16, 16, False),
+        (0, (66, 1), 16, 16, False),
+        (0, (68, 1), 16, 16, True),
+        (0, (68, 1), 16, 32, False),
+        (0, (0, 1), 16, 16, False),
+        (0, (64, 2), 16, 16, False),
+    ],
+)
+def test_alignment_is_told_and_made(shift, strides, base, step, well):
+    tensor = torch.arange(400, dtype=torch.int32)[shift:].as_strided((3, 16), strides)
+    assert is_aligned(tensor, base, step) == well
+    made = aligned(tensor, base, step)
+    assert (made is tensor) == well
+    assert torch.equal(made, tensor)
+    assert is_aligned(made, base, step)
 
 
 @pytest.mark.interpreter
@@ -605,6 +679,21 @@ def test_other_layouts_are_served(layout, lens, trusted, double, decode_case):
     run_decode(case, trusted_indices=trusted)
     run_decode(decode_case(width=9, heads=65, spread=1, layout=layout), trusted_indices=trusted)
     assert double.calls == [3, 3]
+
+
+@pytest.mark.parametrize(("heads", "padded"), [(8, 64), (64, 64), (65, 128)])
+def test_scratch_is_what_its_launcher_allocates(heads, padded):
+    """``sparse_attn_decode_interface`` of 9241ae3, by hand: an arch that is not here is taken for 304 SMs."""
+    spec = dsv4x.CacheSpec("DSv4", 64, 100, 37440)
+    fields = {"tokens": 100, "heads": heads, "width": 128, "extra_width": 500, "caches": (spec, spec)}
+    parts, rows = 304, 100 * padded
+    floats = (100 + parts) * padded * 513 + rows * 2 + padded + 8 * parts + 101 + 100 * (128 + 512 + 2)
+    least = 4 * floats + 2 * rows * 1024
+    bound = flash_mla._decode_scratch(dsv4x.Problem("sparse_mla_decode", "cuda", "sm_90x", **fields))
+    assert least <= bound <= least + 13 * 512
+    more = {**fields, "tokens": 10**7}
+    most = flash_mla._decode_scratch(dsv4x.Problem("sparse_mla_decode", "cuda", "sm_90x", **more))
+    assert most < 4 * 2**30, "long batches are cut"
 
 
 @pytest.mark.interpreter

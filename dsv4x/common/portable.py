@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import reference
+from .core import layouts
 from .core.ambient import without_grad
 from .core.calls import DecodeCall, PrefillCall, Result, deliver, queries, sinks
 from .core.layouts import INDEXER_FP8
@@ -18,6 +19,8 @@ from .core.vendor import TRITON
 from .dispatch import costs
 from .dispatch.problem import AttentionProblem, LogitsProblem, Problem
 from .dispatch.registry import Kernel, refuse, register
+from .kernels.decode_shapes import decode_config, most_splits
+from .kernels.scratch import multiprocessors, partial_bytes, tensor_bytes
 
 # Microseconds a call and FLOP a microsecond. Triton's are an H200's (decode-kernels-h200.json of benchmarks/results,
 # over DSv4 entries); the reference's are a guess that keeps it last on a GPU.
@@ -91,6 +94,26 @@ def _reference_prefill(call: PrefillCall) -> Result:
     return deliver(call, values.to(call.q.dtype), lse)
 
 
+def _triton_scratch(problem: AttentionProblem) -> int:
+    """Partial outputs, of as many splits as a row may get."""
+    if problem.op != "sparse_mla_decode":
+        return 0
+    config = decode_config(problem.arch, problem.heads, tuple(layouts.by_name(c.layout) for c in problem.caches))
+    blocks = sum(-(-width // config.block_k) for width in (problem.width, problem.extra_width))
+    at_once = 2 * multiprocessors(problem.device, problem.arch)
+    programs = problem.tokens * -(-problem.heads // config.block_h)
+    splits = problem.split_k or most_splits(programs, blocks, at_once)
+    return partial_bytes(problem.tokens, problem.heads, splits)
+
+
+def _reference_scratch(problem: AttentionProblem) -> int:
+    """Gathered and decoded entries, logits and weights of as many tokens as it takes at a time, and float32 results."""
+    width = problem.width + problem.extra_width
+    tokens = min(problem.tokens, reference.tokens_at_once(width, problem.head_dim))
+    entries, logits = tokens * width * problem.head_dim, tokens * width * problem.heads
+    return tensor_bytes(entries, 40) + tensor_bytes(logits, 24) + tensor_bytes(problem.tokens * problem.heads * 512, 16)
+
+
 def _unpacked(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Give the oracle, whose signature is the op's, a call's record."""
     return lambda call: run(*call)
@@ -122,6 +145,8 @@ def _pair(
     module: str,
     *,
     reference_run: Callable[..., Any] | None = None,
+    triton_scratch: Callable[[Any], int] = lambda problem: 0,
+    reference_scratch: Callable[[Any], int] = lambda problem: 0,
     triton_us: Callable[[Any], float] = _triton_us,
     reference_us: Callable[[Any], float] = _reference_us,
     unpacked: bool = False,
@@ -144,6 +169,7 @@ def _pair(
                 fixed_splits=op == "sparse_mla_decode",
                 remaps=op == "sparse_mla_decode",
                 host_us=functools.partial(costs.kernel_host_us, kernel="triton"),
+                scratch_bytes=triton_scratch,
                 further_reasons=_triton_reasons,
             )
         )
@@ -155,6 +181,7 @@ def _pair(
             reference_us,
             devices=("cuda", "cpu"),
             capture_safe=False,
+            scratch_bytes=reference_scratch,
         )
     )
 
@@ -187,5 +214,6 @@ def register_portable() -> None:
     _pair("topk_transform", "topk")
     _pair("topk_merge", "topk")
     _pair("merge_attention_states", "merge")
-    _pair("sparse_mla_decode", "decode", reference_run=_reference_decode)
-    _pair("sparse_mla_prefill", "prefill", reference_run=_reference_prefill, triton_us=_triton_prefill_us)
+    scratch: dict[str, Any] = {"triton_scratch": _triton_scratch, "reference_scratch": _reference_scratch}
+    _pair("sparse_mla_decode", "decode", reference_run=_reference_decode, **scratch)
+    _pair("sparse_mla_prefill", "prefill", reference_run=_reference_prefill, triton_us=_triton_prefill_us, **scratch)

@@ -206,6 +206,11 @@ def _valid_span(indices: torch.Tensor, lens: torch.Tensor | None, capacity: int)
     return valid
 
 
+def tokens_at_once(width: int, head_dim: int) -> int:
+    """Tokens whose entries the attention ops gather together."""
+    return max(1, _CHUNK_ELEMENTS // max(1, width * head_dim))
+
+
 def _attend_chunks(
     q: torch.Tensor,
     gather: Callable[[slice], tuple[torch.Tensor, torch.Tensor]],
@@ -218,7 +223,7 @@ def _attend_chunks(
     tokens, heads, head_dim = q.shape
     out = torch.empty(tokens, heads, min(head_dim, _VALUE_DIM), dtype=dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=dtype, device=q.device)
-    step = max(1, _CHUNK_ELEMENTS // max(1, width * head_dim))
+    step = tokens_at_once(width, head_dim)
     for start in range(0, tokens, step):
         rows = slice(start, start + step)
         kv, valid = gather(rows)

@@ -3,13 +3,13 @@
 Read from FlashMLA 9241ae3 and the ``sgl-flash-mla`` 1.0.0 wheel, and measured on an H200:
 64 or 128 heads; index widths in multiples of 64 (decode) and 128 (prefill); int32 indices of which only -1 is invalid
 (decode); at least one token, page and row; a scheduler kernel whose shared memory grows with the batch. DSv3.2 pages
-are read without lengths and without an extra cache. bf16 pages are rows to the prefill kernel.
+are read without lengths and without an extra cache. bf16 pages are rows to the prefill kernel. q, workspace rows and
+pages begin on 16 bytes, and so do their strides; index rows on 32 (SM100). What else comes is copied, pages refused.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +20,11 @@ from ..common.core.calls import AttentionCall, DecodeCall, PrefillCall, Result, 
 from ..common.core.layouts import PagedCache
 from ..common.core.model import VALUE_DIM
 from ..common.core.platform import platform
-from ..common.core.vendor import TRITON, VendorLibrary
+from ..common.core.vendor import VendorLibrary, aligned, is_aligned, needs_triton, parameters
 from ..common.dispatch import costs
 from ..common.dispatch.problem import AttentionProblem
 from ..common.dispatch.registry import Kernel, register
+from ..common.kernels.scratch import multiprocessors, tensor_bytes
 
 FLASH_MLA = VendorLibrary(
     "flash_mla",
@@ -34,6 +35,8 @@ FLASH_MLA = VendorLibrary(
 
 ARCHS = ("sm_90", "sm_100", "sm_103")
 HEADS = (64, 128)
+# The address and the row stride of indices, in bytes: SM90 loads two at a time, SM100 eight.
+INDEX_ALIGNMENT = 32
 DECODE_WIDTH = 64
 PREFILL_WIDTH = 128
 SM100_PAGE_ALIGNMENT = {layouts.DSV4.name: 576, layouts.DSV32.name: 656}
@@ -58,22 +61,17 @@ def max_batch(heads: int, shared_memory: int) -> int:
     return min(scheduler_limit(shared_memory), _MAX_PARTIAL_ELEMENTS // (heads * VALUE_DIM))
 
 
-@functools.cache
-def _parameters(function: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
-
-
 def _options(function: Callable[..., Any]) -> dict[str, bool]:
     """What an entry point takes to reach the V4 kernels: newer wheels moved them behind ``use_legacy``."""
-    return {"use_legacy": True} if "use_legacy" in _parameters(function) else {}
+    return {"use_legacy": True} if "use_legacy" in parameters(function) else {}
 
 
 def _out(function: Callable[..., Any], call: AttentionCall, heads: int, *middle: int) -> dict[str, torch.Tensor]:
     """The caller's buffer, where the build takes one (vLLM's does) and FlashMLA would write nothing else into it."""
     out = call.out
-    if out is None or not call.heads == heads == out.shape[1] or "out" not in _parameters(function):
+    if out is None or not call.heads == heads == out.shape[1] or "out" not in parameters(function):
         return {}
-    if not out.is_contiguous() or out.data_ptr() % layouts.ALIGNMENT:
+    if not (out.is_contiguous() and is_aligned(out)):
         return {}
     return {"out": out.view(out.shape[0], *middle, heads, VALUE_DIM)}
 
@@ -83,13 +81,13 @@ def _wheel_reasons(problem: AttentionProblem) -> list[str]:
     if problem.device != "cuda" or problem.arch not in ARCHS or FLASH_MLA.reason is not None:
         return []
     module = FLASH_MLA.load()
-    parameters = _parameters(module.flash_mla_with_kvcache)
-    if "extra_k_cache" not in parameters:
+    takes = parameters(module.flash_mla_with_kvcache)
+    if "extra_k_cache" not in takes:
         return [f"flash_mla at {FLASH_MLA.path} has no extra_k_cache: it predates DeepSeek-V4"]
-    if "use_legacy" in parameters:
+    if "use_legacy" in takes:
         if not module.has_legacy():
             return [f"flash_mla at {FLASH_MLA.path} was built without its legacy kernels, which read DSv4 pages"]
-    elif "enable_batch_invariant" in parameters:
+    elif "enable_batch_invariant" in takes:
         return [f"flash_mla at {FLASH_MLA.path} is upstream's 2026.09.30 release or later, which dropped DSv4 pages"]
     return []
 
@@ -109,18 +107,17 @@ def _decode_reasons(problem: AttentionProblem) -> list[str]:
             continue
         if cache.page_stride > 2**31 - 1:
             reasons.append(f"page stride is {cache.page_stride} bytes, need < 2**31")
-        alignment = SM100_PAGE_ALIGNMENT.get(cache.layout, 1)
-        if problem.arch != "sm_90" and cache.page_stride % alignment:
-            reasons.append(f"page stride is {cache.page_stride}, need a multiple of {alignment} on SM100")
-    return reasons + _triton_missing()
+        alignment = layouts.ALIGNMENT
+        if problem.arch != "sm_90":
+            alignment = SM100_PAGE_ALIGNMENT.get(cache.layout, alignment)
+        if cache.pages > 1 and cache.page_stride % alignment:
+            where = "" if problem.arch == "sm_90" else " on SM100"
+            reasons.append(f"page stride is {cache.page_stride}, need a multiple of {alignment}{where}")
+    return reasons + needs_triton("its index pass")
 
 
 def _prefill_reasons(problem: AttentionProblem) -> list[str]:
-    return _wheel_reasons(problem) + _triton_missing()
-
-
-def _triton_missing() -> list[str]:
-    return [f"its index pass needs triton: {TRITON.reason}"] if TRITON.reason else []
+    return _wheel_reasons(problem) + needs_triton("its index pass")
 
 
 def _padded_heads(heads: int) -> int:
@@ -137,7 +134,8 @@ def _padded(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
         q = torch.nn.functional.pad(queries(call), (0, 0, 0, padded - call.heads))
     if sink is not None and sink.shape[0] != padded:
         sink = sink[:padded] if sink.shape[0] > padded else torch.nn.functional.pad(sink, (0, padded - sink.shape[0]))
-    return q, sink
+    # Tensor maps describe q: an address and strides of 16 bytes.
+    return aligned(q), sink
 
 
 def _servers_view(cache: PagedCache) -> torch.Tensor:
@@ -151,6 +149,7 @@ def _indices_for(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Indices as FlashMLA may have them: its own width, int32, and nothing but -1 or in range."""
     ready = indices.dtype == torch.int32 and indices.shape[1] > 0 and indices.shape[1] % multiple == 0
+    ready = ready and is_aligned(indices, INDEX_ALIGNMENT, INDEX_ALIGNMENT)
     if trusted and ready and (lens is None or (lens.dtype == torch.int32 and lens.is_contiguous())):
         return indices, lens
     from ..common.kernels.indices import sanitize_indices
@@ -196,7 +195,8 @@ def _decode_part(call: DecodeCall, schedule: dict[Any, Any] | None, start: int) 
         shapes += (extra.cache.page_size, e_indices.shape[1])
     function = FLASH_MLA.load().flash_mla_with_kvcache
     values, lse = function(
-        q=q.unsqueeze(1),
+        # A token's one query has the token's stride: SM100 asks for a divisor of it, and takes no other.
+        q=q.as_strided((len(q), 1, *q.shape[1:]), (q.stride(0), *q.stride())),
         k_cache=_servers_view(swa.cache),
         block_table=None,
         cache_seqlens=None,
@@ -240,8 +240,7 @@ def prefill(call: PrefillCall) -> Result:
     q, attn_sink = _padded(call)
     kv = call.kv
     indices, lens = _indices_for(call.indices, call.lens, kv.shape[0], PREFILL_WIDTH, call.trusted)
-    if kv.shape[0] == 0:
-        kv = kv.new_zeros(1, kv.shape[1])
+    kv = aligned(kv) if kv.shape[0] else kv.new_zeros(1, kv.shape[1])
     values, _, lse = function(
         q=q,
         kv=kv.unsqueeze(1),
@@ -295,11 +294,49 @@ def _kernel_us(problem: AttentionProblem) -> float:
     return call + problem.attention_flops * padded / max(problem.heads, 1) / rate
 
 
+_SCHEDULE_BYTES = 32
+"""A scheduler's words for each of its parts of a multiprocessor's work."""
+
+
+def _index_bytes(tokens: int, width: int, multiple: int) -> int:
+    return tensor_bytes(tokens * max(1, -(-width // multiple)) * multiple, 4) + tensor_bytes(tokens, 4)
+
+
+def _around_bytes(problem: AttentionProblem, tokens: int) -> int:
+    """q and the sink padded or aligned, and FlashMLA's own outputs: its values, lse and largest logits."""
+    heads = _padded_heads(problem.heads)
+    rows = tokens * heads
+    values = tensor_bytes(rows * problem.head_dim, 2) + tensor_bytes(rows * VALUE_DIM, 2)
+    return values + 2 * tensor_bytes(rows, 4) + tensor_bytes(heads, 4)
+
+
+def _prefill_scratch(problem: AttentionProblem) -> int:
+    """A copy of a workspace that is off its alignment is not counted."""
+    return _around_bytes(problem, problem.tokens) + _index_bytes(problem.tokens, problem.width, PREFILL_WIDTH)
+
+
+def _decode_scratch(problem: AttentionProblem) -> int:
+    """What ``sparse_attn_decode_interface`` allocates for one part of the batch, and what is made for it."""
+    if any(cache.layout in BF16_LAYOUTS for cache in problem.caches):
+        return _prefill_scratch(problem)
+    heads = _padded_heads(problem.heads)
+    tokens = min(problem.tokens, _MAX_PARTIAL_ELEMENTS // (heads * VALUE_DIM))
+    # One for each token, and for each multiprocessor one more at most.
+    parts = multiprocessors(problem.device, problem.arch)
+    splits = (tokens + parts) * heads
+    partial = tensor_bytes(splits * VALUE_DIM, 4) + tensor_bytes(splits, 4)
+    schedule = tensor_bytes(parts, _SCHEDULE_BYTES) + tensor_bytes(tokens + 1, 4)
+    rows = _index_bytes(tokens, problem.width, DECODE_WIDTH)
+    if len(problem.caches) > 1:
+        rows += _index_bytes(tokens, problem.extra_width, DECODE_WIDTH)
+    return partial + schedule + rows + _around_bytes(problem, tokens)
+
+
 def register_kernels() -> None:
     """Add FlashMLA's two kernels to the ops they serve."""
-    for op, run, reasons, names in (
-        ("sparse_mla_decode", decode, _decode_reasons, DECODE_LAYOUTS),
-        ("sparse_mla_prefill", prefill, _prefill_reasons, ()),
+    for op, run, reasons, names, scratch in (
+        ("sparse_mla_decode", decode, _decode_reasons, DECODE_LAYOUTS, _decode_scratch),
+        ("sparse_mla_prefill", prefill, _prefill_reasons, (), _prefill_scratch),
     ):
         register(
             Kernel(
@@ -311,6 +348,7 @@ def register_kernels() -> None:
                 archs=ARCHS,
                 layouts=names,
                 max_heads=HEADS[-1],
+                scratch_bytes=scratch,
                 host_us=functools.partial(costs.kernel_host_us, kernel="flash_mla"),
                 further_reasons=reasons,
             )

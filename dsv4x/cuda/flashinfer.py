@@ -10,7 +10,6 @@ C++ launcher demands (``tests/test_flashinfer.py``); what the kernels compute ha
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -22,9 +21,10 @@ from ..common.core import encodings, layouts
 from ..common.core.calls import DecodeCall, Result, deliver, in_parts, queries, sinks
 from ..common.core.layouts import PagedCache
 from ..common.core.model import VALUE_DIM
-from ..common.core.vendor import VendorLibrary
+from ..common.core.vendor import VendorLibrary, aligned, parameters
 from ..common.dispatch.problem import AttentionProblem
 from ..common.dispatch.registry import Kernel, refuse, register
+from ..common.kernels.scratch import tensor_bytes
 
 FLASHINFER = VendorLibrary(
     "flashinfer",
@@ -149,10 +149,9 @@ def _function() -> Any:
     return getattr(FLASHINFER.load().mla, FUNCTION, None)
 
 
-@functools.cache
 def _options(function: Callable[..., Any]) -> dict[str, Any]:
     """What newer releases take besides: the lse's base, else 2 by a default that other backends read otherwise."""
-    return {"return_lse_base": "base2"} if "return_lse_base" in inspect.signature(function).parameters else {}
+    return {"return_lse_base": "base2"} if "return_lse_base" in parameters(function) else {}
 
 
 def _release_reasons() -> list[str]:
@@ -205,12 +204,6 @@ def _cache_view(cache: PagedCache) -> torch.Tensor:
     return view.view(dtype).view(-1, 1, cache.page_size, HEAD_DIM)
 
 
-def _aligned(q: torch.Tensor) -> torch.Tensor:
-    """q as the kernel's tensor map takes it: contiguous rows that begin on 16 bytes."""
-    q = q.contiguous()
-    return q.clone() if q.data_ptr() % layouts.ALIGNMENT else q
-
-
 def decode(call: DecodeCall) -> Result:
     """``trtllm_batch_decode_with_kv_cache_mla``, each token a request of its own, long batches split.
 
@@ -259,7 +252,7 @@ def _decode_part(call: DecodeCall) -> Result:
         qk_scale = q_scale * (call.softmax_scale * swa.k_scale)
         v_scale = torch.full_like(q_scale, swa.k_scale)
     values, log2_sum = function(
-        query=_aligned(q)[:, None],
+        query=aligned(q.contiguous())[:, None],
         kv_cache=kv_cache,
         workspace_buffer=torch.empty(workspace_bytes(len(q), padded), dtype=torch.uint8, device=q.device),
         # Of the model before absorption; names a key of FlashInfer's autotuner and nothing the kernel reads.
@@ -284,6 +277,16 @@ def _decode_part(call: DecodeCall) -> Result:
     return deliver(call, values, natural.masked_fill(empty[:, None], math.inf))
 
 
+def _scratch(problem: AttentionProblem) -> int:
+    """The workspace of one part of the batch, and what is made around it: index rows, q in e4m3, values in float32."""
+    heads = _padded_heads(problem.heads)
+    tokens = min(problem.tokens, max_batch(heads, problem.width))
+    width = max(1, -(-problem.width // WIDTH)) * WIDTH
+    rows = tokens * heads
+    made = tensor_bytes(tokens * width, 64) + tensor_bytes(rows * HEAD_DIM, 14) + tensor_bytes(rows * VALUE_DIM, 16)
+    return workspace_bytes(tokens, heads) + made + 4 * tensor_bytes(rows, 4)
+
+
 def register_kernels() -> None:
     """Add the decode kernel, and say why there is no prefill one."""
     register(
@@ -298,6 +301,7 @@ def register_kernels() -> None:
             layouts=LAYOUTS,
             max_heads=HEADS[-1],
             by_name_only=BY_NAME_ONLY,
+            scratch_bytes=_scratch,
             further_reasons=_decode_reasons,
         )
     )

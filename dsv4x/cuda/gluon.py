@@ -10,6 +10,8 @@ from ..common.core.vendor import VendorLibrary
 from ..common.dispatch import costs
 from ..common.dispatch.problem import AttentionProblem
 from ..common.dispatch.registry import Kernel, register
+from ..common.kernels.decode_shapes import expected_blocks, most_splits, num_splits
+from ..common.kernels.scratch import multiprocessors, partial_bytes, tensor_bytes
 
 GLUON = VendorLibrary(
     "triton.experimental.gluon.language.nvidia.hopper",
@@ -32,7 +34,7 @@ _DECODE_BLOCK = 64
 
 
 def prefill(call: PrefillCall) -> Result:
-    """Gluon's prefill kernel. q and kv whose rows are not aligned to 32 bytes are copied."""
+    """Gluon's prefill kernel. q and kv are copied where a stride is no multiple of 32 bytes, or the address of 16."""
     from .hopper.prefill import sparse_mla_prefill
 
     return sparse_mla_prefill(call)
@@ -56,9 +58,19 @@ def _decode_reasons(problem: AttentionProblem) -> list[str]:
     return reasons
 
 
-def _decode_us(problem: AttentionProblem) -> float:
-    from ..common.kernels.decode_shapes import expected_blocks, num_splits
+def _decode_scratch(problem: AttentionProblem) -> int:
+    programs = problem.tokens * -(-problem.heads // _BLOCK_H)
+    blocks = sum(-(-width // _DECODE_BLOCK) for width in (problem.width, problem.extra_width))
+    splits = problem.split_k or most_splits(programs, blocks, multiprocessors(problem.device, problem.arch))
+    return partial_bytes(problem.tokens, problem.heads, splits)
 
+
+def _prefill_scratch(problem: AttentionProblem) -> int:
+    """A copy of q, which is made where q is off its alignment. One of such a workspace is not counted."""
+    return tensor_bytes(problem.tokens * problem.heads * problem.head_dim, 2)
+
+
+def _decode_us(problem: AttentionProblem) -> float:
     programs = problem.tokens * -(-problem.heads // _BLOCK_H)
     # Rows have the splits of their own length, whatever their width.
     blocks = expected_blocks(problem.entries, (problem.width, problem.extra_width), _DECODE_BLOCK)
@@ -102,6 +114,7 @@ def register_kernels() -> None:
             layouts=("DSv4",),
             fixed_splits=True,
             remaps=True,
+            scratch_bytes=_decode_scratch,
             host_us=host_us,
             further_reasons=_decode_reasons,
         )
@@ -114,6 +127,7 @@ def register_kernels() -> None:
             _predicted_us,
             library=GLUON,
             archs=("sm_90",),
+            scratch_bytes=_prefill_scratch,
             host_us=host_us,
             further_reasons=_reasons,
         )

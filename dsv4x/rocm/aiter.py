@@ -38,9 +38,10 @@ from ..common.core.errors import KernelNotSupported
 from ..common.core.layouts import PagedCache
 from ..common.core.model import VALUE_DIM
 from ..common.core.platform import platform
-from ..common.core.vendor import VendorLibrary
+from ..common.core.vendor import VendorLibrary, aligned, is_aligned, parameters
 from ..common.dispatch.problem import AttentionProblem
 from ..common.dispatch.registry import Kernel, cached, find, register
+from ..common.kernels.scratch import tensor_bytes
 from ..common.ops import indices
 from ..common.ops.sparse_mla import problem_of
 
@@ -125,11 +126,11 @@ class Source(NamedTuple):
         return view if self.pool.layout.nope_dim else view.view(torch.bfloat16)
 
     def rows(self) -> torch.Tensor:
-        """bf16 ``[S, D]``, at least one; pages stand back to back."""
+        """bf16 ``[S, D]``, at least one, each on 16 bytes; pages stand back to back."""
         rows = self.pool
         if isinstance(rows, PagedCache):
             rows = rows.page_bytes.view(torch.bfloat16).view(-1, rows.layout.head_dim)
-        return rows if rows.shape[0] else rows.new_zeros(1, rows.shape[1])
+        return aligned(rows) if rows.shape[0] else rows.new_zeros(1, rows.shape[1])
 
     def scale(self) -> torch.Tensor | None:
         """float32 ``[1]`` for a pool whose values need it."""
@@ -186,7 +187,7 @@ def _run_decode_sparse(function: Callable[..., Any], call: AttentionCall) -> Res
     entries, indptr = first.ragged()
     # Rows hold no -1: tiles of nothing else would be counted with a maximum of 0.
     options: dict[str, Any] = {"has_invalid": False}
-    if call.out is not None and not call.lse and "out" in _parameters(function):
+    if call.out is not None and not call.lse and "out" in parameters(function):
         options["out"] = call.out
     if _arch(call.q.device) != "gfx950":
         values = function(
@@ -246,22 +247,15 @@ def _run_mla_fwd(function: Callable[..., Any], call: AttentionCall) -> Result:
     return deliver(call, values.to(call.q.dtype), lse.masked_fill(empty, math.inf))
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Rows that begin on 16 bytes, which these two load at a time."""
-    if tensor.data_ptr() % layouts.ALIGNMENT or any(stride % 8 for stride in tensor.stride()[:-1]):
-        return tensor.clone(memory_format=torch.contiguous_format)
-    return tensor
-
-
 def _run_opus(function: Callable[..., Any], call: AttentionCall) -> Result:
     (source,) = sources_of(call)
     entries, indptr = source.ragged()
-    rows = _aligned(source.rows())
+    rows = source.rows()
     # The second source has no entries; it must have rows of the same stride all the same.
     none = torch.zeros_like(indptr)
     # It writes out by the strides of q.
-    q, out = _aligned(call.q.contiguous()), call.out
-    if out is not None and not (out.is_contiguous() and out.data_ptr() % layouts.ALIGNMENT == 0):
+    q, out = aligned(call.q.contiguous()), call.out
+    if out is not None and not out.is_contiguous():
         out = None
     values = function(q, rows, entries, indptr, rows, none, none, finite_sink(call), call.softmax_scale, out)
     return deliver(call, values, None)
@@ -273,7 +267,7 @@ def _run_prefill_sparse(function: Callable[..., Any], call: AttentionCall) -> Re
     entries, indptr = source.ragged()
     empty = indptr.diff() == 0
     tokens, heads = call.q.shape[:2]
-    q, sink, rows = _aligned(call.q.contiguous()), finite_sink(call), _aligned(source.rows())
+    q, sink, rows = aligned(call.q.contiguous()), finite_sink(call), source.rows()
     padding = max(0, MLA_GLUON_UNSPLIT_TOKENS - tokens)
     if padding:
         # A row that it splits counts its sink once a split.
@@ -338,17 +332,12 @@ def _imported(name: str) -> tuple[ModuleType | None, str]:
         return None, f"import {name} failed: {type(error).__name__}: {error}"
 
 
-@functools.cache
-def _parameters(function: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(function).parameters)
-
-
 def _since_0_1_20() -> bool:
     """Whether the build has what came to ``pa_decode_sparse`` on 2026-08-07, after 64-bit rows came to OPUS and gfx950
     to ``pa_prefill_sparse``: their own signatures do not show it."""
     module, _ = _imported(DECODE_SPARSE.module)
     function = getattr(module, DECODE_SPARSE.name, None)
-    return function is not None and "extra_cache" in _parameters(function)
+    return function is not None and "extra_cache" in parameters(function)
 
 
 def _names(problem: AttentionProblem) -> list[str]:
@@ -554,10 +543,10 @@ def _attend(call: Call) -> Result:
     step = max_tokens(call.heads, call.q.shape[2], sum(source.indices.shape[1] for source in sources), call.lse)
 
     def run(part: Call, start: int = 0) -> Result:
-        q = queries(part)
-        inside = part.out is not None and part.out.shape[1] == call.heads and _span_bytes(part.out) <= _MAX_BYTES
-        q = q.contiguous() if _span_bytes(q) > _MAX_BYTES else q
-        values, lse = entry.run(function, part._replace(q=q, out=part.out if inside else None))
+        q, out = queries(part), part.out
+        inside = out is not None and out.shape[1] == call.heads and _span_bytes(out) <= _MAX_BYTES and is_aligned(out)
+        q = aligned(q if _span_bytes(q) <= _MAX_BYTES else q.contiguous())
+        values, lse = entry.run(function, part._replace(q=q, out=out if inside else None))
         return deliver(part, values, lse)
 
     if call.q.shape[0] <= step:
@@ -591,6 +580,23 @@ def _predicted_us(problem: AttentionProblem) -> float:
     return triton.predicted_us(problem) * (_BEFORE if own else _BEHIND)
 
 
+# pa_decode_sparse splits rows until about 2 * 16384 of them are in flight (heads of a workgroup times its workgroups),
+# each with float32 values and two statistics. Read in its Python, not measured.
+_AITER_PARTIAL_BYTES = 2 * 16384 * 4 * (VALUE_DIM + 2)
+
+
+def _scratch(problem: AttentionProblem) -> int:
+    """Ragged rows, q aligned and padded, values before they are masked or merged, and AITER's own partial outputs."""
+    width = problem.width + problem.extra_width
+    step = min(problem.tokens, max_tokens(problem.heads, problem.head_dim, width, problem.lse))
+    tokens = max(step, MLA_GLUON_UNSPLIT_TOKENS)
+    rows = tokens * problem.heads
+    indices_bytes = tensor_bytes(step * width, 4) + 6 * tensor_bytes(tokens + 1, 8)
+    values = tensor_bytes(rows * VALUE_DIM, 16) + tensor_bytes(rows * problem.head_dim, 6) + 8 * tensor_bytes(rows, 4)
+    merged = 3 * tensor_bytes(rows * _SPLITS * VALUE_DIM, 4) if problem.lse else 0
+    return indices_bytes + values + merged + _AITER_PARTIAL_BYTES
+
+
 def register_kernels() -> None:
     """Add AITER to the two attention ops; it is not imported."""
     for op, run, names in (("sparse_mla_decode", decode, LAYOUTS), ("sparse_mla_prefill", prefill, ())):
@@ -604,6 +610,7 @@ def register_kernels() -> None:
                 archs=ARCHS,
                 layouts=names,
                 max_heads=MAX_HEADS,
+                scratch_bytes=_scratch,
                 further_reasons=_reasons,
             )
         )

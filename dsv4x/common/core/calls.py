@@ -72,6 +72,8 @@ class DecodeCall(NamedTuple):
         entries: entries a token reads on average, 0 where nobody knows; never the width of a row.
         trusted: whether lengths lie in ``[0, width]`` and every index within them is -1 or in range.
         schedule: where a kernel keeps what depends on lengths and shapes alone; None keeps nothing.
+        workspace: uint8 ``[bytes]``, contiguous, on 16 bytes: where a kernel that can keeps its partial outputs; None:
+            it allocates them.
     """
 
     q: torch.Tensor
@@ -87,6 +89,7 @@ class DecodeCall(NamedTuple):
     entries: int = 0
     trusted: bool = False
     schedule: dict[Any, Any] | None = None
+    workspace: torch.Tensor | None = None
 
     def part(self, rows: slice) -> DecodeCall:
         """The same for some of the tokens; the schedule, which depends on them, is left out."""

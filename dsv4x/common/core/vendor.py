@@ -9,9 +9,13 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import traceback
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+import torch
 
 from .errors import BackendUnavailable
 
@@ -135,3 +139,35 @@ def _origin(error: BaseException) -> str:
 
 
 TRITON = VendorLibrary("triton", ("triton", "triton-rocm", "pytorch-triton-rocm"), hint="pip install triton")
+
+
+def needs_triton(part: str) -> list[str]:
+    """Why a wrapper of which ``part`` is Triton's cannot run, if it cannot."""
+    return [f"{part} needs triton: {TRITON.reason}"] if TRITON.reason else []
+
+
+@functools.cache
+def parameters(function: Callable[..., Any]) -> frozenset[str]:
+    """The names of what a vendor's function takes, which tell its builds apart."""
+    return frozenset(inspect.signature(function).parameters)
+
+
+def is_aligned(tensor: torch.Tensor, base: int = 16, step: int = 16) -> bool:
+    """Whether the address is a multiple of ``base`` bytes, and every stride but the last a positive one of ``step``.
+
+    Vendors' kernels load and copy several values at a time, also where a dimension of size 1 makes torch indifferent to
+    its stride. They hold strides in 32 bits.
+    """
+    size = tensor.element_size()
+    if tensor.data_ptr() % base:
+        return False
+    *strides, last = tensor.stride()
+    for stride in strides:
+        if stride * size % step or not 0 < stride < 2**31:
+            return False
+    return last == 1 or tensor.shape[-1] <= 1
+
+
+def aligned(tensor: torch.Tensor, base: int = 16, step: int = 16) -> torch.Tensor:
+    """The tensor where :func:`is_aligned`, else a contiguous copy, whose rows are to be multiples of ``step`` bytes."""
+    return tensor if is_aligned(tensor, base, step) else tensor.clone(memory_format=torch.contiguous_format)

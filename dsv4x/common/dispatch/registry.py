@@ -59,6 +59,7 @@ class Kernel:
         remaps: whether ``run`` takes a call's ``local`` and makes slots of the extra indices by itself.
         by_name_only: why it runs only when asked for by name, such as results less exact than the others'; empty where
             prediction may choose it.
+        scratch_bytes: at most how many bytes an attention op's ``run`` allocates beside its results.
         host_us: predicted microseconds of the host for an eager call of the op; 0 where nothing was measured.
         further_reasons: limits the fields above cannot say.
         note: how it would run a problem, where that is a choice :func:`explain` should show; empty for none.
@@ -77,6 +78,7 @@ class Kernel:
     fixed_splits: bool = False
     remaps: bool = False
     by_name_only: str = ""
+    scratch_bytes: Callable[[Any], int] = lambda problem: 0
     host_us: Callable[[Any], float] = lambda problem: 0.0
     further_reasons: Callable[[Any], Iterable[str]] = lambda problem: ()
     note: Callable[[Any], str] = lambda problem: ""

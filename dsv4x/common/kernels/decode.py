@@ -19,6 +19,7 @@ from .entries import entry_format, load_entries
 from .indices import slots_of
 from .launch import Launcher
 from .portability import INTERPRETED, to_bf16
+from .scratch import partials
 from .softmax import LN2, LOG2E, apply_sink, attend_block, finish, load_q
 
 REDUCTIONS = ((4, 1), (8, 2), (16, 2))
@@ -333,8 +334,7 @@ def sparse_mla_decode(call: DecodeCall) -> Result:
     splits, whole = row_splits(tokens * head_blocks, blocks, 2 * limits.multiprocessors, call.split_k)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     if splits > 1:
-        partial = torch.empty(tokens, heads, splits, value_dim, dtype=torch.float32, device=q.device)
-        partial_lse = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
+        partial, partial_lse = partials(call, splits)
     else:
         partial = partial_lse = lse
     request, visible, table, pages = call.local or (lse, lse, e_indices, 0)

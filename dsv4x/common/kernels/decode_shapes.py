@@ -163,3 +163,8 @@ def expected_blocks(entries: int, widths: tuple[int, ...], block: int) -> int:
         # Each scope takes a block at least.
         return min(most, max(-(-entries // block), sum(width > 0 for width in widths)))
     return most
+
+
+def most_splits(programs: int, blocks: int, at_once: int) -> int:
+    """More splits than this :func:`num_splits` never gives ``programs`` rows of up to ``blocks``."""
+    return max(1, min(blocks, MAX_SPLITS, _MOST_WAVES * at_once // max(programs, 1)))

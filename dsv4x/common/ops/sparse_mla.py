@@ -8,11 +8,12 @@ import torch
 
 from ..core import checks
 from ..core.calls import AttentionCall, DecodeCall, Local, PrefillCall, Result, Scope, output
-from ..core.layouts import PagedCache
+from ..core.layouts import ALIGNMENT, PagedCache
 from ..core.model import HEAD_DIMS, MAX_HEADS, VALUE_DIM
-from ..dispatch.problem import AttentionProblem
+from ..dispatch.problem import AttentionProblem, Problem
 from ..dispatch.registry import Kernel, call_on, select
 from ..kernels.limits import MAX_SPLITS
+from ..kernels.scratch import tensor_bytes
 from .indices import local_to_slots
 
 
@@ -37,6 +38,7 @@ def sparse_mla_decode(
     split_k: int | None = None,
     heads: int | None = None,
     local: Local | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One softmax over a token's window entries and its extra (compressed) entries, pages read in place.
 
@@ -76,6 +78,8 @@ def sparse_mla_decode(
         local: with it ``extra_indices`` are local entries, index space *local*: compressed entries of the token's own
             request, which its :class:`~dsv4x.Local` makes slots of. A negative one, or one the token may not see, is no
             entry.
+        workspace: uint8 ``[bytes]``, contiguous, on 16 bytes, at least :func:`scratch_bytes`: Triton's and Gluon's
+            kernels keep their partial outputs in it. Vendors' libraries allocate theirs all the same. None: allocated.
 
     Returns:
         ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``, or None for lse under ``return_lse=False``. H is
@@ -116,6 +120,7 @@ def sparse_mla_decode(
     if check_values:
         checks.finite_rows("q", q[:, :counted], [lens for *_, lens in scopes])
     check_rest(q, attn_sink, out, heads)
+    _check_workspace(workspace, q.device)
     made = [Scope(cache, indices, lens, k_scales[name]) for name, cache, indices, lens in scopes]
     call = DecodeCall(
         q,
@@ -130,6 +135,7 @@ def sparse_mla_decode(
         split_k=split_k,
         trusted=trusted_indices,
         schedule=schedule,
+        workspace=workspace,
     )
     return _run(call, kernel)
 
@@ -230,6 +236,27 @@ def _run(call: AttentionCall, kernel: str | None) -> Result:
     return call_on(call.q.device, attend, record, call)
 
 
+def scratch_bytes(problem: Problem, kernel: str | None = None) -> int:
+    """At most how many bytes an attention op allocates beside its results, vendors' own allocations included.
+
+    A ``workspace`` of as many is enough for every kernel that takes one. Two things are not counted: a copy of a
+    prefill workspace whose rows do not begin on 16 bytes (32 for Gluon), and what libraries keep from call to call.
+
+    Args:
+        problem: of ``sparse_mla_decode`` or ``sparse_mla_prefill``.
+        kernel: the kernel's name; None takes the one that would be chosen.
+
+    Raises:
+        ValueError: an op without scratch to speak of, or no kernel's name.
+        KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
+    """
+    if problem.op not in ("sparse_mla_decode", "sparse_mla_prefill"):
+        raise ValueError(f"problem: of {problem.op}, need sparse_mla_decode or sparse_mla_prefill")
+    record = select(problem, kernel)
+    slots = 0 if record.remaps else tensor_bytes(problem.tokens * problem.extra_width, 4)
+    return record.scratch_bytes(problem) + slots
+
+
 def attend(record: Kernel, call: AttentionCall) -> Result:
     """Run an attention kernel; None for the lse where none is wanted, whatever the kernel made.
 
@@ -291,6 +318,13 @@ def check_rest(
         if heads is not None and out.shape[1] < heads:
             raise ValueError(f"out: {out.shape[1]} heads, need >= {heads}")
         checks.rows_apart("out", out)
+
+
+def _check_workspace(workspace: torch.Tensor | None, device: torch.device) -> None:
+    if workspace is not None:
+        checks.tensor("workspace", workspace, (None,), torch.uint8, device)
+        if workspace.data_ptr() % ALIGNMENT:
+            raise ValueError(f"workspace: address {workspace.data_ptr():#x}, need a multiple of {ALIGNMENT}")
 
 
 def _check_local(local: Local, tokens: int, cache: PagedCache) -> None:

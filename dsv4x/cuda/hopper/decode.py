@@ -31,6 +31,7 @@ from ...common.core.platform import platform
 from ...common.kernels.decode import Spans, clamped_span, reduce_partials, row_shares
 from ...common.kernels.decode_shapes import expected_blocks, row_splits
 from ...common.kernels.launch import Launcher
+from ...common.kernels.scratch import partials
 from ...common.kernels.softmax import LN2, LOG2E
 
 BLOCK_H = gl.constexpr(64)
@@ -607,8 +608,7 @@ def sparse_mla_decode(call: DecodeCall) -> Result:
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     partial = partial_lse = lse
     if splits > 1:
-        partial = torch.empty(tokens, heads, splits, 512, dtype=torch.float32, device=q.device)
-        partial_lse = torch.empty(tokens, heads, splits, dtype=torch.float32, device=q.device)
+        partial, partial_lse = partials(call, splits)
     items = rows * splits
     request, visible, table, pages = call.local or (lse, lse, extra_indices, 0)
     _launch(
