@@ -120,7 +120,7 @@ def sparse_mla_decode(
     if check_values:
         checks.finite_rows("q", q[:, :counted], [lens for *_, lens in scopes])
     check_rest(q, attn_sink, out, heads)
-    _check_workspace(workspace, q.device)
+    check_workspace(workspace, q.device)
     made = [Scope(cache, indices, lens, k_scales[name]) for name, cache, indices, lens in scopes]
     call = DecodeCall(
         q,
@@ -250,7 +250,7 @@ def scratch_bytes(problem: Problem, kernel: str | None = None) -> int:
         ValueError: an op without scratch to speak of, or no kernel's name.
         KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
     """
-    if problem.op not in ("sparse_mla_decode", "sparse_mla_prefill"):
+    if not isinstance(problem, AttentionProblem):
         raise ValueError(f"problem: of {problem.op}, need sparse_mla_decode or sparse_mla_prefill")
     record = select(problem, kernel)
     slots = 0 if record.remaps else tensor_bytes(problem.tokens * problem.extra_width, 4)
@@ -320,7 +320,8 @@ def check_rest(
         checks.rows_apart("out", out)
 
 
-def _check_workspace(workspace: torch.Tensor | None, device: torch.device) -> None:
+def check_workspace(workspace: torch.Tensor | None, device: torch.device) -> None:
+    """Check a buffer for partial outputs."""
     if workspace is not None:
         checks.tensor("workspace", workspace, (None,), torch.uint8, device)
         if workspace.data_ptr() % ALIGNMENT:

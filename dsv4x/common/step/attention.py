@@ -12,7 +12,7 @@ from ..core.model import VALUE_DIM, LayerKind
 from ..core.platform import capturing
 from ..dispatch import trace
 from ..dispatch.registry import call_on
-from ..ops.sparse_mla import check_cache, check_q, check_rest, scale_of
+from ..ops.sparse_mla import check_cache, check_q, check_rest, check_workspace, scale_of
 from .chunk import SparsePrefillChunkCache, chunk_of
 from .direct import Direct
 from .gathered import Gathered
@@ -50,6 +50,7 @@ def sparse_mla_attention(
     topk_slots: torch.Tensor | None = None,
     topk_lens: torch.Tensor | None = None,
     heads: int | None = None,
+    workspace: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one layer over one step's batch; the entries of the step are in the caches already.
 
@@ -77,6 +78,8 @@ def sparse_mla_attention(
         topk_lens: int32 ``[T]`` scan spans of the selection's rows, clamped to their width; where rows are packed to
             the front, ``meta.extra_lens`` says how far. None scans the whole width.
         heads: the leading heads of a padded q that count, as in :func:`~dsv4x.sparse_mla_decode`.
+        workspace: what the direct path's partial outputs are kept in, as in :func:`~dsv4x.sparse_mla_decode`; the
+            gathered rows' is the chunk's.
 
     Returns:
         ``(out, lse)``: bf16 ``[T, H, 512]`` and float32 ``[T, H]``, or None for lse under ``return_lse=False``. H is
@@ -91,7 +94,7 @@ def sparse_mla_attention(
     """
     given = (
         q, swa_cache, extra_cache, topk_indices, topk_slots, topk_lens, attn_sink, softmax_scale, out, swa_k_scale,
-        extra_k_scale, heads, return_lse,
+        extra_k_scale, heads, return_lse, workspace,
     )  # fmt: skip
     plan, chunk = _plan_of(given, meta, chunk, path, kernel)
     if checks.check_values_enabled():
@@ -100,7 +103,7 @@ def sparse_mla_attention(
     # Kernels are compiled and remembered for floats, which ints equal.
     layer = Layer(
         q, swa_cache, extra_cache, topk_indices, topk_slots, topk_lens, attn_sink, scale_of(softmax_scale, VALUE_DIM),
-        out, float(swa_k_scale), float(extra_k_scale), heads, return_lse,
+        out, float(swa_k_scale), float(extra_k_scale), heads, return_lse, workspace,
     )  # fmt: skip
     if not meta.num_tokens:
         lse = torch.empty(0, heads, dtype=torch.float32, device=q.device) if return_lse else None
@@ -195,7 +198,7 @@ def _checked(given: tuple[Any, ...], meta: AttentionMetadata) -> Layer:
     """The layer of these arguments, every one of which was looked at."""
     (
         q, swa_cache, extra_cache, topk_indices, topk_slots, topk_lens, attn_sink, softmax_scale, out, swa_k_scale,
-        extra_k_scale, heads, return_lse,
+        extra_k_scale, heads, return_lse, workspace,
     ) = given  # fmt: skip
     device, tokens = meta.seq_lens.device, meta.num_tokens
     checks.tensor("q", q, (tokens, None, VALUE_DIM), torch.bfloat16, device)
@@ -226,6 +229,7 @@ def _checked(given: tuple[Any, ...], meta: AttentionMetadata) -> Layer:
     if topk_lens is not None:
         checks.tensor("topk_lens", topk_lens, (tokens,), torch.int32, device)
     check_rest(q, attn_sink, out, heads)
+    check_workspace(workspace, device)
     scale = scale_of(softmax_scale, VALUE_DIM)
     return Layer(
         q, swa_cache, extra_cache, topk_indices, topk_slots, topk_lens, attn_sink, scale, out, swa_k_scale,
@@ -240,6 +244,8 @@ def _check_values(
         assert meta.visible is not None
         lens = None if topk_lens is None else topk_lens.clamp_max(topk_indices.shape[1])
         checks.index_values("topk_indices", topk_indices, lens, meta.visible, "local entry")
+        if topk_lens is not None:
+            checks.nothing_past_span("topk_indices", topk_indices, topk_lens)
     checks.finite_rows("q", q, [meta.position + 1])
 
 

@@ -436,8 +436,8 @@ def _group(chunk: SparsePrefillChunkCache, kind: GatherKind, block: int) -> Grou
 
 def _gather_kind(meta: AttentionMetadata, first: int, end: int, compressed: int, windows: int) -> GatherKind:
     requests, device = meta.seq_lens.shape[0], meta.seq_lens.device
-    table = meta.extra_block_table if meta.extra_block_table is not None else meta.swa_block_table
-    assert table is not None
+    # Without compressed entries no page is looked up: any table of the requests will do.
+    table = meta.seq_lens[:, None] if meta.extra_block_table is None else meta.extra_block_table
     return GatherKind(
         first, end, meta.compress_ratio if meta.compressed else 0, table, meta.extra_page_size or 1, meta.extra_pages,
         compressed, torch.empty(5, -(-requests // 4) * 4, dtype=torch.int32, device=device)[:, :requests],

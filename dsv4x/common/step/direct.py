@@ -89,7 +89,7 @@ class Direct:
         return DecodeCall(
             q, Scope(layer.swa_cache, swa_indices, swa_lens, layer.swa_k_scale), extra, layer.attn_sink,
             layer.softmax_scale, results.buffer(block), layer.heads, layer.return_lse, local,
-            entries=meta.entries or 0, trusted=trusted, schedule=_schedule(meta, block),
+            entries=meta.entries or 0, trusted=trusted, schedule=_schedule(meta, block), workspace=layer.workspace,
         )  # fmt: skip
 
 

@@ -296,8 +296,9 @@ class StepMetadata:
     def _check_values(self) -> None:
         seen = HostLengths(*_lengths(self.query_start_loc.tolist(), self.seq_lens.tolist()))
         bounds = [self.max_seq_len] * len(seen.seq_lens) if self.host is None else self.host.seq_lens
-        if self.host is not None and seen.starts != self.host.starts:
-            raise ValueError(f"query_start_loc_cpu: got {self.host.starts}, need {seen.starts} as on the device")
+        if self.host is not None:
+            starts = torch.tensor(self.host.starts, dtype=torch.int64, device="cpu")
+            checks.same_as_device("query_start_loc_cpu", starts, self.query_start_loc)
         for i, (queries, length, bound) in enumerate(zip(seen.query_lens, seen.seq_lens, bounds)):
             if queries and length > bound:
                 name = "max_seq_len" if self.host is None else "seq_lens_cpu"
@@ -584,23 +585,10 @@ class AttentionMetadata:
         table = self.extra_block_table
         if table is None:
             return
-        host = self.seq_lens.clamp_max(self.step.max_seq_len) // self.compress_ratio
-        needed = torch.where(self.query_start_loc.diff() > 0, host, 0)
-        column = torch.arange(table.shape[1], device=table.device)
-        bad = (column * self.extra_page_size < needed[:, None]) & ((table < 0) | (table >= self.extra_pages))
-        short = needed > table.shape[1] * self.extra_page_size
-        if short.any():
-            request = int(short.nonzero()[0])
-            raise ValueError(
-                f"extra_block_table: {table.shape[1]} pages of {self.extra_page_size}, need room for the "
-                f"{int(needed[request])} entries of request {request}"
-            )
-        if bad.any():
-            request, column_of = (int(x) for x in bad.nonzero()[0])
-            raise ValueError(
-                f"extra_block_table: page {int(table[request, column_of])} of request {request} is outside the pool "
-                f"(column {column_of}), need 0 to {self.extra_pages - 1}"
-            )
+        entries = self.seq_lens.clamp_max(self.step.max_seq_len) // self.compress_ratio
+        entries = torch.where(self.query_start_loc.diff() > 0, entries, 0)
+        needed = (entries + self.extra_page_size - 1) // self.extra_page_size
+        checks.pages_in_pool("extra_block_table", table, needed, self.extra_pages)
 
 
 class _Copies(NamedTuple):

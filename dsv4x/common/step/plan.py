@@ -38,6 +38,7 @@ class Layer(NamedTuple):
     extra_k_scale: float
     heads: int
     return_lse: bool
+    workspace: torch.Tensor | None = None
 
 
 class Step(NamedTuple):
