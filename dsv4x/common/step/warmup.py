@@ -190,8 +190,9 @@ def _run_steps(caches: tuple[PagedCache, PagedCache | None], kinds: Sequence[Lay
         for kind in kinds
         if extra_cache is not None and (kind.compress_ratio > 1 or kind.selects)
     }
-    for chosen in [{}, *({ratio: pages} for ratio, pages in extra.items()), extra]:
-        step = StepMetadata.build(
+
+    def build(chosen: dict[int, ExtraPages]) -> StepMetadata:
+        return StepMetadata.build(
             starts.to(device),
             lengths.to(device),
             table(swa_cache, 1),
@@ -202,11 +203,13 @@ def _run_steps(caches: tuple[PagedCache, PagedCache | None], kinds: Sequence[Lay
             query_start_loc_cpu=starts,
             seq_lens_cpu=lengths,
         )
-        metas = [step[kind.compress_ratio] for kind in kinds if kind.compress_ratio in chosen or not chosen]
-    for meta in metas if extra else [step.window]:
+
+    for chosen in [{}, *({ratio: pages} for ratio, pages in extra.items())]:
+        build(chosen)
+    step = build(extra)
+    for kind in kinds:
+        meta = step.window if kind == LayerKind(1, False) else step[kind.compress_ratio]
         _run_paths(meta, swa_cache, extra_cache if meta.compressed else None, size)
-    if extra and LayerKind(1, False) in kinds:
-        _run_paths(step.window, swa_cache, None, size)
 
 
 def _run_paths(meta: AttentionMetadata, swa_cache: PagedCache, extra_cache: PagedCache | None, size: _Size) -> None:
