@@ -15,13 +15,11 @@ import torch
 
 from ..core import checks, layouts
 from ..core.layouts import PagedCache
+from ..core.model import INDEX_DIM
 from ..core.platform import platform
 from ..core.spaces import TopkMethod
 from ..dispatch.registry import Problem, find, select
 from .topk import check_space, launch_topk, put_in_space
-
-INDEX_DIM = 128
-"""Values of an index q and K."""
 
 HEADS = (32, 64)
 """Index heads the kernels take."""
