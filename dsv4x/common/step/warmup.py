@@ -15,7 +15,7 @@ import torch
 from ..core import checks
 from ..core.errors import BackendUnavailable, KernelNotSupported
 from ..core.layouts import PagedCache
-from ..core.model import VALUE_DIM, LayerKind
+from ..core.model import INDEX_DIM, VALUE_DIM, LayerKind
 from ..core.platform import platform
 from ..core.spaces import TopkMethod
 from ..dispatch import registry
@@ -337,7 +337,7 @@ def _index_queries(cache: PagedCache, *shape: int) -> Iterator[tuple[torch.Tenso
     device, encoding = cache.device, cache.layout.value_encoding
     fp8 = platform.limits(device).fp8 if encoding == "e2m1" else encoding
     flavour = torch.float8_e4m3fnuz if fp8 == "e4m3fnuz" else torch.float8_e4m3fn
-    yield torch.zeros(*shape, indexer.INDEX_DIM, dtype=torch.uint8, device=device).view(flavour), None
+    yield torch.zeros(*shape, INDEX_DIM, dtype=torch.uint8, device=device).view(flavour), None
     if encoding == "e2m1":
         codes, scales = (torch.zeros(*shape, size, dtype=torch.uint8, device=device) for size in (64, 4))
         yield codes, scales
