@@ -400,13 +400,14 @@ def test_a_refill_waits_for_nothing_and_is_one_launch(rng):
     server = Server((4, 128), rng, device="cuda")
     step = server.build(QUERIES, LENGTHS, max_seq_len=600, num_tokens=6)
     given = [*server.lengths(QUERIES, LENGTHS), server.swa_table, {4: server.extra[4][1], 128: server.extra[128][1]}]
+    extra = {ratio: ExtraPages(table, PAGE, cache.pages) for ratio, (cache, table) in server.extra.items()}
     step.update(*given)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             step.update(*given)
-            server.build(QUERIES, LENGTHS, max_seq_len=600, num_tokens=6)
+            StepMetadata.build(*given[:3], extra, swa_page_size=PAGE, swa_pages=9, num_tokens=6, max_seq_len=600)
             torch.cuda.set_sync_debug_mode("default")
             torch.cuda.synchronize()
     finally:

@@ -164,8 +164,7 @@ def _plan_of(
     else:
         raise TypeError(f"chunk: got {type(chunk).__name__}, need a dsv4x.SparsePrefillChunkCache or None")
     key = (
-        "plan", tuple([_look(value) for value in given]), _look(path), _look(kernel), chunk.limits,
-        capturing(meta.seq_lens.device),
+        "plan", tuple(map(_look, given)), _look(path), _look(kernel), chunk.limits, capturing(meta.seq_lens.device),
     )  # fmt: skip
     plan = meta.kept.get(key)
     if plan is None:
@@ -183,14 +182,15 @@ def _plan_of(
     return plan, chunk
 
 
-def _look(value: object) -> Any:
+def _look(value: Any) -> Any:
     """All that the checks and the plan look at in an argument."""
-    kind = type(value)
-    if kind is torch.Tensor or isinstance(value, torch.Tensor):
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
         return value.dtype, value.shape, value.stride(), value.device
-    if kind is PagedCache:
+    if isinstance(value, PagedCache):
         return value.spec, value.device
-    return value if value is None or kind in _PLAIN else kind
+    return value if type(value) in _PLAIN else type(value)
 
 
 _PLAIN = frozenset((bool, int, float, str))

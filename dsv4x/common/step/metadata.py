@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -137,8 +136,7 @@ class StepMetadata:
         extra = {} if extra is None else dict(extra)
         requests, device = _check_batch(query_start_loc, seq_lens, swa_page_size, swa_pages, window_size)
         _check_rows(swa_block_table, swa_indices, swa_lens, requests, device)
-        for ratio, pages in extra.items():
-            _check_extra(ratio, pages, requests, device)
+        kinds = {ratio: _checked_kind(ratio, pages, requests, device) for ratio, pages in extra.items()}
         if max_seq_len is not None:
             checks.integer("max_seq_len", max_seq_len, 0, INT32_MAX)
         copies = _Copies(query_start_loc_cpu, seq_lens_cpu)
@@ -159,35 +157,26 @@ class StepMetadata:
                 _check_table(name, pages.block_table, served, pages.page_size, ratio)
 
         bound = INT32_MAX if max_seq_len is None else max_seq_len
-        widths = {ratio: _row_width(pages, ratio, bound) for ratio, pages in extra.items()}
-        kept = {
-            ratio: widths[ratio]
-            for ratio, pages in extra.items()
-            if not _kind(ratio, pages).selects and 4 * num_tokens * widths[ratio] <= MAX_SLOT_ROW_BYTES
-        }
-        shapes: list[tuple[int, ...]] = [(num_tokens,), (num_tokens,), (1,)]
-        if swa_indices is None:
-            shapes += [(num_tokens, window_size), (num_tokens,)]
-        for ratio in extra:
-            shapes += [(num_tokens,), (num_tokens,)]
-        parts = iter(_carve(shapes, device))
+        # Numbers of a token from one allocation: each costs the host microseconds.
+        pitch = -(-max(num_tokens, 1) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+        numbers = torch.empty(4 + 2 * len(extra), pitch, dtype=torch.int32, device=device)
+        _, request, position, own_lens, *others = numbers[:, :num_tokens].unbind()
         makes_windows = swa_indices is None
-        request, position, clamped = next(parts), next(parts), next(parts)
         if swa_indices is None:
-            swa_indices, swa_lens = next(parts), next(parts)
+            swa_indices = torch.empty(num_tokens, window_size, dtype=torch.int32, device=device)
+            swa_lens = own_lens
         step = cls(
             query_start_loc, seq_lens, swa_block_table, swa_page_size, swa_pages, window_size, num_tokens, bound,
-            request, position, swa_indices, swa_lens, clamped, host, makes_windows,
+            request, position, swa_indices, swa_lens, numbers[0, :1], host, makes_windows,
         )  # fmt: skip
-        rows = {
-            ratio: torch.full((num_tokens, width), -1, dtype=torch.int32, device=device)
-            for ratio, width in kept.items()
-        }
-        for ratio, pages in extra.items():
-            visible, lens = next(parts), next(parts)
+        for at, (ratio, pages) in enumerate(extra.items()):
+            width, rows = _row_width(pages, ratio, bound), None
+            if not kinds[ratio].selects and 4 * num_tokens * width <= MAX_SLOT_ROW_BYTES:
+                # Kernels that look further than a row's length find no entry there.
+                rows = torch.full((num_tokens, width), -1, dtype=torch.int32, device=device)
             step.kinds[ratio] = AttentionMetadata(
-                step, _kind(ratio, pages), visible, pages.topk, pages.block_table, pages.page_size, pages.pages, lens,
-                rows.get(ratio), widths[ratio], pages.entries,
+                step, kinds[ratio], others[2 * at], pages.topk, pages.block_table, pages.page_size, pages.pages,
+                others[2 * at + 1], rows, width, pages.entries,
             )  # fmt: skip
         step._fill(fresh=True)
         return step
@@ -607,10 +596,6 @@ class _Copies(NamedTuple):
     seq_lens: torch.Tensor | None
 
 
-def _kind(ratio: int, pages: ExtraPages) -> LayerKind:
-    return LayerKind.of(ratio, pages.selects, True)
-
-
 def _check_batch(
     query_start_loc: torch.Tensor, seq_lens: torch.Tensor, swa_page_size: int, swa_pages: int, window_size: int
 ) -> tuple[int, torch.device]:
@@ -639,18 +624,19 @@ def _check_rows(
         raise ValueError("swa_lens: given, need swa_indices with it")
 
 
-def _check_extra(ratio: int, pages: ExtraPages, requests: int, device: torch.device) -> None:
-    name = "extra_"
+def _checked_kind(ratio: int, pages: ExtraPages, requests: int, device: torch.device) -> LayerKind:
+    """The kind of layers that these pages are of, every field looked at."""
     checks.integer("compress_ratio", ratio, 1)
     checks.tensor("extra_block_table", pages.block_table, (requests, None), torch.int32, device)
-    check_pool(pages.page_size, pages.pages, name)
-    kind = _kind(ratio, pages)
+    check_pool(pages.page_size, pages.pages, "extra_")
+    kind = LayerKind.of(ratio, pages.selects, True)
     if pages.topk is not None:
         if not kind.selects:
             raise ValueError(f"topk: got {pages.topk}, need None for compress_ratio {ratio}, which does not select")
         checks.integer("topk", pages.topk, 0)
     if pages.entries is not None:
         checks.integer("entries", pages.entries, 0)
+    return kind
 
 
 def _check_like(name: str, value: torch.Tensor | None, built: torch.Tensor | None) -> None:
@@ -717,15 +703,6 @@ def _row_width(pages: ExtraPages, ratio: int, max_seq_len: int) -> int:
     """Width of a row of every visible entry: what the table can hold, or the bound allows."""
     entries = min(pages.block_table.shape[1] * pages.page_size, max_seq_len // ratio)
     return max(1, -(-entries // _ROW_ALIGNMENT)) * _ROW_ALIGNMENT
-
-
-def _carve(shapes: Sequence[tuple[int, ...]], device: torch.device) -> Iterator[torch.Tensor]:
-    """int32 tensors of these shapes from one allocation, each aligned to 256 bytes."""
-    sizes = [-(-math.prod(shape) // 64) * 64 for shape in shapes]
-    buffer = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-    for shape, size, end in zip(shapes, sizes, itertools.accumulate(sizes)):
-        strides = (1,) if len(shape) == 1 else (shape[1], 1)
-        yield buffer.as_strided(shape, strides, end - size)
 
 
 def _capped_sum(first: int, end: int, ratio: int, cap: int) -> int:
