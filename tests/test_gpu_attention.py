@@ -10,6 +10,7 @@ from tolerances import check_decode, check_prefill
 import dsv4x
 from dsv4x import PagedCache, layouts, platform, reference
 from dsv4x.common.step.attention import PATHS
+from dsv4x.common.step.chunk import chunk_of
 
 pytestmark = pytest.mark.gpu
 
@@ -213,7 +214,7 @@ def test_a_graph_that_builds_its_metadata_schedules_its_layers_once():
         meta = build(lengths)
         results = run(meta, "flash_mla")
     # What it says of itself, and one scheduler.
-    assert len(meta._schedule[0]) == 2
+    assert len(meta.kept["schedule", 0]) == 2
     for _ in range(3):
         lengths = torch.tensor([choose.randint(1, 700) for _ in range(4)]).int()
         lengths_there.copy_(lengths)
@@ -305,7 +306,7 @@ def long_step(tokens, prefix, requests, ratio=4, topk=512, heads=64):
         caches.append(PagedCache(torch.nn.functional.pad(data, (0, stride - data.shape[1])), layouts.DSV4, 64))
         tables.append(torch.randperm(requests * pages, device="cuda").int().view(requests, pages))
     meta = dsv4x.AttentionMetadata.build(
-        starts.cuda(), lengths.cuda(), *tables, compress_ratio=ratio, topk=topk, swa_page_size=64,
+        starts.cuda(), lengths.cuda(), *tables, compress_ratio=ratio, swa_page_size=64,
         swa_pages=caches[0].pages, extra_page_size=64, extra_pages=caches[1].pages,
         query_start_loc_cpu=starts, seq_lens_cpu=lengths,
     )  # fmt: skip
@@ -325,8 +326,9 @@ def test_a_long_chunk_stays_within_its_cap(path, ratio):
     # Bits are one kernel's, and prediction may pick another for a part than for the whole.
     want, want_lse = dsv4x.sparse_mla_attention(*arguments, path="gathered", kernel="flash_mla", chunk=roomy)
     assert len(roomy.groups) == 1
-    assert meta.chunk.workspace_bytes <= 256 << 20
-    assert len(meta.chunk.groups) == (2 if ratio == 4 else 1)
+    chunk = chunk_of(meta)
+    assert chunk.workspace_bytes <= 256 << 20
+    assert len(chunk.groups) == (2 if ratio == 4 else 1)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

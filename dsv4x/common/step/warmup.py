@@ -216,6 +216,9 @@ def _run_paths(meta: AttentionMetadata, swa_cache: PagedCache, extra_cache: Page
     device, tokens = swa_cache.device, meta.num_tokens
     q = torch.zeros(tokens, size.heads, VALUE_DIM, dtype=torch.bfloat16, device=device)
     topk = torch.full((tokens, size.topk), -1, dtype=torch.int32, device=device) if meta.selects else None
+    if meta.compressed and not meta.selects:
+        # Longer rows of every entry are made by the layers.
+        meta.slot_rows(slice(0, tokens))
     arguments = (q, swa_cache, extra_cache, meta, topk)
     explanation = explain_step(*arguments, size.kernel)
     for path, problem in explanation.problems.items():
