@@ -28,6 +28,7 @@ from dsv4x.common.kernels import (
     mqa_logits,
     prefill,
     schedule,
+    step,
     topk,
 )
 from dsv4x.common.kernels import decode_shapes as config
@@ -124,7 +125,18 @@ def cases(arch: str) -> list[Case]:
     found += [
         Case(indices.window_slots_kernel, {"BLOCK": 128}, {"num_warps": 1}, integers),
         Case(indices.local_to_slots_kernel, {"BLOCK": 512}, types=integers),
-        Case(indices.combine_kernel, {"BLOCK": 512, "HAS_ROW_SLOTS": True, "HAS_POSITIONS": False}, types=integers),
+        Case(
+            indices.combine_kernel,
+            {
+                "BLOCK": 512,
+                "HAS_ROW_SLOTS": True,
+                "HAS_POSITIONS": False,
+                "HAS_SPANS": True,
+                "HAS_COMPRESSED_LENS": True,
+            },
+            types=integers,
+        ),
+        *step_cases(),
         gather_case(layouts.DSV4, layouts.DSV4, arch),
         gather_case(layouts.DSV41_FP4, layouts.DSV41_FP8, arch),
         gather_case(layouts.DSV4, layouts.DSV4, arch, combine=True),
@@ -287,6 +299,25 @@ def hopper_decode_case(given: int, split: int, local: int, far: bool = False) ->
     return Case(decode_hopper.decode_hopper_kernel, constants, {"num_warps": 4}, types, label=label)
 
 
+def step_cases() -> list[Case]:
+    """A step's metadata for the model's kinds, and for the further ones of a second launch; its gather plan."""
+    integers = {"out_ptr": "*i32", "lens_ptr": "*i32"}
+    found = []
+    for first, a, b in ((True, step.SELECTS, step.ROWS), (True, step.NONE, step.NONE), (False, step.ROWS, step.NONE)):
+        constants = {
+            "FIRST": first, "WINDOW": first, "A": a, "B": b, "BLOCK_W": 128, "BLOCK_R": step.BLOCK_R, "TILE": step.TILE,
+        }  # fmt: skip
+        found.append(Case(step.step_kernel, constants, label=f"[{first},{a},{b}]"))
+    found += [
+        Case(step.gather_requests_kernel, {"BLOCK_R": step.BLOCK_R}),
+        Case(step.gather_slots_kernel, {"TILE": step.GATHER_TILE}),
+    ]
+    for local in (False, True):
+        constants = {"HAS_SPANS": True, "LOCAL": local, "BLOCK": 512}
+        found.append(Case(step.pack_slots_kernel, constants, types=integers, label=f"[{local}]"))
+    return found
+
+
 def gather_case(extra: layouts.CacheLayout, swa: layouts.CacheLayout, arch: str, combine: bool = False) -> Case:
     constants: dict[str, object] = {}
     for scope, layout in (("EXTRA", extra), ("SWA", swa)):
@@ -298,7 +329,9 @@ def gather_case(extra: layouts.CacheLayout, swa: layouts.CacheLayout, arch: str,
     options = {"num_warps": cache.dequantize_shape(swa)[1]}
     kernel = gather_combine.gather_combine_kernel if combine else cache.gather_kernel
     if combine:
-        constants |= {"HAS_ROW_SLOTS": True, "HAS_POSITIONS": True, "BLOCK": 512}
+        constants |= {
+            "HAS_ROW_SLOTS": True, "HAS_POSITIONS": True, "HAS_SPANS": False, "HAS_COMPRESSED_LENS": True, "BLOCK": 512,
+        }  # fmt: skip
     return Case(kernel, constants, options, ATTENTION_OUT, label=f"[{extra.name}+{swa.name}]")
 
 

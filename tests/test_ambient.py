@@ -142,7 +142,7 @@ def step(given, ratio):
     starts, lengths = given.lengths()
     extra = {} if ratio == 1 else {"extra_page_size": SIZE, "extra_pages": PAGES, "extra_block_table": given.table()}
     return AttentionMetadata.build(
-        starts, lengths, given.table(), compress_ratio=ratio, swa_page_size=SIZE, swa_pages=PAGES, topk=4,
+        starts, lengths, given.table(), compress_ratio=ratio, swa_page_size=SIZE, swa_pages=PAGES,
         window_size=8, **extra,
     )  # fmt: skip
 

@@ -151,8 +151,12 @@ def build_arguments():
         "extra_page_size": 64,
         "extra_pages": 2,
         "topk": 8,
+        "max_seq_len": None,
+        "entries": None,
         "query_start_loc_cpu": None,
         "seq_lens_cpu": None,
+        "swa_indices": None,
+        "swa_lens": None,
     }
 
 
@@ -160,6 +164,8 @@ def meta(ratio=4):
     arguments = build_arguments()
     if ratio == 1:
         arguments = {k: v for k, v in arguments.items() if not k.startswith("extra")}
+    if ratio != 4:
+        del arguments["topk"]
     return dsv4x.AttentionMetadata.build(**{**arguments, "compress_ratio": ratio})
 
 
@@ -470,9 +476,15 @@ TABLE = {
             ("swa_block_table", zeros(2, 0, dtype=I32), ValueError, ["0 pages", "1"]),
             *wrong_tensors("extra_block_table", zeros(2, 3, dtype=I32), need="int32", dtype=I32, resize=[(3, 3)]),
             ("extra_block_table", zeros(2, 0, dtype=I32), ValueError, ["0 pages", "1"]),
-            ("extra_block_table", None, TypeError, ["NoneType", "int32"]),
-            ("compress_ratio", 8, ValueError, ["8", "(1, 4, 128)"]),
-            ("compress_ratio", 1, ValueError, ["extra_block_table", "given", "None", "compress_ratio 1"]),
+            ("extra_block_table", None, ValueError, ["got None", "compress_ratio 4"]),
+            ("compress_ratio", 8, ValueError, ["selects", "True or False", "compress_ratio 8"]),
+            ("compress_ratio", 1, ValueError, ["selects", "True or False", "compress_ratio 1"]),
+            ("compress_ratio", 0, ValueError, ["0", ">= 1"]),
+            ("compress_ratio", 4.0, TypeError, ["float", "int"]),
+            ("max_seq_len", -1, ValueError, ["-1", "0 to"]),
+            ("entries", -1, ValueError, ["-1", ">= 0"]),
+            ("swa_indices", zeros(2, 8, dtype=I32), ValueError, ["2 rows", "num_tokens, which is 3"]),
+            ("swa_lens", zeros(3, dtype=I32), ValueError, ["swa_indices with it"]),
             ("swa_page_size", 0, ValueError, ["0", ">= 1"]),
             ("swa_page_size", "64", TypeError, ["str", "int"]),
             ("swa_pages", -1, ValueError, ["-1", ">= 0"]),

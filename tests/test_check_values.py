@@ -181,9 +181,9 @@ def test_a_local_entry_its_request_has_not_is_named(changes, says, device, monke
     assert says in str(raised.value)
 
 
-def test_local_entries_no_query_reads_are_not_looked_at(device, checked):
-    # Row 0 sees 2 entries, so its columns from 2 on are past its span; rows 3 and 4 are no request's.
-    combine(device, [((0, slice(2, None)), 2**31 - 1), ((1, 2), -1), ((3,), 77), ((4,), -99)], tokens=2)
+def test_local_entries_of_no_query_are_not_looked_at(device, checked):
+    # Rows 3 and 4 are no request's.
+    combine(device, [((0, slice(2, None)), -1), ((1, 2), -1), ((3,), 77), ((4,), -99)], tokens=2)
 
 
 def build(device, table, extra_table=((0,), (1,)), ratio=4):
@@ -217,12 +217,12 @@ def test_a_c128_page_outside_the_pool_is_named(device, monkeypatch):
 
     monkeypatch.setenv("DSV4X_CHECK", "1")
     c128(1)
-    with pytest.raises(ValueError, match="extra_block_table: token 0 needs a page that is outside the pool"):
+    with pytest.raises(ValueError, match="extra_block_table: page 2 of request 0 at 0, need 0 to 1"):
         c128(2)
 
 
 def test_a_local_entry_a_token_may_not_see_is_named_by_the_entry_point(monkeypatch):
-    """Position 19 sees entries 0 to 4; what padding brings, and what stands past a span, may be anything."""
+    """Position 19 sees entries 0 to 4; what padding brings may be anything."""
     ints = [torch.tensor(x, dtype=torch.int32) for x in ([0, 1], [20], [[0, 1, 2]], [[0]])]
     meta = dsv4x.AttentionMetadata.build(
         *ints, compress_ratio=4, swa_page_size=8, swa_pages=3, extra_page_size=8, extra_pages=1, topk=8, num_tokens=2
@@ -231,7 +231,7 @@ def test_a_local_entry_a_token_may_not_see_is_named_by_the_entry_point(monkeypat
     q = torch.zeros(2, 4, 512, dtype=torch.bfloat16)
 
     def attend(entry):
-        topk = torch.tensor([[4, -1, entry, 0, 1, 99, 99, 99], [99] * 8], dtype=torch.int32)
+        topk = torch.tensor([[4, -1, entry, 0, 1, -1, -1, -1], [99] * 8], dtype=torch.int32)
         return dsv4x.sparse_mla_attention(q, *caches, meta, topk)
 
     attend(5)

@@ -13,7 +13,8 @@ from dsv4x.common.core.layouts import CacheSpec
 from dsv4x.common.dispatch import costs, registry
 from dsv4x.common.dispatch.problem import Problem
 from dsv4x.common.dispatch.registry import select
-from dsv4x.common.step.routes import step_kernel
+from dsv4x.common.step.direct import Direct
+from dsv4x.common.step.plan import Step, kernel_of
 from dsv4x.cuda import flash_mla, gluon
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -97,21 +98,27 @@ def test_a_step_waits_for_the_longer_of_host_and_gpu():
     assert given.gathered_us(100.0, 5.0, asked, False) == 108
 
 
+def step_kernel(decoding, topk, kernel=None):
+    """The direct path's kernel for a step whose attention call is ``decoding``, with top-k as local entries or none."""
+    device = torch.device("cpu")
+    step = Step(None, None, device, decoding.tokens, decoding.heads, decoding.caches, topk, topk > 0, False, True)
+    return kernel_of(Direct(), step, decoding, kernel)
+
+
 def test_a_kernel_that_spares_the_step_a_launch_may_be_slower_itself(records):
     decoding = decode_problem(tokens=128, capturing=False)
     flash, own = (registry.find("sparse_mla_decode", name) for name in ("flash_mla", "gluon"))
     assert flash.call_us(decoding) < own.call_us(decoding)
-    assert step_kernel("direct", decoding, None, None)[0] is flash
-    topk = torch.zeros(128, 512, dtype=torch.int32)
-    record, us = step_kernel("direct", decoding, None, topk)
+    assert step_kernel(decoding, 0)[0] is flash
+    record, us = step_kernel(decoding, 512)
     assert record is own
-    assert us < step_kernel("direct", decoding, None, topk, "flash_mla")[1]
+    assert us < step_kernel(decoding, 512, "flash_mla")[1]
     for kernel, remapped in ((own, False), (flash, True)):
         given = kernel.predicted_us(decoding), kernel.host_us(decoding), decoding
         expected = costs.step_costs("sm_90").direct_us(*given, remapped)
-        assert step_kernel("direct", decoding, None, topk, kernel.name)[1] == expected
+        assert step_kernel(decoding, 512, kernel.name)[1] == expected
     with pytest.raises(dsv4x.KernelNotSupported, match="no kernel can run this problem"):
-        step_kernel("direct", decode_problem(layout="indexer fp8"), None, topk)
+        step_kernel(decode_problem(layout="indexer fp8"), 512)
 
 
 def test_a_step_picks_no_kernel_that_refuses_or_runs_by_name_only(records):
@@ -119,10 +126,10 @@ def test_a_step_picks_no_kernel_that_refuses_or_runs_by_name_only(records):
     own = dataclasses.replace(registry.find("sparse_mla_decode", "gluon"), predicted_us=lambda problem: 0.0)
     registry.register(dataclasses.replace(own, name="flashinfer", by_name_only="it rounds q"))
     registry.register(dataclasses.replace(own, name="aiter", archs=("gfx942",)))
-    assert step_kernel("direct", decoding, None, None)[0].name in ("flash_mla", "gluon")
-    assert step_kernel("direct", decoding, None, None, "flashinfer")[0].name == "flashinfer"
+    assert step_kernel(decoding, 0)[0].name in ("flash_mla", "gluon")
+    assert step_kernel(decoding, 0, "flashinfer")[0].name == "flashinfer"
     with pytest.raises(dsv4x.KernelNotSupported, match="arch is sm_90, need gfx942"):
-        step_kernel("direct", decoding, None, None, "aiter")
+        step_kernel(decoding, 0, "aiter")
 
 
 def test_without_flash_mla_it_is_chosen(records, replaced):

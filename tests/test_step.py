@@ -311,6 +311,19 @@ def test_a_refill_of_other_shapes_is_an_error_and_changes_nothing(rng):
     assert torch.equal(step.position, before)
 
 
+def test_what_the_host_says_has_to_fit_together(rng):
+    server = Server((4,), rng)
+    starts, lens = server.lengths(QUERIES, LENGTHS)
+    with pytest.raises(ValueError, match="seq_lens_cpu: 300 at request 0, need <= max_seq_len, which is 299"):
+        server.build(QUERIES, LENGTHS, max_seq_len=299, query_start_loc_cpu=starts, seq_lens_cpu=lens)
+    with pytest.raises(ValueError, match="query_start_loc_cpu: got None beside seq_lens_cpu"):
+        server.build(QUERIES, LENGTHS, max_seq_len=600, seq_lens_cpu=lens)
+    with pytest.raises(ValueError, match="num_tokens: got None, need q's rows"):
+        server.build(QUERIES, LENGTHS, max_seq_len=600)
+    with pytest.raises(ValueError, match="seq_lens: 2 at request 0, need 0 or >= its 3 query tokens"):
+        server.build(QUERIES, [2, 50, 9, 130])
+
+
 def test_host_copies_unlike_the_device_are_an_error_under_checks(rng, monkeypatch):
     server = Server((4, 128), rng)
     monkeypatch.setenv("DSV4X_CHECK", "1")

@@ -76,7 +76,7 @@ def test_no_batch_compiles_anything_afterwards(heads, kernel):
             meta = dsv4x.AttentionMetadata.build(
                 starts.cuda(), lengths.cuda(),
                 torch.randint(0, 300, (len(requests), columns), dtype=torch.int32, device="cuda"),
-                compress_ratio=ratio, swa_page_size=64, swa_pages=300, topk=64, **more,
+                compress_ratio=ratio, swa_page_size=64, swa_pages=300, **more,
             )  # fmt: skip
             q = torch.randn(tokens, heads, 512, dtype=torch.bfloat16, device="cuda")
             topk = torch.randint(-1, 100, (tokens, 64), dtype=torch.int32, device="cuda") if ratio == 4 else None
@@ -180,5 +180,27 @@ def test_kernels_that_another_batch_may_get_are_warmed_up_too(monkeypatch):
     monkeypatch.setattr(
         warmup_module.registry, "explain", lambda problem: dataclasses.replace(explanation, predicted_us=times)
     )
-    assert warmup_module._kernels_of(explanation.problem, None) == ["flash_mla", "gluon"]
-    assert warmup_module._kernels_of(explanation.problem, "triton") == ["triton"]
+    size = warmup_module._Size(tokens=1, heads=8, topk=4, window_size=8, kernel=None, capturing=None)
+    assert warmup_module._kernels_of(explanation.problem, size) == ["flash_mla", "gluon"]
+    assert warmup_module._kernels_of(explanation.problem, size._replace(kernel="triton")) == ["triton"]
+
+
+def test_warmup_takes_what_prediction_picks_for_either_mode_and_tells_how_far_it_is(monkeypatch):
+    explanation = dsv4x.explain(dsv4x.Problem("sparse_mla_decode", "cpu", "cpu", heads=8, width=64))
+    times = {False: {"flash_mla": 90.0, "gluon": 20.0}, True: {"flash_mla": 20.0, "gluon": 90.0}}
+
+    def explain(problem):
+        return dataclasses.replace(explanation, predicted_us=times[problem.capturing])
+
+    monkeypatch.setattr(warmup_module.registry, "explain", explain)
+    problem = dataclasses.replace(explanation.problem, device="cuda")
+    for capturing, names in ((None, ["gluon", "flash_mla"]), (False, ["gluon"]), (True, ["flash_mla"])):
+        size = warmup_module._Size(1, 8, 4, 8, None, capturing)
+        assert warmup_module._kernels_of(problem, size) == names
+    monkeypatch.undo()
+    seen = []
+    cache = PagedCache.zeros(2, layouts.DSV4, 4)
+    dsv4x.warmup(cache, cache, heads=1, topk=4, window_size=4, progress=lambda *stage: seen.append(stage))
+    assert [done for done, _, _ in seen] == list(range(len(seen)))
+    assert {stages for _, stages, _ in seen} == {len(seen) - 1}
+    assert seen[-1][2] == "done"

@@ -750,7 +750,7 @@ def plan_gather(call: GatherCall) -> None:
     """What :func:`dsv4x.common.kernels.step.plan_gather` writes, in torch."""
     lengths = call.seq_lens.clamp(0, call.max_seq_len).long()
     queries = call.query_start_loc.diff().long()
-    request = torch.arange(lengths.shape[0], device=lengths.device)
+    request = torch.arange(lengths.shape[0], dtype=torch.int64, device=lengths.device)
     for kind in call.kinds:
         gathers = (queries > 0) & (request >= kind.first) & (request < kind.end)
         entries = lengths // kind.compress_ratio if kind.compress_ratio else torch.zeros_like(lengths)
@@ -770,7 +770,7 @@ def plan_gather(call: GatherCall) -> None:
             kind.requests[2 * part] = begins
             kind.requests[2 * part + 1] = ends - begins
             owner = torch.repeat_interleave(request, ends - begins)
-            row = torch.arange(owner.shape[0], device=owner.device)
+            row = torch.arange(owner.shape[0], dtype=torch.int64, device=owner.device)
             local = row + first_row - begins[owner]
             if part:
                 local = local + (lengths - (ends - begins))[owner]
@@ -792,7 +792,7 @@ def pack_slots(
     """What :func:`dsv4x.common.kernels.step.pack_slots` writes, in torch."""
     slots = indices.clone()
     if spans is not None:
-        slots[torch.arange(slots.shape[1], device=slots.device) >= spans[:, None]] = -1
+        slots[torch.arange(slots.shape[1], dtype=torch.int64, device=slots.device) >= spans[:, None]] = -1
     if local is None:
         slots[slots >= capacity] = -1
     else:

@@ -12,6 +12,9 @@ HEAD_DIMS = (512, 576)
 
 MAX_HEADS = 128
 
+INDEX_DIM = 128
+"""Values of the indexer's q and K."""
+
 WINDOW = 128
 """Raw tokens a query sees, its own included."""
 

@@ -180,11 +180,25 @@ class IndexProblem(Problem):
     width: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class MergeProblem(Problem):
+    """``merge_attention_states``.
+
+    Attributes:
+        states: partial states a row.
+        heads: query heads.
+    """
+
+    states: int = 0
+    heads: int = 0
+
+
 _FAMILIES: dict[str, type[Problem]] = {
     **dict.fromkeys(("sparse_mla_decode", "sparse_mla_prefill"), AttentionProblem),
     **dict.fromkeys(("paged_mqa_logits", "mqa_logits"), LogitsProblem),
     **dict.fromkeys(("topk_transform", "topk_merge"), SelectionProblem),
     "get_paged_mqa_logits_metadata": ScheduleProblem,
+    "merge_attention_states": MergeProblem,
     **dict.fromkeys(
         (
             "quantize_and_insert_k_cache",

@@ -23,7 +23,7 @@ def _scores(lses_ptr, state, states, state_stride):
     return tl.where(lse == float("inf"), float("-inf"), lse)
 
 
-@triton.jit(do_not_specialize=["heads", "states", "lses_stride", "lses_stride_t"])
+@triton.jit(do_not_specialize=("heads", "states", "lses_stride", "lses_stride_t"))
 def merge_kernel(
     outs_ptr, last_ptr, lses_ptr, sink_ptr, out_ptr, lse_ptr, heads, states,
     outs_stride, outs_stride_t, outs_stride_h, lses_stride, lses_stride_t, out_stride_t, out_stride_h,

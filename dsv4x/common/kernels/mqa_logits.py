@@ -17,12 +17,13 @@ import triton.language as tl
 from ..core import encodings
 from ..core.layouts import PagedCache
 from ..core.logits_calls import FlatLogitsCall, PagedLogitsCall
+from ..core.model import INDEX_DIM
 from ..core.platform import platform
 from .encodings import e2m1_to_f32, e4m3fn_to_f32, e4m3fnuz_to_f32, ue8m0_to_f32
 from .launch import Launcher
 from .portability import INTERPRETED, dot, to_bf16
 
-DIM = tl.constexpr(128)
+DIM = tl.constexpr(INDEX_DIM)
 _MINUS_INF = tl.constexpr(float("-inf"))
 
 

@@ -72,14 +72,14 @@ def _fill_kind(
             tl.store(rows_ptr + token.to(tl.int64) * width + offset, slots.to(tl.int32), mask=offset < written)
 
 
-_STEP_NUMBERS = (
-    "requests", "max_seq_len", "fresh", "swa_table_stride", "swa_columns", "swa_page_size", "swa_pages", "window_size",
-    "a_ratio", "a_most", "a_table_stride", "a_columns", "a_page_size", "a_pages", "a_width",
-    "b_ratio", "b_most", "b_table_stride", "b_columns", "b_page_size", "b_pages", "b_width",
+@triton.jit(
+    do_not_specialize=(
+        "requests", "max_seq_len", "fresh", "swa_table_stride", "swa_columns", "swa_page_size", "swa_pages",
+        "window_size",
+        "a_ratio", "a_most", "a_table_stride", "a_columns", "a_page_size", "a_pages", "a_width",
+        "b_ratio", "b_most", "b_table_stride", "b_columns", "b_page_size", "b_pages", "b_width",
+    )
 )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_STEP_NUMBERS)
 def step_kernel(
     query_start_loc_ptr, seq_lens_ptr, swa_table_ptr, request_ptr, position_ptr, swa_indices_ptr, swa_lens_ptr,
     clamped_ptr,
@@ -143,13 +143,12 @@ def _request_counts(
     return length, compressed, raw
 
 
-_REQUESTS_NUMBERS = (
-    "requests", "pitch", "max_seq_len", "window_size", "a_first", "a_end", "a_ratio", "a_compressed_rows", "a_rows",
-    "b_first", "b_end", "b_ratio", "b_compressed_rows", "b_rows",
+@triton.jit(
+    do_not_specialize=(
+        "requests", "pitch", "max_seq_len", "window_size", "a_first", "a_end", "a_ratio", "a_compressed_rows", "a_rows",
+        "b_first", "b_end", "b_ratio", "b_compressed_rows", "b_rows",
+    )
 )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_REQUESTS_NUMBERS)
 def gather_requests_kernel(
     query_start_loc_ptr, seq_lens_ptr, a_requests_ptr, b_requests_ptr, requests, pitch, max_seq_len, window_size,
     a_first, a_end, a_ratio, a_compressed_rows, a_rows, b_first, b_end, b_ratio, b_compressed_rows, b_rows,
@@ -225,14 +224,13 @@ def _slots_of_rows(
     tl.store(slots_ptr + row, tl.where(compressed, slots, swa_slots).to(tl.int32), mask=row < rows)
 
 
-_SLOTS_NUMBERS = (
-    "requests", "pitch", "steps", "a_programs", "swa_table_stride", "swa_columns", "swa_page_size", "swa_pages",
-    "a_table_stride", "a_columns", "a_page_size", "a_pages", "a_compressed_rows", "a_rows", "b_table_stride",
-    "b_columns", "b_page_size", "b_pages", "b_compressed_rows", "b_rows",
+@triton.jit(
+    do_not_specialize=(
+        "requests", "pitch", "steps", "a_programs", "swa_table_stride", "swa_columns", "swa_page_size", "swa_pages",
+        "a_table_stride", "a_columns", "a_page_size", "a_pages", "a_compressed_rows", "a_rows", "b_table_stride",
+        "b_columns", "b_page_size", "b_pages", "b_compressed_rows", "b_rows",
+    )
 )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_SLOTS_NUMBERS)
 def gather_slots_kernel(
     swa_table_ptr, a_requests_ptr, a_table_ptr, a_slots_ptr, b_requests_ptr, b_table_ptr, b_slots_ptr,
     requests, pitch, steps, a_programs, swa_table_stride, swa_columns, swa_page_size, swa_pages,
@@ -255,13 +253,12 @@ def gather_slots_kernel(
         )  # fmt: skip
 
 
-_PACK_NUMBERS = (
-    "width", "requests", "table_stride", "columns", "page_size", "pages", "capacity", "request_ptr",
-    "limits_ptr", "spans_ptr", "lens_ptr",
+@triton.jit(
+    do_not_specialize=(
+        "width", "requests", "table_stride", "columns", "page_size", "pages", "capacity", "request_ptr",
+        "limits_ptr", "spans_ptr", "lens_ptr",
+    )
 )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_PACK_NUMBERS)
 def pack_slots_kernel(
     indices_ptr, spans_ptr, request_ptr, limits_ptr, table_ptr, out_ptr, lens_ptr,
     width, requests, indices_stride, table_stride, columns, page_size, pages, capacity, out_width,

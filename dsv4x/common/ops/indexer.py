@@ -17,14 +17,12 @@ import torch
 from ..core import checks, layouts
 from ..core.layouts import PagedCache
 from ..core.logits_calls import FlatLogitsCall, PagedLogitsCall
+from ..core.model import INDEX_DIM
 from ..core.platform import platform
 from ..core.spaces import INT32_MAX, TopkMethod
 from ..dispatch.problem import CacheProblem, LogitsProblem, ScheduleProblem, SelectionProblem
 from ..dispatch.registry import find, select
 from .topk import Selection, check_space, launch_topk, put_in_space
-
-INDEX_DIM = 128
-"""Values of an index q and K."""
 
 HEADS = (32, 64)
 """Index heads the kernels take."""

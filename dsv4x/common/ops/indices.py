@@ -122,7 +122,9 @@ def combine_topk_swa_indices(
     if checks.check_values_enabled():
         _, position = positions or token_positions(query_start_loc, seq_lens, tokens)
         visible = (position + 1) // compress_ratio
-        checks.index_values("topk_indices", topk_indices[:, :topk], None, visible, "local entry")
+        rows = topk_indices[:, :topk]
+        spans = torch.where(position >= 0, rows.shape[1], 0)
+        checks.index_values("topk_indices", rows, spans, visible, "local entry")
     record = select(IndexProblem.on("combine_topk_swa_indices", device, tokens=tokens, width=width), kernel)
     if tokens:
         call = CombineCall(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..core import checks
-from ..dispatch.problem import Problem
+from ..dispatch.problem import MergeProblem
 from ..dispatch.registry import select
 
 STATE_DTYPES = (torch.bfloat16, torch.float32)
@@ -63,7 +63,8 @@ def merge_attention_states(
         state, token, _ = (int(x) for x in lses.isnan().nonzero()[0])
         raise ValueError(f"lses: NaN in state {state}, token {token}")
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=device)
-    record = select(Problem.on("merge_attention_states", device, tokens=tokens), kernel)
+    problem = MergeProblem.on("merge_attention_states", device, tokens=tokens, states=states, heads=heads)
+    record = select(problem, kernel)
     if lse.numel():
         record.launch(device, first, last, lses, attn_sink, out, lse)
     return out, lse

@@ -242,10 +242,12 @@ def _check_values(
 ) -> None:
     if topk_indices is not None:
         assert meta.visible is not None
-        lens = None if topk_lens is None else topk_lens.clamp_max(topk_indices.shape[1])
-        checks.index_values("topk_indices", topk_indices, lens, meta.visible, "local entry")
+        # What padding brings may be anything.
+        owned, width = meta.position >= 0, topk_indices.shape[1]
+        spans = torch.where(owned, width if topk_lens is None else topk_lens.clamp_max(width), 0)
+        checks.index_values("topk_indices", topk_indices, spans, meta.visible, "local entry")
         if topk_lens is not None:
-            checks.nothing_past_span("topk_indices", topk_indices, topk_lens)
+            checks.nothing_past_span("topk_indices", topk_indices, torch.where(owned, topk_lens, width))
     checks.finite_rows("q", q, [meta.position + 1])
 
 

@@ -639,7 +639,7 @@ def _check_extra(ratio: int, pages: ExtraPages, requests: int, device: torch.dev
     if pages.topk is not None:
         if not kind.selects:
             raise ValueError(f"topk: got {pages.topk}, need None for compress_ratio {ratio}, which does not select")
-        checks.integer("topk", pages.topk, 0, INT32_MAX)
+        checks.integer("topk", pages.topk, 0)
     if pages.entries is not None:
         checks.integer("entries", pages.entries, 0)
 

@@ -15,7 +15,7 @@ import torch
 from ..core import checks
 from ..core.errors import BackendUnavailable, KernelNotSupported
 from ..core.layouts import PagedCache
-from ..core.model import VALUE_DIM, LayerKind
+from ..core.model import INDEX_DIM, VALUE_DIM, LayerKind
 from ..core.platform import platform
 from ..core.spaces import TopkMethod
 from ..dispatch import registry
@@ -190,8 +190,9 @@ def _run_steps(caches: tuple[PagedCache, PagedCache | None], kinds: Sequence[Lay
         for kind in kinds
         if extra_cache is not None and (kind.compress_ratio > 1 or kind.selects)
     }
-    for chosen in [{}, *({ratio: pages} for ratio, pages in extra.items()), extra]:
-        step = StepMetadata.build(
+
+    def build(chosen: dict[int, ExtraPages]) -> StepMetadata:
+        return StepMetadata.build(
             starts.to(device),
             lengths.to(device),
             table(swa_cache, 1),
@@ -202,11 +203,13 @@ def _run_steps(caches: tuple[PagedCache, PagedCache | None], kinds: Sequence[Lay
             query_start_loc_cpu=starts,
             seq_lens_cpu=lengths,
         )
-        metas = [step[kind.compress_ratio] for kind in kinds if kind.compress_ratio in chosen or not chosen]
-    for meta in metas if extra else [step.window]:
+
+    for chosen in [{}, *({ratio: pages} for ratio, pages in extra.items())]:
+        build(chosen)
+    step = build(extra)
+    for kind in kinds:
+        meta = step.window if kind == LayerKind(1, False) else step[kind.compress_ratio]
         _run_paths(meta, swa_cache, extra_cache if meta.compressed else None, size)
-    if extra and LayerKind(1, False) in kinds:
-        _run_paths(step.window, swa_cache, None, size)
 
 
 def _run_paths(meta: AttentionMetadata, swa_cache: PagedCache, extra_cache: PagedCache | None, size: _Size) -> None:
@@ -333,7 +336,7 @@ def _index_queries(cache: PagedCache, *shape: int) -> Iterator[tuple[torch.Tenso
     device, encoding = cache.device, cache.layout.value_encoding
     fp8 = platform.limits(device).fp8 if encoding == "e2m1" else encoding
     flavour = torch.float8_e4m3fnuz if fp8 == "e4m3fnuz" else torch.float8_e4m3fn
-    yield torch.zeros(*shape, indexer.INDEX_DIM, dtype=torch.uint8, device=device).view(flavour), None
+    yield torch.zeros(*shape, INDEX_DIM, dtype=torch.uint8, device=device).view(flavour), None
     if encoding == "e2m1":
         codes, scales = (torch.zeros(*shape, size, dtype=torch.uint8, device=device) for size in (64, 4))
         yield codes, scales

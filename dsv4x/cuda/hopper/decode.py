@@ -362,11 +362,17 @@ def _store_whole(acc, weight, q_smem, item, heads, out, FIRST: gl.constexpr, FAR
 
 
 @gluon.jit
-def _store_out(acc, weight, q_smem, item, heads, out, FIRST: gl.constexpr, FAR_HEADS: gl.constexpr):
+def _store_out(
+    acc, weight, q_smem, item, heads, out, FIRST: gl.constexpr, SPLIT: gl.constexpr, FAR_HEADS: gl.constexpr
+):  # fmt: skip
     """Write one half of the output's columns, as a partial result where the row has several splits."""
-    if item.split >= 0:
-        _store_partial(acc, weight, item, heads, out, FIRST)
+    if SPLIT:
+        if item.split >= 0:
+            _store_partial(acc, weight, item, heads, out, FIRST)
+        else:
+            _store_whole(acc, weight, q_smem, item, heads, out, FIRST, FAR_HEADS)
     else:
+        # Triton 3.6 does not compile a branch that is never taken.
         _store_whole(acc, weight, q_smem, item, heads, out, FIRST, FAR_HEADS)
 
 
@@ -451,14 +457,18 @@ def _left(
             weight = 1.0 / gl.where(empty, 1.0, l)
             head = item.head0 + gl.arange(0, BLOCK_H, HEADS)
             row = item.token * heads + head
-            if item.split >= 0:
-                gl.store(out.partial_lse_ptr + row * out.most_splits + item.split, lse, mask=head < heads)
-            else:
-                gl.store(out.lse_ptr + row, lse, mask=head < heads)
-                if HAS_SINK:
-                    sink = gl.load(sink_ptr + head, mask=head < heads, other=0.0)
-                    # An empty row's lse of +inf meets a sink of +inf as NaN; its output is zero whatever the sink.
-                    weight *= gl.where(empty, 0.0, 1.0 / (1.0 + gl.exp2((sink - lse) * LOG2E)))
+            present = head < heads
+            whole = present
+            if SPLIT:
+                whole = present & (item.split < 0)
+                partial = out.partial_lse_ptr + row * out.most_splits + item.split
+                gl.store(partial, lse, mask=present & (item.split >= 0))
+            gl.store(out.lse_ptr + row, lse, mask=whole)
+            if HAS_SINK:
+                # A partial result is given no sink: one of -inf takes nothing.
+                sink = gl.load(sink_ptr + head, mask=whole, other=float("-inf"))
+                # An empty row's lse of +inf meets a sink of +inf as NaN; its output is zero whatever the sink.
+                weight *= gl.where(empty, 0.0, 1.0 / (1.0 + gl.exp2((sink - lse) * LOG2E)))
             acc = warpgroup_mma_wait(0, (acc,))
             mbarrier.arrive(k_empty.index(stage), count=1)
             # The weights of the last message are those of the output.
@@ -470,7 +480,7 @@ def _left(
             mbarrier.arrive(p_full.index(stage), count=1)
             message += 1
             weight = gl.convert_layout(weight, gl.SliceLayout(1, ACC))
-            _store_out(acc, weight, q_smem, item, heads, out, 0, FAR_HEADS)
+            _store_out(acc, weight, q_smem, item, heads, out, 0, SPLIT, FAR_HEADS)
 
 
 @gluon.jit
@@ -503,7 +513,7 @@ def _right(
             weight = alpha_smem.index(stage).load(gl.SliceLayout(1, ACC))
             mbarrier.arrive(p_empty.index(stage), count=1)
             message += 1
-            _store_out(acc, weight, q_smem, item, heads, out, HALF, FAR_HEADS)
+            _store_out(acc, weight, q_smem, item, heads, out, HALF, SPLIT, FAR_HEADS)
 
 
 # Nothing but q's and out's strides needs its divisibility known, and every number specialized doubles the kernels.
