@@ -52,10 +52,15 @@ def expected(q, pools, queries, lengths, ratio, selected):
     return dsv4x.reference.sparse_mla_decode(q, *scopes, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_the_graphs_example_is_right_at_every_length(where, monkeypatch):
-    if where == "cpu":
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def where(request, monkeypatch):
+    """The device that the examples find."""
+    if request.param == "cpu":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    return request.param
+
+
+def test_the_graphs_example_is_right_at_every_length(where):
     made = example("docs/graphs.md")
     assert made["device"] == where
     pools = {name: (made[name], made[f"{name}_table"]) for name in ("swa", "c4", "c128")}
@@ -75,8 +80,9 @@ def test_the_graphs_example_is_right_at_every_length(where, monkeypatch):
     assert made["step"].clamped.item() == 1
 
 
-def test_the_readmes_example_is_right():
+def test_the_readmes_example_is_right(where):
     made = example("README.md")
+    assert made["device"] == where
     pools = {name: (made[name], made[f"{name}_table"]) for name in ("swa", "c4", "c128")}
     queries, lengths = made["query_start_loc"].diff().tolist(), made["seq_lens"].tolist()
     for ratio, kind in ((1, []), (4, [pools["c4"]]), (128, [pools["c128"]])):

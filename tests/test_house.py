@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "rocm": _COMMON | {"rocm"},
     "root": _ANY - {"demo", "servers", "main"},
     "demo": _ANY - {"servers", "main"},
-    "servers": _ANY - {"demo", "main"},
+    "servers": _ANY - _BESIDE - {"demo", "main"},
     "main": _ANY,
 }
 
@@ -299,6 +299,7 @@ def house(tmp_path):
         ("common/step/a", "from ...demo import b\n", "dsv4x.demo.b"),
         ("__init__", "from .servers import b\n", "dsv4x.servers.b"),
         ("demo/a", "from ..servers import b\n", "dsv4x.servers.b"),
+        ("servers/a", "from ..common.portable import b\n", "dsv4x.common.portable"),
     ],
 )
 def test_an_arrow_against_the_rule_is_seen(importer, text, imported, house):
