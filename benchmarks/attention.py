@@ -35,10 +35,6 @@ def pool(entries: int) -> PagedCache:
     return cache
 
 
-def servers_view(cache: PagedCache) -> torch.Tensor:
-    return cache.page_bytes.unflatten(1, (cache.page_size, 1, 584))
-
-
 def decode_row(heads: int, topk: int, tokens: int) -> dict[str, float]:
     swa, extra = pool(SWA_ENTRIES), pool(EXTRA_ENTRIES)
     q = torch.randn(tokens, heads, 512, device="cuda").clamp(-1, 1).bfloat16()
@@ -52,8 +48,8 @@ def decode_row(heads: int, topk: int, tokens: int) -> dict[str, float]:
 
     def bare():
         flash_mla_with_kvcache(
-            q[:, None], servers_view(swa), None, None, 512, meta, None, 512**-0.5, False, True, rows[0][:, None],
-            sink, servers_view(extra), rows[1][:, None], lens[0], lens[1], use_legacy=True,
+            q[:, None], swa.servers_view, None, None, 512, meta, None, 512**-0.5, False, True, rows[0][:, None],
+            sink, extra.servers_view, rows[1][:, None], lens[0], lens[1], use_legacy=True,
         )  # fmt: skip
 
     return compare_us({

@@ -2,10 +2,11 @@
 
 Medians of ``triton.testing.do_bench`` of graphs, in microseconds. ``decode`` and ``prefill`` are FlashMLA's kernels
 called bare, over index rows of the width given, drawn from pools of the rows given; ``prefill_gluon`` is Gluon's.
-``gather``, ``remap`` and ``combine`` are straight lines through two sizes, ``listing`` is what finding and remapping
-references takes before their rows are gathered. ``host`` is what the host takes for eager calls of one token, the best
-of many, as a busy host takes up to twice that: ``kernels`` of the attention ops, and of the paths what they take beside
-their kernel's call as an op, less than nothing where an op's checks take longer.
+``gather``, ``remap`` and ``combine`` are straight lines through two sizes. ``remap`` packs top-k's slots. ``listing``
+does that too, then finds and remaps the references, as the referenced path does before it gathers their rows. ``host``
+is what the host takes for eager calls of one token, the best of many, as a busy host takes up to twice that:
+``kernels`` of the attention ops, and of the paths what they take beside their kernel's call as an op, less than nothing
+where an op's checks take longer.
 
 Usage: python benchmarks/fit_costs.py --out dsv4x/cuda/costs_sm_90.json
 With --host-only, the file's other entries stay as they are.
@@ -25,13 +26,15 @@ from steps import PAGE_SIZE, WINDOW, Step, pool
 from timing import Run, device_us, write
 
 import dsv4x
+from dsv4x import Local
 from dsv4x.common.dispatch import registry
-from dsv4x.common.ops import compaction, indices
-from dsv4x.common.step.routes import PATHS, paths_of
+from dsv4x.common.step.attention import PATHS, paths_of
+from dsv4x.common.step.direct import local_of
 
 TOKENS = (1, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 WIDTHS = (128, 640, 1152, 4224)
 ROWS = (4096, 65536, 262144)
+TOPK = 512
 HEADS = {"decode": (64, 128), "prefill": (64, 128), "prefill_gluon": (16, 64, 128)}
 HOST_TURNS, HOST_CALLS = 800, 6
 
@@ -100,30 +103,45 @@ def gather(rows: int):
 
 def remap(elements: int):
     step = Step(elements // 512, 1 << 17, 64, 512, 4, 1)
-    meta = step.meta
-    return lambda: indices.local_to_slots(
-        step.topk, meta.request, meta.visible, meta.extra_block_table, PAGE_SIZE, meta.extra_pages
-    )
+    return packing(step.topk, step.topk_lens, local_of(step.meta), torch.empty_like(step.topk), step.extra.capacity)
 
 
 def combine(elements: int):
     step = Step(elements // 640, 1 << 17, 64, 512, 4, 1)
-    (group,) = step.chunk.groups
-    return lambda: step.chunk.index_rows(group, group.blocks[0], step.topk, step.combine)
+    return step.index_rows
 
 
 def listing(references: int):
     """Nearly every reference to another row, of a pool of 1M-token prefixes; nothing is gathered."""
-    slots = torch.randint(0, 1 << 20, (references // 512, 512), device="cuda", dtype=torch.int32)
-    cache = pool((1 << 20) // PAGE_SIZE)
-    return lambda: compaction._list_referenced(cache, slots, None, 1, references, None, None, None)
+    tokens, entries = references // TOPK, 1 << 20
+    pages = torch.arange(entries // PAGE_SIZE, dtype=torch.int32, device="cuda")
+    topk = torch.randint(0, entries, (tokens, TOPK), device="cuda", dtype=torch.int32)
+    lens = torch.full((tokens,), TOPK, dtype=torch.int32, device="cuda")
+    local = Local(torch.zeros_like(lens), torch.full_like(lens, entries), pages[None], len(pages))
+    slots = torch.empty_like(topk)
+    pack = packing(topk, lens, local, slots, entries)
+    record = registry.find("list_referenced", "triton")
+
+    def run() -> None:
+        pack()
+        listed = torch.full((references,), -1, dtype=torch.int32, device="cuda")
+        compact, count = torch.full_like(slots, -1), torch.zeros(1, dtype=torch.int32, device="cuda")
+        record.run(slots, lens, entries, 1, listed, compact, count)
+
+    return run
+
+
+def packing(topk: torch.Tensor, lens: torch.Tensor, local: Local, slots: torch.Tensor, capacity: int) -> Run:
+    """What makes packed slots of local entries, as the step does for kernels that take slots."""
+    record, spans = registry.find("pack_slots", "triton"), torch.empty_like(lens)
+    return lambda: record.run(topk, lens, local, capacity, PAGE_SIZE, slots, spans)
 
 
 def host() -> dict:
     """What the host takes, in turns: the quiet moments of a busy one are then the same for all."""
     step = Step(1, 1024, 64, 512, 1, 1)
     meta, schedule = step.meta, {}
-    workspace, rows, lens = step._gathered()
+    workspace, rows, lens = step.gathered()
     calls = {
         "sparse_mla_decode": lambda kernel: dsv4x.sparse_mla_decode(
             step.q, step.swa, meta.swa_indices, meta.swa_lens, attn_sink=step.sink, kernel=kernel,
@@ -140,10 +158,10 @@ def host() -> dict:
     }
     for ratio in (1, 4, 128):
         at = Step(1, 1024, 64, 512, ratio, 1)
-        for path in paths_of(ratio):
+        for path in paths_of(at.meta.kind):
             runs[path, str(ratio)] = functools.partial(
                 dsv4x.sparse_mla_attention, at.q, at.swa, at.extra, at.meta, at.topk, at.sink, path=path,
-                kernel="flash_mla", chunk=at.chunk,
+                kernel="flash_mla", chunk=at.chunk, topk_lens=at.topk_lens,
             )  # fmt: skip
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(HOST_TURNS):

@@ -66,6 +66,7 @@ def measure(arch: str, pair: tuple[CacheLayout, CacheLayout], heads: int, shape:
     swa, extra = pair
     constants = {
         "HAS_SWA_LENS": True, "HAS_EXTRA": True, "HAS_EXTRA_LENS": True, "HAS_SINK": True, "SPLIT": True,
+        "EARLY": decode.depends_early(arch),
         "BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k, "VALUE_DIM": 512, "TAIL": swa.head_dim - 512,
         "WIDE": False, "LOCAL": swa.head_dim == 512, "SWA": entry_format(swa, arch), "EXTRA": entry_format(extra, arch),
     }  # fmt: skip

@@ -21,7 +21,7 @@ from steps import Step
 from timing import compare_us, device_us, write
 
 import dsv4x
-from dsv4x.common.step.routes import paths_of
+from dsv4x.common.step.attention import paths_of
 
 TOKENS = (16, 64, 256, 1024, 4096, 8192, 16384, 32768)
 PREFIXES = (0, 8192, 131072, 1048576)
@@ -38,8 +38,9 @@ COLUMNS = {
 
 def measure(tokens: int, prefix: int, heads: int, topk: int, ratio: int, requests: int) -> dict:
     step = Step(tokens, prefix, heads, topk, ratio, requests)
+    paths = paths_of(step.meta.kind)
     runs = {
-        **{path: lambda path=path: step.run(path) for path in paths_of(ratio)},
+        **{path: lambda path=path: step.run(path) for path in paths},
         "peer_direct": step.peer_direct,
         "peer_gathered": step.peer_gathered,
         "kernel": step.kernel_alone(),
@@ -57,7 +58,7 @@ def measure(tokens: int, prefix: int, heads: int, topk: int, ratio: int, request
         **{f"predicted_{path}": value for path, value in explained.predicted_us.items()},
         "path": explained.chosen,
         "path_kernel": explained.kernels[explained.chosen],
-        "regret": us["chosen"] / min(us[path] for path in paths_of(ratio)),
+        "regret": us["chosen"] / min(us[path] for path in paths),
         "against_peers": us["chosen"] / min(us["peer_direct"], us["peer_gathered"]),
     }  # fmt: skip
 

@@ -44,10 +44,12 @@ class Step:
         raw = [-(-n // PAGE_SIZE) for n in lengths]
         self.swa, swa_table = pool(sum(raw)), block_table(lengths, raw, generator)
         self.extra, extra = None, {}
+        if ratio == 4:
+            extra["topk"] = topk
         if ratio > 1:
             compressed = [max(1, -(-(n // ratio) // PAGE_SIZE)) for n in lengths]
             self.extra = pool(sum(compressed))
-            extra = {
+            extra |= {
                 "extra_block_table": block_table(lengths, compressed, generator),
                 "extra_page_size": PAGE_SIZE,
                 "extra_pages": self.extra.pages,
@@ -55,17 +57,19 @@ class Step:
         starts = torch.tensor([0, *queries]).cumsum(0).int()
         host_lengths = torch.tensor(lengths, dtype=torch.int32)
         self.meta = AttentionMetadata.build(
-            starts.cuda(), host_lengths.cuda(), swa_table, compress_ratio=ratio, topk=topk, swa_page_size=PAGE_SIZE,
+            starts.cuda(), host_lengths.cuda(), swa_table, compress_ratio=ratio, swa_page_size=PAGE_SIZE,
             swa_pages=self.swa.pages, query_start_loc_cpu=starts, seq_lens_cpu=host_lengths, **extra,
         )  # fmt: skip
         self.q = torch.empty(tokens, heads, 512, dtype=torch.bfloat16, device="cuda").normal_(generator=generator) / 10
         self.sink = torch.randn(heads, device="cuda", generator=generator)
-        self.topk = None
+        self.topk, self.topk_lens = None, None
         if ratio == 4:
             visible = self.meta.visible[:, None]
             chosen = (torch.rand(tokens, topk, device="cuda", generator=generator) * visible).int()
             every = torch.arange(topk, dtype=torch.int32, device="cuda")
             self.topk = torch.where(visible > topk, chosen, torch.where(every < visible, every, -1))
+            # Its rows are packed to the front.
+            self.topk_lens = self.meta.extra_lens
         # A cap no point of the grid meets: routing is judged apart from it.
         self.chunk = SparsePrefillChunkCache(2 << 30).rebuild(self.meta)
         self.scheduler = get_mla_metadata()[0]
@@ -73,8 +77,9 @@ class Step:
 
     def run(self, path: str | None = None, chunk: SparsePrefillChunkCache | None = None):
         return dsv4x.sparse_mla_attention(
-            self.q, self.swa, self.extra, self.meta, self.topk, self.sink, path=path, chunk=chunk or self.chunk
-        )
+            self.q, self.swa, self.extra, self.meta, self.topk, self.sink, path=path, chunk=chunk or self.chunk,
+            topk_lens=self.topk_lens,
+        )  # fmt: skip
 
     def peer_direct(self):
         """FlashMLA on the fp8 pages, as servers call it: top-k to slots, then the kernel with its scheduler filled."""
@@ -98,18 +103,19 @@ class Step:
 
     def kernel_alone(self):
         """A call of nothing but the gathered path's attention kernel."""
-        workspace, rows, lens = self._gathered()
+        workspace, rows, lens = self.gathered()
         kv, rows = workspace[:, None], rows[:, None]
         return lambda: flash_mla_sparse_fwd(self.q, kv, rows, 512**-0.5, 512, self.sink, lens, use_legacy=True)
 
     def peer_gathered(self):
         """Everything dequantized, a launch a cache, then combined and attended to, as servers do it."""
-        workspace, rows, lens = self._gathered()
+        workspace, rows, lens = self.gathered()
         return flash_mla_sparse_fwd(
             self.q, workspace[:, None], rows[:, None], 512**-0.5, 512, self.sink, lens, use_legacy=True
         )
 
-    def _gathered(self):
+    def gathered(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The workspace, and the index rows and spans over it."""
         (group,) = self.chunk.groups
         workspace = torch.empty(group.rows, 512, dtype=torch.bfloat16, device="cuda")
         if self.extra is not None:
@@ -118,4 +124,14 @@ class Step:
             dsv4x.dequantize_k_cache_paged(self.swa, group.slots[compressed:], workspace[compressed:])
         else:
             dsv4x.dequantize_k_cache_paged(self.swa, group.slots, workspace)
-        return workspace, *self.chunk.index_rows(group, group.blocks[0], self.topk, self.combine)
+        return workspace, *self.index_rows()
+
+    def index_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of the gathered workspace and spans, of every token; kept between calls where no indexer selects."""
+        (group,) = self.chunk.groups
+        (block,) = group.blocks
+        if self.topk is None:
+            return self.chunk.index_rows(group, block, self.combine)
+        call = self.chunk.combining(group, block, self.topk, self.topk_lens)
+        self.combine.run(call)
+        return call.out_indices, call.out_lens

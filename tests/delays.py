@@ -237,7 +237,6 @@ def decode_launches() -> list[Launch]:
                 indices = hostile(tokens, extra_width, live)
                 more = filled if mapped else extra, indices.long() if given else indices, lens
             sink = torch.randn(heads, device=DEVICE) if sunk else None
-
             local = Local(request, visible, table, PAGES) if mapped else None
 
             def launch(q=q, given=(swa, swa_indices, swa_lens, *more, sink), splits=splits, local=local) -> Result:
@@ -254,8 +253,7 @@ def decode_launches() -> list[Launch]:
             more = extra, hostile(tokens, 4000, live), lens, torch.randn(heads, device=DEVICE)
 
             def launch(q=q, given=(*windows, *more)) -> Result:
-                out = torch.empty_like(q)
-                return out, decode_hopper.sparse_mla_decode(q, *given, 0.05, out)
+                return decode_hopper.sparse_mla_decode(decode_call(q, *given, 0.05))
 
             found.append(launch)
     return found

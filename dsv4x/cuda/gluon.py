@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 from ..common.core.calls import DecodeCall, PrefillCall, Result
 from ..common.core.model import VALUE_DIM
@@ -45,6 +46,13 @@ def decode(call: DecodeCall) -> Result:
     from .hopper.decode import sparse_mla_decode
 
     return sparse_mla_decode(call)
+
+
+def prepare_decode(call: DecodeCall) -> Callable[[DecodeCall], Result]:
+    """:func:`decode` for calls that look like this one."""
+    from .hopper.decode import prepare
+
+    return prepare(call)
 
 
 def _decode_reasons(problem: AttentionProblem) -> list[str]:
@@ -114,6 +122,7 @@ def register_kernels() -> None:
             layouts=("DSv4",),
             fixed_splits=True,
             remaps=True,
+            prepare=prepare_decode,
             scratch_bytes=_decode_scratch,
             host_us=host_us,
             further_reasons=_decode_reasons,

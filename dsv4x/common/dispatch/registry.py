@@ -57,6 +57,9 @@ class Kernel:
         capture_safe: may run inside CUDA / HIP graph capture.
         fixed_splits: whether ``run`` keeps to ``split_k``; a row's result then depends on nothing else in the batch.
         remaps: whether ``run`` takes a call's ``local`` and makes slots of the extra indices by itself.
+        prepare: gives ``run`` for calls that look like the one it is given: same shapes, strides, dtypes, device,
+            scales and caches' specs. It spares a step's further layers the host's work; None where there is nothing to
+            spare.
         by_name_only: why it runs only when asked for by name, such as results less exact than the others'; empty where
             prediction may choose it.
         scratch_bytes: at most how many bytes an attention op's ``run`` allocates beside its results.
@@ -78,6 +81,7 @@ class Kernel:
     fixed_splits: bool = False
     remaps: bool = False
     by_name_only: str = ""
+    prepare: Callable[[Any], Callable[[Any], Any]] | None = None
     scratch_bytes: Callable[[Any], int] = lambda problem: 0
     host_us: Callable[[Any], float] = lambda problem: 0.0
     further_reasons: Callable[[Any], Iterable[str]] = lambda problem: ()

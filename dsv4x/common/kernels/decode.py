@@ -6,6 +6,7 @@ launch is for the most a row can have, and programs of splits that a row does no
 split is written out where it is computed, and the reduction skips it.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -290,24 +291,30 @@ def reduce_partials(
     Rows of one split, which their kernel wrote out, are left as they are. Which splits a row has follows from ``spans``
     in blocks of ``block_k`` entries, as in :func:`row_shares`; what lies behind them is not read.
     """
-    tokens, heads, most, value_dim = partial.shape
+    prepare_reduction(partial.shape[2], attn_sink, out, lse, spans, whole, block_k)(
+        partial, partial_lse, attn_sink, out, lse, spans
+    )
+
+
+def prepare_reduction(
+    most: int,
+    attn_sink: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    spans: Spans,
+    whole: int,
+    block_k: int,
+) -> Callable[..., None]:
+    """:func:`reduce_partials` for ``most`` splits, as a function of its tensors, which look like those given here."""
+    (tokens, heads), value_dim = lse.shape, out.shape[2]
     at_once, warps = next((shape for shape in REDUCTIONS if most <= shape[0]), REDUCTIONS[-1])
     limits = platform.limits(out.device)
     early = depends_early(limits.arch)
     # Enough programs to wait for memory at once, and few enough to be there before the splits are done.
     full = max(1, tokens * heads // (_PROGRAMS_AT_ONCE * limits.multiprocessors))
     each = min(1 << full.bit_length() - 1, _MOST_HEADS, heads)
-    swa_lens, extra_lens = spans.swa_lens, spans.extra_lens
-    # What is not given is not read: a stand-in of the dtype that the other has makes no further compilation.
-    if swa_lens is None:
-        swa_lens = lse.view(torch.int32) if extra_lens is None else extra_lens
-    if extra_lens is None:
-        extra_lens = swa_lens
-    _launch_reduce(
+    launch = _launch_reduce.prepare(
         tokens * -(-heads // each),
-        (
-            partial, partial_lse, swa_lens, extra_lens, attn_sink if attn_sink is not None else lse, out, lse,
-        ),
         (
             heads, each, most, whole, block_k, int(spans.swa_lens is not None), spans.swa_width,
             int(spans.extra_lens is not None), spans.extra_width, out.stride(0), out.stride(1),
@@ -316,6 +323,24 @@ def reduce_partials(
         warps,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
+
+    def reduce(
+        partial: torch.Tensor,
+        partial_lse: torch.Tensor,
+        attn_sink: torch.Tensor | None,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        spans: Spans,
+    ) -> None:
+        swa_lens, extra_lens = spans.swa_lens, spans.extra_lens
+        # What is not given is not read: a stand-in of the dtype that the other has makes no further compilation.
+        if swa_lens is None:
+            swa_lens = lse.view(torch.int32) if extra_lens is None else extra_lens
+        if extra_lens is None:
+            extra_lens = swa_lens
+        launch((partial, partial_lse, swa_lens, extra_lens, lse if attn_sink is None else attn_sink, out, lse))
+
+    return reduce
 
 
 def sparse_mla_decode(call: DecodeCall) -> Result:

@@ -12,7 +12,7 @@ written: a batch cut into pieces begins at any of its rows.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +61,48 @@ class Launcher:
         self.floats = floats
         self._compiled: dict[Hashable, Any] = {}
 
+    def prepare(
+        self,
+        programs: int | tuple[int, int, int],
+        numbers: tuple[float, ...],
+        constexprs: tuple[Hashable, ...],
+        num_warps: int,
+        **options: int,
+    ) -> Callable[[tuple[torch.Tensor, ...]], None]:
+        """The launch of which only the tensors are missing: those of every call are of one device and the same dtypes.
+
+        Such a call spares the host the look-up of the compiled kernel.
+        """
+        grid = (programs, 1, 1) if isinstance(programs, int) else programs
+        tail = (*numbers, *constexprs)
+        known: list[Any] = []
+
+        def launch(tensors: tuple[torch.Tensor, ...]) -> None:
+            if known:
+                addresses = [tensor.data_ptr() for tensor in tensors]
+                bits = 0
+                for address in addresses:
+                    bits |= address
+                if bits % 16 == 0:
+                    known[0](*addresses, *tail)
+                    return
+            self(programs, tensors, numbers, constexprs, num_warps, **options)
+            compiled = None if _BY_TRITON else self._compiled.get(self._key(tensors, tail_of, num_warps, options))
+            if compiled is not None:
+                known[:] = [compiled[grid]]
+
+        tail_of = (numbers, constexprs)
+        return launch
+
+    def _key(
+        self,
+        tensors: tuple[torch.Tensor, ...],
+        tail: tuple[tuple[float, ...], tuple[Hashable, ...]],
+        num_warps: int,
+        options: dict[str, int],
+    ) -> Hashable:
+        return (torch.cuda.current_device(), tuple([t.dtype for t in tensors]), *tail, num_warps, *options.items())
+
     def __call__(
         self,
         programs: int | tuple[int, int, int],
@@ -77,8 +119,7 @@ class Launcher:
             for address in addresses:
                 bits |= address
             if bits % 16 == 0:
-                dtypes = tuple([tensor.dtype for tensor in tensors])
-                key = (torch.cuda.current_device(), dtypes, numbers, constexprs, num_warps, *options.items())
+                key = self._key(tensors, (numbers, constexprs), num_warps, options)
                 compiled = self._compiled.get(key)
                 if compiled is not None:
                     grid = (programs, 1, 1) if isinstance(programs, int) else programs

@@ -185,13 +185,15 @@ def _plan_of(
 
 def _look(value: object) -> Any:
     """All that the checks and the plan look at in an argument."""
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, torch.Tensor):
+    kind = type(value)
+    if kind is torch.Tensor or isinstance(value, torch.Tensor):
         return value.dtype, value.shape, value.stride(), value.device
-    if isinstance(value, PagedCache):
+    if kind is PagedCache:
         return value.spec, value.device
-    return type(value)
+    return value if value is None or kind in _PLAIN else kind
+
+
+_PLAIN = frozenset((bool, int, float, str))
 
 
 def _checked(given: tuple[Any, ...], meta: AttentionMetadata) -> Layer:

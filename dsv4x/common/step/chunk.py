@@ -122,7 +122,7 @@ class SparsePrefillChunkCache:
     def close(self) -> None:
         """Drop what was planned; the next use is an error until :meth:`rebuild`."""
         self._meta = None
-        self._topk = 0
+        self._topk = -1
         self._spans: list[tuple[int, int, int]] | None = None
         self._drop()
 
@@ -135,7 +135,7 @@ class SparsePrefillChunkCache:
 
     def reserve(self, topk: int) -> None:
         """Cut the chunk for layers whose top-k rows are ``topk`` wide; what it is cut for already stays as it is."""
-        if self._spans is None or topk != self._topk:
+        if topk != self._topk:
             self._drop()
             self._topk = topk
             self._spans = self._split()
@@ -156,7 +156,7 @@ class SparsePrefillChunkCache:
         """Raise ValueError unless it was built for ``meta`` as it is now."""
         if self.meta is not meta:
             raise ValueError("chunk: built for other metadata, need rebuild(meta) for this metadata")
-        if self._versions != meta.step.current_versions():
+        if self._versions != meta.step.current_versions() or self._versions != meta.step.versions:
             raise ValueError("chunk: a length or a block table changed in place since rebuild, need rebuild(meta)")
 
     @property

@@ -8,6 +8,7 @@ import torch
 
 from ..core.calls import DecodeCall, Local, Result, Scope
 from ..core.model import LayerKind
+from ..dispatch import trace
 from ..dispatch.costs import step_costs
 from ..dispatch.problem import AttentionProblem, IndexProblem
 from ..dispatch.registry import Kernel, select
@@ -54,17 +55,34 @@ class Direct:
         return {"pack_slots": select(IndexProblem.on("pack_slots", step.device, tokens=step.tokens, width=step.topk))}
 
     def run(self, plan: StepPlan, layer: Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache) -> Result:
-        blocks = meta.direct_blocks
+        prepared, blocks = plan.prepared.get("attend"), None
+        if prepared is None:
+            blocks = meta.direct_blocks
+            if len(blocks) == 1 and plan.attend.prepare is not None:
+                prepared = plan.attend.prepare(self._call(plan, layer, meta, None, layer.out))
+                prepared = trace.ranged(f"{plan.attend.op}/{plan.attend.name}", prepared)
+                plan.prepared["attend"] = prepared
+        if prepared is not None:
+            out, lse = prepared(self._call(plan, layer, meta, None, layer.out))
+            return out, lse if layer.return_lse else None
+        assert blocks is not None
         results = Results(layer, len(blocks))
         for block in blocks:
-            results.add(block, attend(plan.attend, self._call(plan, layer, meta, block, results)))
+            results.add(
+                block,
+                attend(
+                    plan.attend, self._call(plan, layer, meta, None if results.whole else block, results.buffer(block))
+                ),
+            )
         return results.all()
 
     def _call(
-        self, plan: StepPlan, layer: Layer, meta: AttentionMetadata, block: slice, results: Results
+        self, plan: StepPlan, layer: Layer, meta: AttentionMetadata, block: slice | None, out: torch.Tensor | None
     ) -> DecodeCall:
-        q, swa_indices, swa_lens, extra_lens = layer.q, meta.swa_indices, meta.swa_lens, meta.extra_lens
-        if not results.whole:
+        """The call of some tokens, or with None of all."""
+        step = meta.step
+        q, swa_indices, swa_lens, extra_lens = layer.q, step.swa_indices, step.swa_lens, meta.extra_lens
+        if block is not None:
             # Only rows of every visible entry are cut, which are then made a block at a time.
             assert extra_lens is not None
             q, swa_indices, extra_lens = q[block], swa_indices[block], extra_lens[block]
@@ -73,7 +91,8 @@ class Direct:
         if layer.extra_cache is not None:
             if not meta.selects:
                 indices = meta.extra_indices
-                indices = meta.slot_rows(block) if indices is None else indices
+                if indices is None:
+                    indices = meta.slot_rows(slice(0, meta.num_tokens) if block is None else block)
                 extra = Scope(layer.extra_cache, indices, extra_lens, layer.extra_k_scale)
             elif layer.topk_slots is not None:
                 extra, trusted = Scope(layer.extra_cache, layer.topk_slots, layer.topk_lens, layer.extra_k_scale), False
@@ -88,7 +107,7 @@ class Direct:
                     extra = Scope(layer.extra_cache, slots, lens, layer.extra_k_scale)
         return DecodeCall(
             q, Scope(layer.swa_cache, swa_indices, swa_lens, layer.swa_k_scale), extra, layer.attn_sink,
-            layer.softmax_scale, results.buffer(block), layer.heads, layer.return_lse, local,
+            layer.softmax_scale, out, layer.heads, layer.return_lse, local,
             entries=meta.entries or 0, trusted=trusted, schedule=_schedule(meta, block), workspace=layer.workspace,
         )  # fmt: skip
 
@@ -119,9 +138,10 @@ def packed_slots(
     return slots, lens
 
 
-def _schedule(meta: AttentionMetadata, block: slice) -> dict[Any, Any]:
+def _schedule(meta: AttentionMetadata, block: slice | None) -> dict[Any, Any]:
     """Where a kernel keeps, for the step's other layers, what follows from the lengths alone."""
-    kept = meta.kept.get(("schedule", block.start))
+    key = ("schedule", 0 if block is None else block.start)
+    kept = meta.kept.get(key)
     if kept is None:
-        kept = meta.kept["schedule", block.start] = {"captured": meta.step.captured}
+        kept = meta.kept[key] = {"captured": meta.step.captured}
     return kept

@@ -170,8 +170,6 @@ class StepMetadata:
             shapes += [(num_tokens, window_size), (num_tokens,)]
         for ratio in extra:
             shapes += [(num_tokens,), (num_tokens,)]
-            if ratio in kept:
-                shapes.append((num_tokens, kept[ratio]))
         parts = iter(_carve(shapes, device))
         makes_windows = swa_indices is None
         request, position, clamped = next(parts), next(parts), next(parts)
@@ -181,11 +179,15 @@ class StepMetadata:
             query_start_loc, seq_lens, swa_block_table, swa_page_size, swa_pages, window_size, num_tokens, bound,
             request, position, swa_indices, swa_lens, clamped, host, makes_windows,
         )  # fmt: skip
+        rows = {
+            ratio: torch.full((num_tokens, width), -1, dtype=torch.int32, device=device)
+            for ratio, width in kept.items()
+        }
         for ratio, pages in extra.items():
             visible, lens = next(parts), next(parts)
             step.kinds[ratio] = AttentionMetadata(
                 step, _kind(ratio, pages), visible, pages.topk, pages.block_table, pages.page_size, pages.pages, lens,
-                next(parts) if ratio in kept else None, widths[ratio], pages.entries,
+                rows.get(ratio), widths[ratio], pages.entries,
             )  # fmt: skip
         step._fill(fresh=True)
         return step
@@ -253,14 +255,20 @@ class StepMetadata:
         return AttentionMetadata(self, LayerKind(1, False))
 
     def current_versions(self) -> tuple[int, ...]:
-        """How often torch has changed what the step is filled from; -1 for tensors made under ``inference_mode``."""
+        """How often torch has changed what the step is filled from; it does not count under ``inference_mode``."""
+        return tuple([tensor._version for tensor in self._counted])
+
+    @functools.cached_property
+    def _counted(self) -> list[torch.Tensor]:
+        """What the step is filled from, as far as torch counts its changes."""
         tables = [kind.extra_block_table for kind in self.kinds.values()]
         tensors = (self.query_start_loc, self.seq_lens, self.swa_block_table, *tables)
-        return tuple([-1 if t is None or t.is_inference() else t._version for t in tensors])
+        return [tensor for tensor in tensors if tensor is not None and not tensor.is_inference()]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's tensors count their changes anew; what was out of date stays so.
-        return {**self.__dict__, "versions": () if self.stale else None}
+        kept = {name: value for name, value in self.__dict__.items() if name != "_counted"}
+        return {**kept, "versions": () if self.stale else None}
 
     @property
     def stale(self) -> bool:
@@ -289,6 +297,7 @@ class StepMetadata:
         )  # fmt: skip
         record = select(IndexProblem.on("fill_step", device, tokens=self.num_tokens, width=self.window_size))
         call_on(device, record.run, call)
+        self.__dict__.pop("_counted", None)
         self.versions = self.current_versions()
         if checks.check_values_enabled():
             self._check_values()
@@ -320,8 +329,8 @@ class AttentionMetadata:
         topk: compressed entries an indexer selects at most, or None for the width of ``topk_indices``.
         extra_block_table, extra_page_size, extra_pages: of the compressed cache; None, 0, 0 without one.
         extra_lens: int32 ``[T]``, compressed entries a token reads at most; None without a compressed cache.
-        extra_indices: int32 ``[T, any]`` slots of every visible entry, in rows padded with -1 to a multiple of 64; what
-            stands past that means nothing. None where an indexer selects, and where rows pass 32 MiB.
+        extra_indices: int32 ``[T, any]`` slots of every visible entry, in rows padded with -1 to a multiple of 64; past
+            that a row holds -1 or slots of an earlier step. None where an indexer selects, and where rows pass 32 MiB.
         slot_row_width: width of such a row.
         entries: entries a token reads on average as the caller stated it, or None.
         kept: what layers keep for one another, until the next refill.

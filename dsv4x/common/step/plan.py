@@ -7,8 +7,9 @@ kind.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
@@ -95,11 +96,13 @@ class StepPlan(NamedTuple):
         path: the path they take.
         attend: the attention kernel.
         helpers: the kernels of what runs before it, by op.
+        prepared: what the path keeps for the next layer that looks the same.
     """
 
     path: Path
     attend: Kernel
     helpers: dict[str, Kernel]
+    prepared: dict[str, Callable[..., Any]]
 
 
 class Path(Protocol):
@@ -182,7 +185,7 @@ def plan_step(step: Step, paths: tuple[Path, ...], kernel: str | None) -> StepPl
             raise errors[0]
         raise ValueError("; ".join(f"path: {name}, but {reason}" for name, reason in refused.items()))
     best = min(options, key=lambda option: option.us)
-    return StepPlan(best.path, best.kernel, best.path.helpers(step, best.problem, best.kernel))
+    return StepPlan(best.path, best.kernel, best.path.helpers(step, best.problem, best.kernel), {})
 
 
 def explain_paths(step: Step, paths: tuple[Path, ...], kernel: str | None) -> StepExplanation:

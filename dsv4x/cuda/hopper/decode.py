@@ -14,6 +14,7 @@ How many splits a row has follows from its own length, which only the device kno
 can have; every role finds out for itself, from the same lengths, which of them a row does not have, and passes them by.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ...common.core.calls import DecodeCall, Result, output
 from ...common.core.platform import platform
-from ...common.kernels.decode import Spans, clamped_span, reduce_partials, row_shares
+from ...common.kernels.decode import Spans, clamped_span, prepare_reduction, row_shares
 from ...common.kernels.decode_shapes import expected_blocks, row_splits
 from ...common.kernels.launch import Launcher
 from ...common.kernels.scratch import partials
@@ -602,48 +603,61 @@ def sparse_mla_decode(call: DecodeCall) -> Result:
     How many splits there are at most follows from the shapes where ``split_k`` is None; how many a row has, from its
     own length. A number makes a row independent of its batch.
     """
-    q, out, heads, attn_sink = call.q, output(call), call.heads, call.attn_sink
-    swa_cache, swa_indices, swa_lens, _ = call.swa
-    tokens = q.shape[0]
-    multiprocessors = platform.limits(q.device).multiprocessors
-    extra_cache, extra_indices, extra_lens, extra_width = swa_cache, swa_indices, None, 0
-    if call.extra is not None:
-        extra_cache, extra_indices, extra_lens, _ = call.extra
-        extra_width = extra_indices.shape[1]
+    return prepare(call)(call)
+
+
+def prepare(call: DecodeCall) -> Callable[[DecodeCall], Result]:
+    """:func:`sparse_mla_decode` for calls that look like this one: the host works out once what follows from shapes."""
+    q, out, heads = call.q, output(call), call.heads
+    tokens, multiprocessors = q.shape[0], platform.limits(q.device).multiprocessors
+    swa, extra = call.swa, call.extra or call.swa._replace(lens=None)
+    extra_width = 0 if call.extra is None else extra.indices.shape[1]
     head_blocks = -(-heads // BLOCK_H.value)
     rows = tokens * head_blocks
-    spans = Spans(swa_lens, swa_indices.shape[1], extra_lens, extra_width)
-    blocks = expected_blocks(call.entries, (spans.swa_width, spans.extra_width), BLOCK_K.value)
+    spans = Spans(swa.lens, swa.indices.shape[1], extra.lens, extra_width)
+    blocks = expected_blocks(call.entries, (spans.swa_width, extra_width), BLOCK_K.value)
     splits, whole = row_splits(rows, blocks, multiprocessors, call.split_k)
-    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    partial = partial_lse = lse
-    if splits > 1:
-        partial, partial_lse = partials(call, splits)
-    items = rows * splits
-    request, visible, table, pages = call.local or (lse, lse, extra_indices, 0)
-    _launch(
-        min(items, multiprocessors),
+    table, pages = (extra.indices, 0) if call.local is None else (call.local.block_table, call.local.pages)
+    launch = _launch.prepare(
+        min(rows * splits, multiprocessors),
         (
-            q, swa_cache.data, swa_indices, lse if swa_lens is None else swa_lens,
-            extra_cache.data, extra_indices, lse if extra_lens is None else extra_lens,
-            lse if attn_sink is None else attn_sink, request, visible, table, out, lse, partial, partial_lse,
-        ),
-        (
-            items, rows, heads, head_blocks, splits, whole, call.softmax_scale,
+            rows * splits, rows, heads, head_blocks, splits, whole, call.softmax_scale,
             q.stride(0), q.stride(1), out.stride(0), out.stride(1),
-            swa_indices.shape[1], swa_indices.stride(0), swa_cache.capacity, swa_cache.page_size,
-            swa_cache.page_stride, extra_width, extra_indices.stride(0), extra_cache.capacity, extra_cache.page_size,
-            extra_cache.page_stride, *table.shape, table.stride(0), pages,
+            swa.indices.shape[1], swa.indices.stride(0), swa.cache.capacity, swa.cache.page_size,
+            swa.cache.page_stride, extra_width, extra.indices.stride(0), extra.cache.capacity, extra.cache.page_size,
+            extra.cache.page_stride, *table.shape, table.stride(0), pages,
         ),
         (
-            swa_lens is not None, extra_lens is not None, attn_sink is not None, splits > 1,
-            max(swa_cache.page_size, extra_cache.page_size) * 584 >= 2**31,
+            swa.lens is not None, extra.lens is not None, call.attn_sink is not None, splits > 1,
+            max(swa.cache.page_size, extra.cache.page_size) * 584 >= 2**31,
             # Heads stored before tokens: the registers of 64-bit offsets are spilled, so only these pay for them.
             (heads - 1) * max(q.stride(1), out.stride(1)) >= 2**31, call.local is not None,
             RIGHT_REGISTERS, LOADER_REGISTERS,
         ),
         4,
     )  # fmt: skip
+    # Written by the kernel whether it is wanted or not.
+    unwanted = None if call.lse else torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    reduce = None
     if splits > 1:
-        reduce_partials(partial, partial_lse, attn_sink, out, lse, spans, whole, BLOCK_K.value)
-    return out, lse
+        shaped = torch.empty(tokens, heads, dtype=torch.float32, device=q.device) if unwanted is None else unwanted
+        reduce = prepare_reduction(splits, call.attn_sink, out, shaped, spans, whole, BLOCK_K.value)
+
+    def run(call: DecodeCall) -> Result:
+        q, out, attn_sink, local = call.q, output(call), call.attn_sink, call.local
+        swa_cache, swa_indices, swa_lens, _ = call.swa
+        extra_cache, extra_indices, extra_lens, _ = call.extra or (swa_cache, swa_indices, None, 1.0)
+        lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device) if unwanted is None else unwanted
+        partial, partial_lse = (lse, lse) if reduce is None else partials(call, splits)
+        request, visible, table, _ = local or (lse, lse, extra_indices, 0)
+        launch((
+            q, swa_cache.data, swa_indices, lse if swa_lens is None else swa_lens,
+            extra_cache.data, extra_indices, lse if extra_lens is None else extra_lens,
+            lse if attn_sink is None else attn_sink, request, visible, table, out, lse, partial, partial_lse,
+        ))  # fmt: skip
+        if reduce is not None:
+            spans = Spans(swa_lens, swa_indices.shape[1], extra_lens, extra_width)
+            reduce(partial, partial_lse, attn_sink, out, lse, spans)
+        return out, lse
+
+    return run
