@@ -13,7 +13,6 @@ from . import reference
 from .core import layouts
 from .core.ambient import without_grad
 from .core.calls import DecodeCall, PrefillCall, Result, deliver, queries, sinks
-from .core.layouts import INDEXER_FP8
 from .core.platform import platform
 from .core.vendor import TRITON
 from .dispatch import costs
@@ -119,25 +118,17 @@ def _unpacked(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return lambda call: run(*call)
 
 
-# Microseconds a call, and bytes of K, FLOP and bytes of logits a microsecond: an H200's, and for the reference a guess.
-TRITON_LOGITS_RATES = {"paged_mqa_logits": (8.0, 3.8e6, 650e6, 4e6), "mqa_logits": (8.0, 3.8e6, 880e6, 4e6)}
+# As ``costs.TRITON_LOGITS_RATES``; a guess.
 _REFERENCE_LOGITS_RATES = (500.0, 1e5, 1e6, 1e5)
 
 
-def logits_us(problem: LogitsProblem, call: float, k_rate: float, flop_rate: float, logits_rate: float) -> float:
-    """Predicted microseconds of logits: a call, and the slowest of reading K, multiplying, and writing logits."""
-    rows = problem.tokens * problem.next_n
-    read = (problem.tokens if problem.op == "paged_mqa_logits" else 1) * problem.width * INDEXER_FP8.entry_bytes
-    flops = 2.0 * rows * problem.heads * problem.head_dim * problem.width
-    return call + max(read / k_rate, flops / flop_rate, 4.0 * rows * problem.width / logits_rate)
-
-
 def _logits_triton_us(problem: LogitsProblem) -> float:
-    return logits_us(problem, *TRITON_LOGITS_RATES[problem.op]) + (_INTERPRETER_US if problem.interpreter else 0.0)
+    us = costs.logits_us(problem, *costs.TRITON_LOGITS_RATES[problem.op])
+    return us + (_INTERPRETER_US if problem.interpreter else 0.0)
 
 
 def _logits_reference_us(problem: LogitsProblem) -> float:
-    return logits_us(problem, *_REFERENCE_LOGITS_RATES)
+    return costs.logits_us(problem, *_REFERENCE_LOGITS_RATES)
 
 
 def _pair(

@@ -26,10 +26,10 @@ from ..common.core.layouts import ALIGNMENT
 from ..common.core.logits_calls import FlatLogitsCall, PagedLogitsCall
 from ..common.core.platform import platform
 from ..common.core.vendor import TRITON, VendorLibrary
+from ..common.dispatch.costs import logits_us
 from ..common.dispatch.problem import LogitsProblem, ScheduleProblem
 from ..common.dispatch.registry import Kernel, register
 from ..common.ops.indexer import SPLIT_PAGES
-from ..common.portable import logits_us
 
 DEEP_GEMM = VendorLibrary(
     "deep_gemm",

@@ -21,10 +21,10 @@ from ..common.core import layouts
 from ..common.core.logits_calls import FlatLogitsCall, PagedLogitsCall
 from ..common.core.spaces import TopkMethod
 from ..common.core.vendor import TRITON, VendorLibrary
+from ..common.dispatch.costs import TRITON_LOGITS_RATES, logits_us
 from ..common.dispatch.problem import LogitsProblem, SelectionProblem
 from ..common.dispatch.registry import Kernel, register
 from ..common.ops.topk import plain_order, put_in_space, row_ranges
-from ..common.portable import TRITON_LOGITS_RATES, logits_us
 
 ARCHS = ("gfx942", "gfx950")
 FLAVOURS = {"gfx942": "e4m3fnuz", "gfx950": "e4m3fn"}

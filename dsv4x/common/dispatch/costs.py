@@ -1,4 +1,4 @@
-"""What a prefill step costs around its attention kernel, and tables of kernel times to interpolate: data, per arch."""
+"""What a step costs around its attention kernel, tables of kernel times to interpolate, and the rate of logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .problem import AttentionProblem
+from ..core.layouts import INDEXER_FP8
+from .problem import AttentionProblem, LogitsProblem
 from .registry import HIDDEN_HOST_US
 
 _BY_KIND = ("direct", "gathered")
@@ -19,6 +20,9 @@ _BY_KIND = ("direct", "gathered")
 # there, and the line through the two narrowest widths may cross zero.
 _NARROWEST = 0.5
 _TABLES: dict[str, Path] = {}
+
+TRITON_LOGITS_RATES = {"paged_mqa_logits": (8.0, 3.8e6, 650e6, 4e6), "mqa_logits": (8.0, 3.8e6, 880e6, 4e6)}
+"""Microseconds a call, and bytes of K, FLOP and bytes of logits a microsecond, of Triton's kernels on an H200."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,14 @@ def kernel_us(table: dict[str, Any], op: str, heads: int, tokens: int, width: in
         return _log_line(table["rows"], lambda i: _at_tokens(table["tokens"], grid[i][j], tokens), row)
 
     return max(_line(widths, at_width, width), _NARROWEST * at_width(0))
+
+
+def logits_us(problem: LogitsProblem, call: float, k_rate: float, flop_rate: float, logits_rate: float) -> float:
+    """Predicted microseconds of logits: a call, and the slowest of reading K, multiplying, and writing logits."""
+    rows = problem.tokens * problem.next_n
+    read = (problem.tokens if problem.op == "paged_mqa_logits" else 1) * problem.width * INDEXER_FP8.entry_bytes
+    flops = 2.0 * rows * problem.heads * problem.head_dim * problem.width
+    return call + max(read / k_rate, flops / flop_rate, 4.0 * rows * problem.width / logits_rate)
 
 
 def _at_tokens(tokens: Sequence[int], us: Sequence[float], at: int) -> float:

@@ -277,59 +277,58 @@ def _run_index(cache: PagedCache, slot_cache: PagedCache, heads: int, next_n: in
     shapes = [(topk, 1), (topk, 2), *((width, 1) for width in widths)]
     for width, rows, most_bytes in [*((*shape, indexer.LOGITS_BYTES) for shape in shapes), (cut, 1, 4 * cut)]:
         for method in TopkMethod:
-            _run_paged(cache, slot_cache, heads, next_n, topk, method, width, rows, most_bytes * next_n)
-            _run_flat(cache, slot_cache, heads, topk, method, k[:width], k_scale[:width], rows, most_bytes)
+            size = _IndexSize(heads, topk, method, width, rows, most_bytes)
+            _run_paged(cache, slot_cache, next_n, size)
+            _run_flat(cache, slot_cache, (k[:width], k_scale[:width]), size)
 
 
-def _run_paged(
-    cache: PagedCache,
-    slot_cache: PagedCache,
-    heads: int,
-    next_n: int,
-    topk: int,
-    method: TopkMethod,
-    width: int,
-    requests: int,
-    logits_bytes: int,
-) -> None:
-    device = cache.device
-    table = torch.full((requests, -(-width // cache.page_size)), -1, dtype=torch.int32, device=device)
+class _IndexSize(NamedTuple):
+    """What a selection is run with: index heads, entries to select and their space, entries and rows of queries.
+
+    ``rows`` are requests where K is paged; ``logits_bytes`` is the budget of one query row a request.
+    """
+
+    heads: int
+    topk: int
+    method: TopkMethod
+    width: int
+    rows: int
+    logits_bytes: int
+
+
+def _run_paged(cache: PagedCache, slot_cache: PagedCache, next_n: int, size: _IndexSize) -> None:
+    device, requests = cache.device, size.rows
+    table = torch.full((requests, -(-size.width // cache.page_size)), -1, dtype=torch.int32, device=device)
     lens = torch.zeros(requests, next_n, dtype=torch.int32, device=device)
-    weights = torch.zeros(requests * next_n, heads, dtype=torch.float32, device=device)
-    for q, q_scale in _index_queries(cache, requests, next_n, heads):
+    weights = torch.zeros(requests * next_n, size.heads, dtype=torch.float32, device=device)
+    for q, q_scale in _index_queries(cache, requests, next_n, size.heads):
 
         def run(kernel: str | None, topk_kernel: str | None, q: Any = q, q_scale: Any = q_scale) -> None:
             indexer.paged_indexer_topk(
-                q, cache, weights, lens, table, width, topk, method, q_scale=q_scale, bases=lens.view(-1),
-                slot_table=table, slot_page_size=slot_cache.page_size, slot_pages=slot_cache.pages,
-                logits_bytes=logits_bytes, kernel=kernel, topk_kernel=topk_kernel,
+                q, cache, weights, lens, table, size.width, size.topk, size.method, q_scale=q_scale,
+                bases=lens.view(-1), slot_table=table, slot_page_size=slot_cache.page_size,
+                slot_pages=slot_cache.pages, logits_bytes=size.logits_bytes * next_n, kernel=kernel,
+                topk_kernel=topk_kernel,
             )  # fmt: skip
 
         _run_each(("paged_mqa_logits", "topk_transform"), run)
 
 
 def _run_flat(
-    cache: PagedCache,
-    slot_cache: PagedCache,
-    heads: int,
-    topk: int,
-    method: TopkMethod,
-    k: torch.Tensor,
-    k_scale: torch.Tensor,
-    rows: int,
-    logits_bytes: int,
+    cache: PagedCache, slot_cache: PagedCache, keys: tuple[torch.Tensor, torch.Tensor], size: _IndexSize
 ) -> None:
-    device = k.device
+    k, k_scale = keys
+    device, rows = k.device, size.rows
     none = torch.zeros(rows, dtype=torch.int32, device=device)
     table = torch.full((1, 1), -1, dtype=torch.int32, device=device)
-    weights = torch.zeros(rows, heads, dtype=torch.float32, device=device)
-    for q, q_scale in _index_queries(cache, rows, heads):
+    weights = torch.zeros(rows, size.heads, dtype=torch.float32, device=device)
+    for q, q_scale in _index_queries(cache, rows, size.heads):
 
         def run(kernel: str | None, topk_kernel: str | None, q: Any = q, q_scale: Any = q_scale) -> None:
             indexer.indexer_topk(
-                q, k, k_scale, weights, none, none, topk, method, q_scale=q_scale, requests=none,
+                q, k, k_scale, weights, none, none, size.topk, size.method, q_scale=q_scale, requests=none,
                 slot_table=table, slot_page_size=slot_cache.page_size, slot_pages=slot_cache.pages,
-                logits_bytes=logits_bytes, kernel=kernel, topk_kernel=topk_kernel,
+                logits_bytes=size.logits_bytes, kernel=kernel, topk_kernel=topk_kernel,
             )  # fmt: skip
 
         _run_each(("mqa_logits", "topk_transform"), run)
@@ -366,11 +365,7 @@ def _compiled() -> set[tuple[str, str]]:
     triton = sys.modules.get("triton")
     if triton is None:
         return set()
-    modules = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith(("dsv4x.common.kernels.", "dsv4x.cuda.hopper."))
-    ]
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("dsv4x.")]
     functions = {id(f): f for m in modules for f in vars(m).values() if isinstance(f, triton.runtime.JITFunction)}
     return {
         (function.__name__, str(key))
