@@ -27,6 +27,7 @@ from timing import Run, device_us, write
 
 import dsv4x
 from dsv4x import Local
+from dsv4x.common.core.refill import PackCall
 from dsv4x.common.dispatch import registry
 from dsv4x.common.step.attention import PATHS, paths_of
 from dsv4x.common.step.direct import local_of
@@ -134,7 +135,8 @@ def listing(references: int):
 def packing(topk: torch.Tensor, lens: torch.Tensor, local: Local, slots: torch.Tensor, capacity: int) -> Run:
     """What makes packed slots of local entries, as the step does for kernels that take slots."""
     record, spans = registry.find("pack_slots", "triton"), torch.empty_like(lens)
-    return lambda: record.run(topk, lens, local, capacity, PAGE_SIZE, slots, spans)
+    call = PackCall(topk, lens, local, capacity, PAGE_SIZE, slots, spans)
+    return lambda: record.run(call)
 
 
 def host() -> dict:

@@ -74,4 +74,10 @@ def captured(run: Run) -> Run:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return graph.replay
+
+    def replay() -> None:
+        graph.replay()
+
+    # The graph holds addresses and no tensors: what it reads lives as long as it does.
+    replay.keeps = run
+    return replay

@@ -313,7 +313,7 @@ def step_cases() -> list[Case]:
         Case(step.gather_slots_kernel, {"TILE": step.GATHER_TILE}),
     ]
     for local in (False, True):
-        constants = {"HAS_SPANS": True, "LOCAL": local, "BLOCK": 512}
+        constants = {"HAS_SPANS": True, "LOCAL": local, "COUNTED": local, "BLOCK": 512}
         found.append(Case(step.pack_slots_kernel, constants, types=integers, label=f"[{local}]"))
     return found
 

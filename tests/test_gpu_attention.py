@@ -214,7 +214,7 @@ def test_a_graph_that_builds_its_metadata_schedules_its_layers_once():
         meta = build(lengths)
         results = run(meta, "flash_mla")
     # What it says of itself, and one scheduler.
-    assert len(meta.kept["schedule", 0]) == 2
+    assert len(meta.kept["schedule", 0][1]) == 2
     for _ in range(3):
         lengths = torch.tensor([choose.randint(1, 700) for _ in range(4)]).int()
         lengths_there.copy_(lengths)

@@ -15,7 +15,7 @@ import torch
 from .core import encodings
 from .core.ambient import without_autocast
 from .core.layouts import CacheLayout, PagedCache
-from .core.refill import CombineCall, GatherCall, StepCall
+from .core.refill import CombineCall, GatherCall, PackCall, StepCall
 from .core.spaces import TopkMethod, token_positions
 
 _VALUE_DIM = 512
@@ -780,16 +780,9 @@ def plan_gather(call: GatherCall) -> None:
         kind.requests[4] = lengths
 
 
-def pack_slots(
-    indices: torch.Tensor,
-    spans: torch.Tensor | None,
-    local: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int] | None,
-    capacity: int,
-    page_size: int,
-    out: torch.Tensor,
-    lens: torch.Tensor,
-) -> None:
+def pack_slots(call: PackCall) -> None:
     """What :func:`dsv4x.common.kernels.step.pack_slots` writes, in torch."""
+    indices, spans, local, capacity, page_size, out, lens, counted = call
     slots = indices.clone()
     if spans is not None:
         slots[torch.arange(slots.shape[1], dtype=torch.int64, device=slots.device) >= spans[:, None]] = -1
@@ -802,4 +795,7 @@ def pack_slots(
     order = torch.argsort((~entry).int(), dim=1, stable=True)
     out.fill_(-1)
     out[:, : slots.shape[1]] = torch.where(entry, slots, -1).gather(1, order)
-    lens.copy_(entry.sum(1))
+    if counted:
+        lens.copy_(entry.sum(1))
+    else:
+        lens.copy_(torch.full_like(lens, indices.shape[1]) if spans is None else spans.clamp(0, indices.shape[1]))

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from .calls import Local
+
 
 class KindRows(NamedTuple):
     """What one kind of layers with compressed entries is filled with.
@@ -88,6 +90,30 @@ class CombineCall(NamedTuple):
     out_lens: torch.Tensor
     topk_lens: torch.Tensor | None = None
     compressed_lens: torch.Tensor | None = None
+
+
+class PackCall(NamedTuple):
+    """Rows of a selection, as slots packed to the front of their rows.
+
+    Attributes:
+        indices: int32 ``[T, K]``, local entries, or slots where ``local`` is None; -1 anywhere for none.
+        spans: int32 ``[T]`` scan spans, clamped to ``[0, K]``; None scans all of a row.
+        local: what makes slots of local entries.
+        capacity: slots of the cache; a slot at or past it is no entry.
+        page_size: of the cache.
+        out: int32 ``[T, >= K]``, written: slots in the order of their row, then -1.
+        lens: int32 ``[T]``, written: how many slots a row has, or the span it was scanned for.
+        counted: which of the two.
+    """
+
+    indices: torch.Tensor
+    spans: torch.Tensor | None
+    local: Local | None
+    capacity: int
+    page_size: int
+    out: torch.Tensor
+    lens: torch.Tensor
+    counted: bool = True
 
 
 class GatherKind(NamedTuple):

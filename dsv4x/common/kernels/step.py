@@ -262,7 +262,7 @@ def gather_slots_kernel(
 def pack_slots_kernel(
     indices_ptr, spans_ptr, request_ptr, limits_ptr, table_ptr, out_ptr, lens_ptr,
     width, requests, indices_stride, table_stride, columns, page_size, pages, capacity, out_width,
-    HAS_SPANS: tl.constexpr, LOCAL: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_SPANS: tl.constexpr, LOCAL: tl.constexpr, COUNTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     span = tl.cast(width, tl.int32)
@@ -289,7 +289,7 @@ def pack_slots_kernel(
     for start in range(packed, out_width, BLOCK):
         offset = start + tl.arange(0, BLOCK)
         tl.store(out + offset, tl.full([BLOCK], -1, tl.int32), mask=offset < out_width)
-    tl.store(lens_ptr + token, packed)
+    tl.store(lens_ptr + token, packed if COUNTED else span)
 
 
 _launch_step = Launcher(step_kernel)
@@ -379,8 +379,9 @@ def plan_gather(call):
     )  # fmt: skip
 
 
-def pack_slots(indices, spans, local, capacity, page_size, out, lens):
-    """Launch over the rows of ``indices``; with ``local`` they are local entries, without it slots."""
+def pack_slots(call):
+    """Launch over the rows of ``call.indices``."""
+    indices, spans, local, capacity, page_size, out, lens, counted = call
     tokens, width = indices.shape
     request, visible, table, pages = (lens, lens, indices, 0) if local is None else local
     _launch_pack(
@@ -390,6 +391,6 @@ def pack_slots(indices, spans, local, capacity, page_size, out, lens):
             width, table.shape[0], indices.stride(0), table.stride(0), table.shape[1], page_size, pages,
             0 if local is not None else capacity, out.shape[1],
         ),
-        (spans is not None, local is not None, 512),
+        (spans is not None, local is not None, counted, 512),
         4,
     )  # fmt: skip

@@ -76,7 +76,8 @@ def sparse_mla_attention(
             ``topk_indices`` or in their place; the caller vouches that a token may see them. Paths that read pages by
             slot take these.
         topk_lens: int32 ``[T]`` scan spans of the selection's rows, clamped to their width; where rows are packed to
-            the front, ``meta.extra_lens`` says how far. None scans the whole width.
+            the front, ``meta.extra_lens`` says how far. Layers that are given one tensor find the same in it. None
+            scans the whole width.
         heads: the leading heads of a padded q that count, as in :func:`~dsv4x.sparse_mla_decode`.
         workspace: what the direct path's partial outputs are kept in, as in :func:`~dsv4x.sparse_mla_decode`; the
             gathered rows' is the chunk's.

@@ -8,6 +8,7 @@ import torch
 
 from ..core.calls import DecodeCall, Local, Result, Scope
 from ..core.model import LayerKind
+from ..core.refill import PackCall
 from ..dispatch import trace
 from ..dispatch.costs import step_costs
 from ..dispatch.problem import AttentionProblem, IndexProblem
@@ -103,12 +104,15 @@ class Direct:
                     local = entries
                     extra = Scope(layer.extra_cache, layer.topk_indices, layer.topk_lens, layer.extra_k_scale)
                 else:
-                    slots, lens = packed_slots(plan, layer, entries, meta.extra_page_size)
-                    extra = Scope(layer.extra_cache, slots, lens, layer.extra_k_scale)
+                    slots, lens = packed_slots(plan, layer, entries, meta.extra_page_size, counted=False)
+                    # Not how many there are: a kernel's schedule is for the lengths that all layers have.
+                    spans = None if layer.topk_lens is None else lens
+                    extra = Scope(layer.extra_cache, slots, spans, layer.extra_k_scale)
         return DecodeCall(
             q, Scope(layer.swa_cache, swa_indices, swa_lens, layer.swa_k_scale), extra, layer.attn_sink,
             layer.softmax_scale, out, layer.heads, layer.return_lse, local,
-            entries=meta.entries or 0, trusted=trusted, schedule=_schedule(meta, block), workspace=layer.workspace,
+            entries=meta.entries or 0, trusted=trusted, schedule=_schedule(meta, block, layer.topk_lens),
+            workspace=layer.workspace,
         )  # fmt: skip
 
 
@@ -120,28 +124,37 @@ def local_of(meta: AttentionMetadata) -> Local:
 
 
 def packed_slots(
-    plan: StepPlan, layer: Layer, local: Local | None, page_size: int, tokens: slice | None = None
+    plan: StepPlan,
+    layer: Layer,
+    local: Local | None,
+    page_size: int,
+    tokens: slice | None = None,
+    counted: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The slots of a layer's top-k, packed to the front of its rows, and spans."""
+    """The slots of a layer's top-k, packed to the front of its rows, and how many; or the spans that were scanned."""
     rows = layer.topk_indices if local is not None else layer.topk_slots
     assert rows is not None
     assert layer.extra_cache is not None
     spans = layer.topk_lens
     if tokens is not None:
         rows, spans = rows[tokens], None if spans is None else spans[tokens]
-        if local is not None:
-            local = local._replace(request=local.request[tokens], visible=local.visible[tokens])
+        local = None if local is None else local.part(tokens)
     width = max(1, -(-rows.shape[1] // ROW_ALIGNMENT)) * ROW_ALIGNMENT
     slots = torch.empty(rows.shape[0], width, dtype=torch.int32, device=rows.device)
     lens = torch.empty(rows.shape[0], dtype=torch.int32, device=rows.device)
-    plan.helpers["pack_slots"].run(rows, spans, local, layer.extra_cache.capacity, page_size, slots, lens)
+    capacity = layer.extra_cache.capacity
+    plan.helpers["pack_slots"].run(PackCall(rows, spans, local, capacity, page_size, slots, lens, counted))
     return slots, lens
 
 
-def _schedule(meta: AttentionMetadata, block: slice | None) -> dict[Any, Any]:
-    """Where a kernel keeps, for the step's other layers, what follows from the lengths alone."""
+def _schedule(meta: AttentionMetadata, block: slice | None, topk_lens: torch.Tensor | None) -> dict[Any, Any]:
+    """Where a kernel keeps, for the step's other layers, what follows from the lengths alone.
+
+    Layers share it whose lengths are the metadata's or stand in one tensor.
+    """
     key = ("schedule", 0 if block is None else block.start)
-    kept = meta.kept.get(key)
-    if kept is None:
-        kept = meta.kept[key] = {"captured": meta.step.captured}
+    lens, kept = meta.kept.get(key, (None, None))
+    if kept is None or lens is not topk_lens:
+        kept = {"captured": meta.step.captured}
+        meta.kept[key] = topk_lens, kept
     return kept
