@@ -157,12 +157,19 @@ def cases(arch: str) -> list[Case]:
         *(
             Case(
                 decode.reduce_kernel,
-                {"VALUE_DIM": 512, "HAS_SINK": True, "BLOCK_S": at_once, "EARLY": decode.depends_early(arch)},
+                {
+                    "VALUE_DIM": 512,
+                    "HAS_SINK": True,
+                    "BLOCK_S": at_once,
+                    "EARLY": decode.depends_early(arch),
+                    "ONE": one,
+                },
                 {"num_warps": warps},
                 {**ATTENTION_OUT, "swa_lens_ptr": "*i32", "extra_lens_ptr": "*i32"},
-                label=f"[{at_once}]",
+                label=f"[{at_once},{one}]",
             )
             for at_once, warps in decode.REDUCTIONS
+            for one in (False, True)
         ),
     ]
     for kind, width, states in (("bf16", 512, 2), ("fp32", 512, 16), ("bf16", 200, 1)):

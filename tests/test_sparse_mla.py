@@ -546,12 +546,8 @@ def test_with_splits_fixed_a_row_does_not_depend_on_how_wide_rows_are(split_k, d
 @pytest.mark.interpreter
 @pytest.mark.parametrize("entries", [0, 1, 100, 10**6])
 def test_a_wrong_count_of_entries_costs_time_alone(entries, of_132_multiprocessors, decode_case):
-    from dsv4x.common.kernels.decode import sparse_mla_decode
-
     case = wide(decode_case(tokens=3, heads=5, width=100, extra_width=600), [100, 0, 7], [600, 300, 0])
-    out = torch.empty(3, 5, 512, dtype=torch.bfloat16)
-    order = ["q", "swa_cache", "swa_indices", "swa_lens", "extra_cache", "extra_indices", "extra_lens", "attn_sink"]
-    lse = sparse_mla_decode(*[case[name] for name in order], 512**-0.5, out, entries=entries)
+    out, lse = dsv4x.sparse_mla_decode(**case, kernel="triton", entries=entries)
     check_decode(out, lse, *reference.sparse_mla_decode(**case, dtype=torch.float64))
 
 

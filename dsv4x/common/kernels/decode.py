@@ -28,7 +28,7 @@ REDUCTIONS = ((4, 1), (8, 2), (16, 2))
 or the last, several times. Measured on an H200: a program for each head of a token has little to do, and the fewer
 registers and warps it takes, the more of them wait for memory at once."""
 
-_PROGRAMS_AT_ONCE = 8
+PROGRAMS_AT_ONCE = 8
 """Programs of the reduction that a multiprocessor has at least before a program takes more than one head."""
 _MOST_HEADS = 8
 
@@ -209,6 +209,41 @@ def decode_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def _reduce_head(
+    number, partial_ptr, partial_lse_ptr, sink_ptr, out_ptr, lse_ptr, token, heads, splits, most_splits,
+    out_stride_t, out_stride_h, HAS_SINK: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One head of a token from its splits; with 0 nothing is written."""
+    column = tl.arange(0, VALUE_DIM)
+    head = number + tl.zeros((1,), tl.int64)
+    row = (token * heads + head) * most_splits
+    m = tl.full((1,), float("-inf"), tl.float32)
+    l = tl.zeros((1,), tl.float32)
+    acc = tl.zeros((1, VALUE_DIM), tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        split = start + tl.arange(0, BLOCK_S)
+        present = split < splits
+        rows = row[:, None] + split[None, :]
+        lse = tl.load(partial_lse_ptr + rows, mask=present[None, :], other=float("inf"))
+        parts = partial_ptr + tl.reshape(rows, (BLOCK_S, 1)) * VALUE_DIM + column[None, :]
+        parts = tl.load(parts, mask=present[:, None], other=0.0)
+        # A split without entries says +inf, which stands for a weight of zero.
+        lse = tl.where(lse == float("inf"), float("-inf"), lse / LN2)
+        m_new = tl.maximum(m, tl.max(lse, axis=1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(m - m_safe)
+        weight = tl.exp2(lse - m_safe[:, None])
+        acc = acc * alpha[:, None] + tl.sum(parts * tl.reshape(weight, (BLOCK_S, 1)), axis=0)[None, :]
+        l = l * alpha + tl.sum(weight, axis=1)
+        m = m_new
+    out, lse = finish(m, l, acc)
+    _store_row(
+        out, lse, head, head < tl.where(splits > 0, heads, 0), token, heads, sink_ptr, out_ptr, lse_ptr, out_stride_t,
+        out_stride_h, HAS_SINK, VALUE_DIM,
+    )  # fmt: skip
+
+
 @triton.jit(
     do_not_specialize=(
         "swa_lens_ptr", "extra_lens_ptr", "heads", "each", "most_splits", "whole_blocks", "block_k", "swa_given",
@@ -219,7 +254,7 @@ def reduce_kernel(
     partial_ptr, partial_lse_ptr, swa_lens_ptr, extra_lens_ptr, sink_ptr, out_ptr, lse_ptr,
     heads, each, most_splits, whole_blocks, block_k, swa_given, swa_width, extra_given, extra_width,
     out_stride_t, out_stride_h,
-    HAS_SINK: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_S: tl.constexpr, EARLY: tl.constexpr,
+    HAS_SINK: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_S: tl.constexpr, EARLY: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     # A program takes ``each`` heads of a token, one after the other.
     groups = tl.cdiv(heads, each)
@@ -233,34 +268,19 @@ def reduce_kernel(
         # Launched while the kernel before still runs: its partial results are there once this returns. Lengths were
         # there before that kernel began. Every program waits: the kernel after this one counts on both being done.
         tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-    if splits > 1:
-        column = tl.arange(0, VALUE_DIM)
-        for number in range(first, tl.minimum(first + each, heads)):
-            head = number + tl.zeros((1,), tl.int64)
-            row = (token * heads + head) * most_splits
-            m = tl.full((1,), float("-inf"), tl.float32)
-            l = tl.zeros((1,), tl.float32)
-            acc = tl.zeros((1, VALUE_DIM), tl.float32)
-            for start in range(0, splits, BLOCK_S):
-                split = start + tl.arange(0, BLOCK_S)
-                present = split < splits
-                rows = row[:, None] + split[None, :]
-                lse = tl.load(partial_lse_ptr + rows, mask=present[None, :], other=float("inf"))
-                parts = partial_ptr + tl.reshape(rows, (BLOCK_S, 1)) * VALUE_DIM + column[None, :]
-                parts = tl.load(parts, mask=present[:, None], other=0.0)
-                # A split without entries says +inf, which stands for a weight of zero.
-                lse = tl.where(lse == float("inf"), float("-inf"), lse / LN2)
-                m_new = tl.maximum(m, tl.max(lse, axis=1))
-                m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-                alpha = tl.exp2(m - m_safe)
-                weight = tl.exp2(lse - m_safe[:, None])
-                acc = acc * alpha[:, None] + tl.sum(parts * tl.reshape(weight, (BLOCK_S, 1)), axis=0)[None, :]
-                l = l * alpha + tl.sum(weight, axis=1)
-                m = m_new
-            out, lse = finish(m, l, acc)
-            _store_row(
-                out, lse, head, head < heads, token, heads, sink_ptr, out_ptr, lse_ptr, out_stride_t, out_stride_h,
-                HAS_SINK, VALUE_DIM,
+    # Rows of one split are there already. No branch around the loads: it would keep them from being under way early.
+    splits = tl.where(splits > 1, splits, 0)
+    # Most launches have a program for each head, and a loop of one costs what a launch does.
+    if ONE:
+        _reduce_head(
+            first, partial_ptr, partial_lse_ptr, sink_ptr, out_ptr, lse_ptr, token, heads, splits, most_splits,
+            out_stride_t, out_stride_h, HAS_SINK, VALUE_DIM, BLOCK_S,
+        )  # fmt: skip
+    else:
+        for head in range(first, tl.minimum(first + each, heads)):
+            _reduce_head(
+                head, partial_ptr, partial_lse_ptr, sink_ptr, out_ptr, lse_ptr, token, heads, splits, most_splits,
+                out_stride_t, out_stride_h, HAS_SINK, VALUE_DIM, BLOCK_S,
             )  # fmt: skip
 
 
@@ -311,7 +331,7 @@ def prepare_reduction(
     limits = platform.limits(out.device)
     early = depends_early(limits.arch)
     # Enough programs to wait for memory at once, and few enough to be there before the splits are done.
-    full = max(1, tokens * heads // (_PROGRAMS_AT_ONCE * limits.multiprocessors))
+    full = max(1, tokens * heads // (PROGRAMS_AT_ONCE * limits.multiprocessors))
     each = min(1 << full.bit_length() - 1, _MOST_HEADS, heads)
     launch = _launch_reduce.prepare(
         tokens * -(-heads // each),
@@ -319,7 +339,7 @@ def prepare_reduction(
             heads, each, most, whole, block_k, int(spans.swa_lens is not None), spans.swa_width,
             int(spans.extra_lens is not None), spans.extra_width, out.stride(0), out.stride(1),
         ),
-        (attn_sink is not None, value_dim, at_once, early),
+        (attn_sink is not None, value_dim, at_once, early, each == 1),
         warps,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip

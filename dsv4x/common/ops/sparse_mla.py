@@ -39,6 +39,7 @@ def sparse_mla_decode(
     heads: int | None = None,
     local: Local | None = None,
     workspace: torch.Tensor | None = None,
+    entries: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One softmax over a token's window entries and its extra (compressed) entries, pages read in place.
 
@@ -78,6 +79,8 @@ def sparse_mla_decode(
         local: with it ``extra_indices`` are local entries, index space *local*: compressed entries of the token's own
             request, which its :class:`~dsv4x.Local` makes slots of. A negative one, or one the token may not see, is no
             entry.
+        entries: entries a token reads on average, where the caller knows: kernels are chosen and split by it instead of
+            by the width of rows. Wrong, it costs time and no answer.
         workspace: uint8 ``[bytes]``, contiguous, on 16 bytes, at least :func:`scratch_bytes`: Triton's and Gluon's
             kernels keep their partial outputs in it. Vendors' libraries allocate theirs all the same. None: allocated.
 
@@ -133,6 +136,7 @@ def sparse_mla_decode(
         lse=return_lse,
         local=local,
         split_k=split_k,
+        entries=0 if entries is None else checks.integer("entries", entries, 0),
         trusted=trusted_indices,
         schedule=schedule,
         workspace=workspace,

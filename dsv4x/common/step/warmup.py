@@ -154,16 +154,20 @@ def _report(progress: Callable[[int, int, str], None] | None, done: int, stages:
 
 def _run_reductions(device: torch.device, heads: int) -> None:
     """Every shape of the reduction of splits: how many a batch has follows from its tokens and widths."""
-    from ..kernels.decode import REDUCTIONS, Spans, reduce_partials
+    from ..kernels.decode import PROGRAMS_AT_ONCE, REDUCTIONS, Spans, reduce_partials
 
-    out = torch.empty(1, heads, VALUE_DIM, dtype=torch.bfloat16, device=device)
-    lse = torch.empty(1, heads, dtype=torch.float32, device=device)
-    spans = Spans(torch.zeros(1, dtype=torch.int32, device=device), 1, None, 0)
-    for splits, _ in REDUCTIONS:
-        partial = torch.zeros(1, heads, splits, VALUE_DIM, dtype=torch.float32, device=device)
-        for sink in (None, lse):
+    # One, whose programs take a head each, and so many that they take several.
+    many = 2 * PROGRAMS_AT_ONCE * platform.limits(device).multiprocessors // heads + 1
+    for tokens in (1, many):
+        out = torch.empty(tokens, heads, VALUE_DIM, dtype=torch.bfloat16, device=device)
+        lse = torch.empty(tokens, heads, dtype=torch.float32, device=device)
+        sink = torch.zeros(heads, dtype=torch.float32, device=device)
+        spans = Spans(torch.zeros(tokens, dtype=torch.int32, device=device), 1, None, 0)
+        for splits, _ in REDUCTIONS:
+            partial = torch.zeros(tokens, heads, splits, VALUE_DIM, dtype=torch.float32, device=device)
             partial_lse = partial[..., 0].contiguous()
-            registry.call_on(device, reduce_partials, partial, partial_lse, sink, out, lse, spans, 0, 64)
+            for given in (None, sink):
+                registry.call_on(device, reduce_partials, partial, partial_lse, given, out, lse, spans, 0, 64)
 
 
 def _run_steps(caches: tuple[PagedCache, PagedCache | None], kinds: Sequence[LayerKind], size: _Size) -> None:
