@@ -180,5 +180,22 @@ def test_the_tables_of_performance_are_their_files():
         if row["ratio"] == 4 and row["requests"] == 1:
             times = [round(row[x]) for x in ("chosen", "peer_direct", "peer_gathered")]
             rows.add("| " + " | ".join(map(str, [row["tokens"], row["prefix"], row["heads"], *times])) + " |")
-    assert len(shown) == 14
+    rows |= step_rows(json.loads((ROOT / "benchmarks/results/step-h100.json").read_text()))
+    assert len(shown) == 14 + 6 + 6 + 4
     assert shown - rows == set()
+
+
+def step_rows(measured):
+    """The rows of the tables of a step's metadata, of the host's time, and of wide rows."""
+    rows = set()
+    for row in measured["metadata"]:
+        gpu, host = row["gpu_update_us"], row["host_us"]
+        shape = f"{row['requests']} | {row['context']}"
+        rows.add(f"| {shape} | {gpu:.1f} | {host['build']:.0f} | {host['update']:.0f} |")
+    for row in measured["host"]:
+        times = [row["host_us"][name] for name in ("flash_mla bare", "dsv4x gluon", "dsv4x flash_mla")]
+        rows.add(f"| {row['requests']} | {row['ratio']} | " + " | ".join(f"{us:.0f}" for us in times) + " |")
+    for row in measured["width"]:
+        times = [row["us"][f"{kernel} {width}"] for kernel in ("gluon", "triton") for width in ("narrow", "wide")]
+        rows.add(f"| {row['requests']} | " + " | ".join(f"{us:.1f}" for us in times) + " |")
+    return rows
