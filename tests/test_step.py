@@ -1,6 +1,7 @@
 """A step as servers run it: all kinds from one build, refilled in place, from lengths that the device alone knows."""
 
 import copy
+import dataclasses
 import pickle
 from functools import partial
 
@@ -10,6 +11,7 @@ from tolerances import check_decode, check_prefill
 
 import dsv4x
 from dsv4x import ExtraPages, LayerKind, PagedCache, StepMetadata, layouts
+from dsv4x.common.dispatch import registry
 from dsv4x.common.step import attention
 
 int32 = partial(torch.tensor, dtype=torch.int32)
@@ -309,6 +311,25 @@ def test_a_refill_of_other_shapes_is_an_error_and_changes_nothing(rng):
     with pytest.raises(ValueError, match="swa_indices: given, need None as it was built"):
         step.update(starts, lens, server.swa_table, {4: table}, swa_indices=step.swa_indices)
     assert torch.equal(step.position, before)
+
+
+def test_the_gather_plans_of_a_steps_kinds_are_made_together(rng, replaced):
+    record, planned = registry.find("plan_gather", "reference"), []
+
+    def plan(call):
+        planned.append(len(call.kinds))
+        record.run(call)
+
+    replaced(dataclasses.replace(record, run=plan))
+    server = Server((4, 128), rng)
+    step, layer = server.build(QUERIES, LENGTHS, num_tokens=6), server.layer(6, 20)
+    for ratio in (128, 4, 128):
+        want = server.expected(ratio, QUERIES, LENGTHS, layer, ratio == 4)
+        check(server.run(step, ratio, layer, path="gathered"), want, "gathered")
+    assert planned == [2]
+    server.update(step, QUERIES, LENGTHS)
+    server.run(step, 4, layer, path="gathered", chunk=dsv4x.SparsePrefillChunkCache().rebuild(step[4]))
+    assert planned == [2, 1]
 
 
 def test_what_the_host_says_has_to_fit_together(rng):

@@ -136,9 +136,11 @@ class SparsePrefillChunkCache:
     def reserve(self, topk: int) -> None:
         """Cut the chunk for layers whose top-k rows are ``topk`` wide; what it is cut for already stays as it is."""
         if topk != self._topk:
-            self._drop()
             self._topk = topk
-            self._spans = self._split()
+            spans = self._split()
+            if spans != self._spans:
+                self._drop()
+            self._spans = spans
 
     @property
     def meta(self) -> AttentionMetadata:
@@ -184,9 +186,17 @@ class SparsePrefillChunkCache:
     def groups(self) -> tuple[Group, ...]:
         """The chunk in fillings of the workspace, built on first use."""
         if self._groups is None:
-            plan_groups([self])
+            plan_groups([self, *self._beside()])
         assert self._groups is not None
         return self._groups
+
+    def _beside(self) -> list[SparsePrefillChunkCache]:
+        """The plans of the step's other kinds, where all are the metadata's own: two are made in the same launches."""
+        meta = self.meta
+        if meta.kept.get("chunk") is not self:
+            return []
+        others = [chunk_of(other) for other in meta.step.kinds.values() if other is not meta]
+        return [other for other in others if other.fits and other._groups is None]
 
     @property
     def window(self) -> Window:

@@ -69,12 +69,8 @@ class Direct:
         assert blocks is not None
         results = Results(layer, len(blocks))
         for block in blocks:
-            results.add(
-                block,
-                attend(
-                    plan.attend, self._call(plan, layer, meta, None if results.whole else block, results.buffer(block))
-                ),
-            )
+            part = None if results.whole else block
+            results.add(block, attend(plan.attend, self._call(plan, layer, meta, part, results.buffer(block))))
         return results.all()
 
     def _call(
@@ -88,7 +84,7 @@ class Direct:
             assert extra_lens is not None
             q, swa_indices, extra_lens = q[block], swa_indices[block], extra_lens[block]
             swa_lens = None if swa_lens is None else swa_lens[block]
-        extra, local, trusted = None, None, meta.step.makes_windows
+        extra, local, trusted = None, None, step.makes_windows
         if layer.extra_cache is not None:
             if not meta.selects:
                 indices = meta.extra_indices
