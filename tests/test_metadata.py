@@ -591,6 +591,19 @@ def test_a_chunk_is_for_the_metadata_it_was_built_for(make_step, rng):
     chunk.rebuild(other)
     with pytest.raises(ValueError, match=r"chunk: built for other metadata, need rebuild\(meta\)"):
         run()
+    for read in ("fits", "workspace_rows", "workspace_bytes", "groups", "window"):
+        with pytest.raises(ValueError, match=r"chunk: built for nothing, need rebuild\(meta\)"):
+            getattr(dsv4x.SparsePrefillChunkCache(), read)
+    for wrong, message in ((5, "chunk: got int"), (meta, "chunk: got AttentionMetadata")):
+        with pytest.raises(TypeError, match=message):
+            dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, topk, chunk=wrong)
+    with pytest.raises(TypeError, match="meta: got NoneType"):
+        dsv4x.sparse_mla_attention(q, step.swa, step.extra, None, topk)
+    with pytest.raises((TypeError, ValueError), match="kernel: got"):
+        dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, topk, kernel=["triton"])
+    small = dsv4x.SparsePrefillChunkCache(workspace=torch.empty(3, 512, dtype=torch.bfloat16)).rebuild(meta)
+    with pytest.raises(ValueError, match="pass the cap of 268435456 bytes, or the 3 rows of the workspace"):
+        dsv4x.sparse_mla_attention(q, step.swa, step.extra, meta, topk, path="gathered", chunk=small)
     first = chunk.rebuild(meta)
     assert first is chunk
     want = run()

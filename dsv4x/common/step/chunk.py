@@ -164,12 +164,23 @@ class SparsePrefillChunkCache:
     @property
     def fits(self) -> bool:
         """Whether every request's rows fit under the cap."""
-        return self._spans is not None
+        return self.meta is not None and self._spans is not None
+
+    @property
+    def _cuts(self) -> list[tuple[int, int, int]]:
+        """The cuts that were made; none where a request does not fit. Raises ValueError where nothing was built."""
+        return [] if not self.fits else self._spans or []
+
+    @property
+    def cap(self) -> str:
+        """The cap in words, for what does not fit under it."""
+        rows = self.limits[1]
+        return f"the cap of {self.max_bytes} bytes" + ("" if rows is None else f", or the {rows} rows of the workspace")
 
     @property
     def workspace_rows(self) -> int:
         """Rows the largest filling of the workspace takes."""
-        return max((self._rows(a, b) for a, b, _ in self._spans or ()), default=0)
+        return max((self._rows(a, b) for a, b, _ in self._cuts), default=0)
 
     @property
     def workspace_bytes(self) -> int:
@@ -177,7 +188,7 @@ class SparsePrefillChunkCache:
         return max(
             (
                 self._rows(a, b) * ROW_BYTES + min(block, _count(self._tokens(a, b))) * self._index_bytes(a, b)
-                for a, b, block in self._spans or ()
+                for a, b, block in self._cuts
             ),
             default=0,
         )

@@ -40,8 +40,8 @@ class Gathered:
         if step.chunk.fits:
             return ""
         if step.meta.step.host is None:
-            return f"nothing but max_seq_len bounds the rows, which pass the cap of {step.chunk.max_bytes} bytes"
-        return f"a request's rows alone pass the cap of {step.chunk.max_bytes} bytes"
+            return f"nothing but max_seq_len bounds the rows, which pass {step.chunk.cap}"
+        return f"a request's rows alone pass {step.chunk.cap}"
 
     def by_name_only(self, step: Step, problem: AttentionProblem) -> str:
         if problem.capturing:

@@ -41,7 +41,7 @@ class Referenced:
 
     def refusal(self, step: Step, problem: AttentionProblem) -> str:
         if not step.chunk.referenced_block(step.topk):
-            return f"the windows and one token's rows pass the cap of {step.chunk.max_bytes} bytes"
+            return f"the windows and one token's rows pass {step.chunk.cap}"
         return ""
 
     def by_name_only(self, step: Step, problem: AttentionProblem) -> str:
