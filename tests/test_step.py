@@ -332,6 +332,30 @@ def test_the_gather_plans_of_a_steps_kinds_are_made_together(rng, replaced):
     assert planned == [2, 1]
 
 
+def test_layers_share_a_schedule_only_with_the_lengths_it_was_made_of(rng, replaced):
+    record, calls = registry.find("sparse_mla_decode", "reference"), []
+
+    def attend(call):
+        calls.append(call)
+        return record.run(call)
+
+    replaced(dataclasses.replace(record, run=attend))
+    server = Server((4, 128), rng)
+    step, layer = server.build(QUERIES, LENGTHS, num_tokens=6), server.layer(6, 20)
+    spans, others = int32([20, 3, 0, 7, 20, 1]), int32([5, 20, 20, 0, 2, 9])
+    for lens in (None, None, spans, spans, others, None):
+        server.run(step, 4, layer, path="direct", kernel="reference", topk_lens=lens)
+    server.run(step, 128, layer, path="direct", kernel="reference")
+    whole, again, first, second, other, last, every = (call.schedule for call in calls)
+    assert whole is again
+    assert first is second
+    assert len({id(schedule) for schedule in (whole, first, other, every)}) == 4
+    assert last is not other
+    # What a selection packs differs from layer to layer, so its counts are no lengths of a schedule.
+    given = [None if call.extra.lens is None else call.extra.lens.tolist() for call in calls[:6]]
+    assert given == [None, None, spans.tolist(), spans.tolist(), others.tolist(), None]
+
+
 def test_what_the_host_says_has_to_fit_together(rng):
     server = Server((4,), rng)
     starts, lens = server.lengths(QUERIES, LENGTHS)

@@ -19,7 +19,7 @@ from ..common.core import layouts
 from ..common.core.calls import AttentionCall, DecodeCall, PrefillCall, Result, deliver, in_parts, queries
 from ..common.core.layouts import PagedCache
 from ..common.core.model import VALUE_DIM
-from ..common.core.platform import platform
+from ..common.core.platform import capturing, platform
 from ..common.core.vendor import VendorLibrary, aligned, is_aligned, needs_triton, parameters
 from ..common.dispatch import costs
 from ..common.dispatch.problem import AttentionProblem
@@ -224,8 +224,7 @@ def _scheduler(schedule: dict[Any, Any] | None, device: torch.device, shapes: tu
     schedule is the graph's too, whose replays then recompute it once.
     """
     metadata = FLASH_MLA.load().get_mla_metadata
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if schedule is None or capturing != schedule.get("captured", False):
+    if schedule is None or capturing(device) != schedule.get("captured", False):
         return metadata()[0]
     key = ("flash_mla", device, *shapes)
     kept = schedule.get(key)
