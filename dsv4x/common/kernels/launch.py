@@ -74,6 +74,7 @@ class Launcher:
         Such a call spares the host the look-up of the compiled kernel.
         """
         grid = (programs, 1, 1) if isinstance(programs, int) else programs
+        parts = (numbers, constexprs)
         tail = (*numbers, *constexprs)
         known: list[Any] = []
 
@@ -87,11 +88,10 @@ class Launcher:
                     known[0](*addresses, *tail)
                     return
             self(programs, tensors, numbers, constexprs, num_warps, **options)
-            compiled = None if _BY_TRITON else self._compiled.get(self._key(tensors, tail_of, num_warps, options))
+            compiled = None if _BY_TRITON else self._compiled.get(self._key(tensors, parts, num_warps, options))
             if compiled is not None:
                 known[:] = [compiled[grid]]
 
-        tail_of = (numbers, constexprs)
         return launch
 
     def _key(
