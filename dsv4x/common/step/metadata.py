@@ -172,8 +172,8 @@ class StepMetadata:
         for at, (ratio, pages) in enumerate(extra.items()):
             width, rows = _row_width(pages, ratio, bound), None
             if not kinds[ratio].selects and 4 * num_tokens * width <= MAX_SLOT_ROW_BYTES:
-                # Kernels that look further than a row's length find no entry there.
-                rows = torch.full((num_tokens, width), -1, dtype=torch.int32, device=device)
+                # Filled to their ends: kernels that look further than a row's length find no entry there.
+                rows = torch.empty(num_tokens, width, dtype=torch.int32, device=device)
             step.kinds[ratio] = AttentionMetadata(
                 step, kinds[ratio], others[2 * at], pages.topk, pages.block_table, pages.page_size, pages.pages,
                 others[2 * at + 1], rows, width, pages.entries,
