@@ -154,7 +154,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def expect_parameters(owner: Any, name: str, parameters: Iterable[str]) -> None:
-    """Check that ``owner.name`` takes exactly these parameters in order, ``self`` included, ``*`` and ``**`` as written.
+    """Check that ``owner.name`` takes exactly these parameters in order, ``self``, ``*`` and ``**`` included.
 
     Raises:
         Mismatch: it does not, or does not exist.
