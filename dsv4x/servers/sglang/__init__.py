@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from .. import activation
-
-SERVER = activation.Server("SGLang", "sglang", ("0.5.23",), "DSV4X_SGLANG")
+from .server import SERVER
 
 BACKEND = "dsv4"
 """SGLang's name of DeepSeek-V4's attention backend, which its model overrides force."""

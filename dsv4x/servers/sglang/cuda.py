@@ -32,7 +32,7 @@ from ...common.step.metadata import ExtraPages, StepMetadata
 from .. import activation
 from ..measured import Table
 from ..slot_rows import Rows, SlotRows
-from . import SERVER
+from .server import SERVER
 
 _RATIOS = (0, 4, 128)
 
@@ -215,7 +215,7 @@ class Dsv4xMixin(_Beside):
         self.dsv4x_heads = self.model_runner.model_config.num_attention_heads // base.get_parallel().attn_tp_size
         # This allocator moves pages of either pool in step, so a page of one is a page of the other.
         allocator = getattr(self.model_runner, "token_to_kv_pool_allocator", None)
-        self._dsv4x_pages_in_step = isinstance(allocator, SWATokenToKVPoolAllocator)
+        self._dsv4x_pages_in_step = type(allocator) is SWATokenToKVPoolAllocator
         self.dsv4x_refused = refusal(self)
         if activation.explaining():
             print(f"dsv4x in SGLang, all of it: {self.dsv4x_all}; {self.dsv4x_table}", flush=True)

@@ -20,7 +20,7 @@ from ...common.core.model import WINDOW
 from ...common.core.platform import capturing
 from .. import activation
 from ..slot_rows import Rows, SlotRows
-from . import SERVER
+from .server import SERVER
 
 _RATIOS = (0, 4, 128)
 _KEYWORDS = frozenset(("save_kv_cache", "attn_sink", "q_rope", "k_rope", "inv_rope", "wo_a_quant_freqs"))
