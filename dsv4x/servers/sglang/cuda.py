@@ -523,7 +523,8 @@ def warm_up(backend: Any) -> None:
     layers = {ratio: _layer_of(pool, ratio) for ratio in backend.present_ratios if ratio}
     caches = {ratio: backend.dsv4x_caches_of(layer_id, ratio) for ratio, layer_id in layers.items()}
     caches[0] = backend.dsv4x_caches_of(_layer_of(pool, None), 0)
-    key = backend.dsv4x_heads, tuple((r, swa.spec, extra and extra.spec) for r, (swa, extra) in sorted(caches.items()))
+    # What is compiled depends on no number of pages.
+    key = backend.dsv4x_heads, tuple((ratio, swa.page_size) for ratio, (swa, _) in sorted(caches.items()))
     if key in _warmed:
         return
     _warmed.add(key)
