@@ -44,6 +44,7 @@ PARSER.add_argument("--table", type=Path, help="where to write the table that th
 PARSER.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
 PARSER.add_argument("--heads", type=int, nargs="+", default=[64, 16], help="16 stand in a q of 64 whose others are NaN")
 PARSER.add_argument("--quick", action="store_true", help="small shapes, few repetitions: does everything run?")
+PARSER.add_argument("--no-warm-up", action="store_true", help="kernels are compiled as they come, outside the times")
 PARSER.add_argument("--budget", type=float, default=1e9, help="seconds after which no further shape is begun")
 PARSER.add_argument("--only", default="", help="pieces whose name holds this")
 ARGS = PARSER.parse_args()
@@ -75,6 +76,8 @@ MOST_REQUESTS = 4 if CPU else 256
 ARMS = ("dsv4x",) if CPU else ("sglang", "dsv4x")
 if CPU:
     sglang_kit.stub_cpu(kit)
+if ARGS.no_warm_up:
+    adapter.warm_up = lambda backend: None
 
 _pool = kit.DeepSeekV4TokenToKVPool
 kit.DeepSeekV4TokenToKVPool = lambda **kw: _pool(

@@ -1,8 +1,8 @@
 """SGLang 0.5.23's own attention test kit over its DSv4 backend; the wheel brings the kit.
 
 On a CPU the kit runs in Triton's interpreter, so :func:`prepare` comes before anything imports SGLang or dsv4x:
-``TRITON_INTERPRET=1`` counts when a kernel is defined. SGLang's own path cannot run there: its kernel multiplies the bits of
-bf16 as numbers in the interpreter. Usage on a GPU: python tests/sglang_kit.py --backend sglang|dsv4x
+``TRITON_INTERPRET=1`` counts when a kernel is defined. SGLang's own path cannot run there: in the interpreter its kernel
+multiplies the bits of bf16 as numbers. Usage on a GPU: python tests/sglang_kit.py --backend sglang|dsv4x
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 
 def stub_cpu(kit: Any) -> None:
-    """What a CPU cannot do: CUDA's random state, FlashMLA's scheduler, the compressor's plan, and fp8 in the interpreter.
+    """What a CPU cannot do: CUDA's random state, FlashMLA's scheduler, the compressor's plan, interpreted fp8.
 
     The compressor is not under test: the kit fills the compressed caches itself.
     """
