@@ -1,7 +1,7 @@
 """SGLang 0.5.23's own attention test kit over its DSv4 backend; the wheel brings the kit.
 
 On a CPU the kit runs in Triton's interpreter, so :func:`prepare` comes before anything imports SGLang or dsv4x:
-``TRITON_INTERPRET=1`` counts when a kernel is defined. SGLang's own path cannot run there: in the interpreter its kernel
+``TRITON_INTERPRET=1`` counts when a kernel is defined. SGLang's own path cannot run there: interpreted, its kernel
 multiplies the bits of bf16 as numbers. Usage on a GPU: python tests/sglang_kit.py --backend sglang|dsv4x
 """
 
