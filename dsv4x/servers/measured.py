@@ -7,7 +7,7 @@ was not measured is left to the server, so that installing dsv4x makes nothing s
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,8 @@ class Row(NamedTuple):
         captured: whether in a graph's replay, or eagerly.
         tokens: query tokens of the step.
         context: raw tokens before them, of the longest request.
-        ours_us, server_us: microseconds of a layer's call.
+        ours_us, server_us: microseconds of a layer's call; eagerly ours has its share of what a step costs more beside
+            its layers.
     """
 
     piece: str
@@ -75,16 +76,30 @@ class Table:
         return cls(arch, found, rows)
 
     def verdict(
-        self, piece: str, ratio: int, heads: int, tokens: int, *, captured: bool, context: int | None = None
+        self,
+        piece: str,
+        layers: Mapping[int, int],
+        heads: int,
+        tokens: int,
+        *,
+        captured: bool,
+        context: int | None = None,
     ) -> Verdict:
-        """Who runs a piece: dsv4x where it is ahead at every measured shape next to this one.
+        """Who runs a piece: dsv4x where it is ahead, or even, at every measured shape next to this one.
 
-        Next to a value are the nearest measured ones on either side. ``context`` None stands for any, as in a graph
-        that is captured once for all lengths.
+        Next to a value are the nearest measured ones on either side.
+
+        Args:
+            piece: as in :class:`Row`.
+            layers: compress ratio -> layers of it that go the same way; their times are added up.
+            heads, tokens: as in :class:`Row`.
+            captured: as in :class:`Row`.
+            context: as in :class:`Row`; None stands for any, as in a graph that is captured once for all lengths.
         """
-        where = f"{piece}, ratio {ratio}, {heads} heads, {'captured' if captured else 'eager'}"
-        rows = [row for row in self.rows if (row.piece, row.ratio, row.captured) == (piece, ratio, captured)]
-        if not rows:
+        ratios = ", ".join(map(str, sorted(layers)))
+        where = f"{piece}, ratio {ratios}, {heads} heads, {'captured' if captured else 'eager'}"
+        rows = [row for row in self.rows if (row.piece, row.captured) == (piece, captured) and row.ratio in layers]
+        if {row.ratio for row in rows} != set(layers):
             return Verdict(False, f"{where}: not measured on {self.arch}")
         for name, value in (("heads", heads), ("tokens", tokens), ("context", context)):
             if value is None:
@@ -93,10 +108,17 @@ class Table:
             if not near:
                 return Verdict(False, f"{where}: not measured at {name} {value}")
             rows = [row for row in rows if getattr(row, name) in near]
-        worst = max(rows, key=lambda row: row.ours_us / row.server_us)
-        shape = f"{worst.tokens} tokens behind {worst.context}"
-        took = f"{worst.ours_us:.0f} us, the server's {worst.server_us:.0f} at {shape}"
-        return Verdict(worst.ahead, f"{where}: {took}")
+        shapes: dict[tuple[int, int, int], list[Row]] = {}
+        for row in rows:
+            shapes.setdefault((row.heads, row.tokens, row.context), []).append(row)
+        totals = {
+            shape: tuple(sum(layers[row.ratio] * us(row) for row in each) for us in (_ours_us, _server_us))
+            for shape, each in shapes.items()
+        }
+        worst = max(totals, key=lambda shape: totals[shape][0] / totals[shape][1])
+        ours, server = totals[worst]
+        took = f"{ours:.0f} us, the server's {server:.0f} at {worst[1]} tokens behind {worst[2]} and {worst[0]} heads"
+        return Verdict(ours <= server, f"{where}: {took}")
 
     def __str__(self) -> str:
         if not self.rows:
@@ -110,6 +132,14 @@ class Table:
             for row in self.rows
         ]
         return "\n".join([f"measured on {self.arch}: {told}", head, *lines])
+
+
+def _ours_us(row: Row) -> float:
+    return row.ours_us
+
+
+def _server_us(row: Row) -> float:
+    return row.server_us
 
 
 def _neighbours(measured: Sequence[int], value: int) -> set[int]:

@@ -31,6 +31,10 @@ class Rows(NamedTuple):
     lens: torch.Tensor
 
 
+MAX_PLANS = 512
+"""Looks that are kept from step to step before all are forgotten; each holds a few KiB, and its lse on the device."""
+
+
 class _Plan(NamedTuple):
     run: Callable[[DecodeCall], Result]
     heads: int
@@ -41,7 +45,8 @@ class SlotRows:
     """What the layers of one step share that read the same slot rows. It dies with the step.
 
     The first layer of a look is checked as :func:`dsv4x.sparse_mla_decode` checks and picks the kernel; others like it
-    only launch. Inside a captured graph it must be made there, since buffers and FlashMLA's schedule are the graph's.
+    only launch, those of later steps too where they share ``plans``. Inside a captured graph it must be made there, and
+    without ``plans``, since buffers and FlashMLA's schedule are the graph's.
 
     Args:
         swa: the window's rows.
@@ -50,6 +55,7 @@ class SlotRows:
         trusted: as ``trusted_indices`` of :func:`dsv4x.sparse_mla_decode`.
         captured: whether a graph is being captured.
         kernel: the kernel's name; None picks.
+        plans: what was worked out for eager calls, kept by the caller from step to step; None keeps it here.
     """
 
     def __init__(
@@ -61,10 +67,14 @@ class SlotRows:
         trusted: bool,
         captured: bool,
         kernel: str | None = None,
+        plans: dict[Any, Any] | None = None,
     ):
         self.swa, self.extra, self.entries, self.trusted, self.kernel = swa, extra, entries, trusted, kernel
         self.schedule: dict[Any, Any] = {"captured": captured}
-        self._plans: dict[Any, _Plan] = {}
+        self._plans: dict[Any, _Plan] = {} if plans is None else plans
+        self._rows = entries, trusted, kernel, *(_look(rows) for rows in (swa, extra))
+        if len(self._plans) > MAX_PLANS:
+            self._plans.clear()
 
     @property
     def tokens(self) -> int:
@@ -96,6 +106,7 @@ class SlotRows:
         look = (
             q.shape, q.stride(), swa_cache.spec, None if extra_cache is None else extra_cache.spec,
             None if attn_sink is None else attn_sink.shape, softmax_scale, heads, None if out is None else out.stride(),
+            self._rows,
         )  # fmt: skip
         plan = self._plans.get(look)
         extra = None
@@ -137,3 +148,10 @@ class SlotRows:
         if record.prepare is not None:
             run = trace.ranged(f"{record.op}/{record.name}", record.prepare(call))
         return _Plan(run, call.heads, not whole)
+
+
+def _look(rows: Rows | None) -> Any:
+    """All that a plan looks at in a cache's rows."""
+    if rows is None:
+        return None
+    return rows.indices.shape, rows.indices.stride(), rows.indices.dtype, rows.lens.dtype, rows.lens.stride()

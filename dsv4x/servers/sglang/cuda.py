@@ -10,6 +10,7 @@ every hook that begins one.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -198,6 +199,8 @@ class Dsv4xMixin(_Beside):
         self._dsv4x_step = _Step()
         super().__init__(*args, **kwargs)
         self._dsv4x_caches: dict[int, tuple[int, PagedCache]] = {}
+        self._dsv4x_plans: dict[Any, Any] = {}
+        self._dsv4x_picks: dict[Any, tuple[str | None, str | None]] = {}
         activation.expect_instance_attributes(
             self,
             (
@@ -213,6 +216,8 @@ class Dsv4xMixin(_Beside):
         arch = platform.limits(self.device).arch
         self.dsv4x_table = Table.of(Path(__file__).parent, arch)
         self.dsv4x_heads = self.model_runner.model_config.num_attention_heads // base.get_parallel().attn_tp_size
+        mapping = self.token_to_kv_pool.layer_mapping
+        self._dsv4x_layers = Counter(item.compress_ratio for item in mapping if item is not None)
         # This allocator moves pages of either pool in step, so a page of one is a page of the other.
         allocator = getattr(self.model_runner, "token_to_kv_pool_allocator", None)
         self._dsv4x_pages_in_step = type(allocator) is SWATokenToKVPoolAllocator
@@ -266,10 +271,9 @@ class Dsv4xMixin(_Beside):
 
     def _snapshot_prefill_shared_reads(self, forward_batch: Any, *, num_qo_tokens: int) -> Any:
         """Build the step here: afterwards SGLang may give what its tables say to the next batch."""
-        if not self.dsv4x_refused and isinstance(self.forward_metadata, base.DSV4Metadata):
-            extend = self._dsv4x_extend(forward_batch, self._dsv4x_begun())
-            if extend is not None and extend.ratios >= {0, *self.present_ratios}:
-                return SharedReadEnds.PRE_REPLAY
+        known = not self.dsv4x_refused and isinstance(self.forward_metadata, base.DSV4Metadata)
+        if known and self._dsv4x_extend(forward_batch, self._dsv4x_begun()) is not None:
+            return SharedReadEnds.PRE_REPLAY
         return super()._snapshot_prefill_shared_reads(forward_batch, num_qo_tokens=num_qo_tokens)
 
     def _forward_attention(
@@ -311,13 +315,13 @@ class Dsv4xMixin(_Beside):
             return None
         if mode.is_extend_without_speculative():
             extend = self._dsv4x_extend(forward_batch, step)
-            if extend is not None and ratio in extend.ratios and heads == self.dsv4x_heads and tokens >= extend.tokens:
+            if extend is not None and heads == self.dsv4x_heads and tokens >= extend.tokens:
                 return _Layers(self, extend, ratio, heads).by_step
-            # By rows an extend was never measured, unless everything is dsv4x's.
-            ours = self.dsv4x_all or (extend is not None and ratio in extend.ratios)
+            # By rows an extend was never measured. But after a step was built SGLang's tables are not to be read.
+            ours = self.dsv4x_all or extend is not None
         else:
             ours = self.dsv4x_all or self.dsv4x_table.verdict(
-                "decode", ratio, heads, tokens, captured=captured or step.in_capture
+                "decode", {ratio: 1}, heads, tokens, captured=captured or step.in_capture
             ).ours  # fmt: skip
         return self._dsv4x_rows(step, key, forward_batch) if ours else None
 
@@ -339,8 +343,8 @@ class Dsv4xMixin(_Beside):
         length = total // max(1, forward_batch.batch_size) if isinstance(total, int) else _ASSUMED_LEN
         entries = min(length, WINDOW) + (min(length // ratio, extra.indices.shape[1]) if ratio and extra else 0)
         shared = SlotRows(
-            rows(core.swa_page_indices, core.swa_topk_lengths), extra, entries=entries, trusted=True,
-            captured=captured, kernel=self.dsv4x_kernel,
+            rows(core.swa_page_indices, core.swa_topk_lengths), extra, entries=_rounded(entries), trusted=True,
+            captured=captured, kernel=self.dsv4x_kernel, plans=None if captured else self._dsv4x_plans,
         )  # fmt: skip
         return _Layers(self, shared, ratio, heads).by_rows
 
@@ -359,21 +363,16 @@ class Dsv4xMixin(_Beside):
                 and self._dsv4x_pages_in_step
                 and len(lens)
                 and min(lens) > 0
+                and self._dsv4x_extends(sum(lens), max(forward_batch.extend_prefix_lens_cpu or [0]))
             ):
-                ratios = self._dsv4x_extend_ratios(sum(lens), max(forward_batch.extend_prefix_lens_cpu or [0]))
-                if ratios:
-                    step.extend = _Extend.build(self, forward_batch, step.core, ratios)
+                step.extend = _Extend.build(self, forward_batch, step.core)
         return step.extend
 
-    def _dsv4x_extend_ratios(self, tokens: int, context: int) -> frozenset[int]:
-        present = {0, *self.present_ratios}
-        if self.dsv4x_all:
-            return frozenset(present)
-        verdict, heads = self.dsv4x_table.verdict, self.dsv4x_heads
-        return frozenset(
-            ratio for ratio in present
-            if verdict("extend", ratio, heads, tokens, captured=False, context=context).ours
-        )  # fmt: skip
+    def _dsv4x_extends(self, tokens: int, context: int) -> bool:
+        """Whether a plain extend is dsv4x's: all layers or none, since either way has its own cost a step."""
+        return self.dsv4x_all or self.dsv4x_table.verdict(
+            "extend", self._dsv4x_layers, self.dsv4x_heads, tokens, captured=False, context=context
+        ).ours  # fmt: skip
 
     def dsv4x_caches_of(self, layer_id: int, ratio: int) -> tuple[PagedCache, PagedCache | None]:
         """The layer's caches. The getters are called each time: a hierarchical cache waits for its transfers there."""
@@ -422,12 +421,32 @@ class _Layers(NamedTuple):
                 out[count:].zero_()
                 q, given = q[:count], out[:count]
         selected: dict[str, Any] = extend.selected() if self.ratio == 4 else {}
+        meta = extend.step[self.ratio or 1]
+        path, kernel = self._picked(q, (swa_cache, extra_cache), meta, selected)
         made, _ = dsv4x.sparse_mla_attention(
-            q, swa_cache, extra_cache, extend.step[self.ratio or 1], attn_sink=attn_sink, out=given,
-            softmax_scale=self.backend.softmax_scale, path=self.backend.dsv4x_path, kernel=self.backend.dsv4x_kernel,
-            return_lse=False, heads=self.heads, **selected,
+            q, swa_cache, extra_cache, meta, attn_sink=attn_sink, out=given, softmax_scale=self.backend.softmax_scale,
+            path=path, kernel=kernel, return_lse=False, heads=self.heads, **selected,
         )  # fmt: skip
         return made if out is None else out
+
+    def _picked(self, q: torch.Tensor, caches: Any, meta: Any, selected: dict[str, Any]) -> tuple[Any, Any]:
+        """The path and the kernel to name, weighed once for extends of about this size; None leaves it to dsv4x.
+
+        Weighing takes the host longer than a short layer. Only ``direct`` is named, which can always run: another path
+        may have no room for its rows the next time.
+        """
+        backend, extend = self.backend, self.shared
+        if backend.dsv4x_path is not None or backend.dsv4x_kernel is not None:
+            return backend.dsv4x_path, backend.dsv4x_kernel
+        key = self.ratio, q.shape[1], self.heads, _rounded(extend.tokens), _rounded(extend.longest), extend.requests
+        if key not in backend._dsv4x_picks:
+            found = dsv4x.explain_step(
+                q, caches[0], caches[1], meta, selected.get("topk_indices"), return_lse=False,
+                topk_slots=selected.get("topk_slots"), heads=self.heads,
+            )  # fmt: skip
+            direct = found.chosen == "direct"
+            backend._dsv4x_picks[key] = ("direct", found.kernels["direct"]) if direct else (None, None)
+        return backend._dsv4x_picks[key]
 
 
 @dataclasses.dataclass
@@ -438,18 +457,20 @@ class _Extend:
         step: the metadata.
         core: SGLang's, in which the indexer leaves its choice.
         tokens: query tokens, padding excluded.
-        ratios: the layers that dsv4x runs.
+        longest: raw tokens of the longest request.
+        requests: how many there are.
     """
 
     step: StepMetadata
     core: Any
     tokens: int
-    ratios: frozenset[int]
+    longest: int
+    requests: int
     _selected: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     _of: Any = None
 
     @classmethod
-    def build(cls, backend: Any, forward_batch: Any, core: Any, ratios: frozenset[int]) -> _Extend:
+    def build(cls, backend: Any, forward_batch: Any, core: Any) -> _Extend:
         device, pool = backend.device, backend.token_to_kv_pool
         seq_lens_cpu = torch.as_tensor(forward_batch.seq_lens_cpu, dtype=torch.int32, device="cpu")
         query_lens = torch.tensor(forward_batch.extend_seq_lens_cpu, dtype=torch.int32, device="cpu")
@@ -465,7 +486,7 @@ class _Extend:
         swa_table = (pool.full_to_swa_index_mapping[locations.long()] // backend.page_size).to(torch.int32)
         table = (locations // backend.page_size).to(torch.int32)
         extra = {}
-        for ratio in ratios - {0}:
+        for ratio in backend.present_ratios:
             layer_id = _layer_of(pool, ratio)
             topk = core.c4_sparse_page_indices.shape[1] if ratio == 4 else None
             pages = pool.get_extra_key_buffer(layer_id).shape[0]
@@ -475,7 +496,7 @@ class _Extend:
             swa_pages=pool.get_swa_key_buffer_radix(_layer_of(pool, None)).shape[0], num_tokens=tokens,
             query_start_loc_cpu=starts_cpu, seq_lens_cpu=seq_lens_cpu,
         )  # fmt: skip
-        return cls(step, core, tokens, ratios)
+        return cls(step, core, tokens, longest, len(query_lens))
 
     def selected(self) -> dict[str, torch.Tensor]:
         """The indexer's choice, of which all layers are given the same tensors."""
@@ -489,6 +510,12 @@ class _Extend:
             if core.c4_sparse_raw_indices is not None:
                 self._selected["topk_indices"] = core.c4_sparse_raw_indices[: self.tokens]
         return self._selected
+
+
+def _rounded(count: int) -> int:
+    """``count`` up to a quarter more, so that steps of about the same size look alike."""
+    unit = 1 << max(0, count.bit_length() - 3)
+    return -(-count // unit) * unit
 
 
 def _layer_of(pool: Any, ratio: int | None) -> int:
