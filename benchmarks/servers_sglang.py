@@ -49,178 +49,31 @@ import sglang.test.kits.attention_unittest.attention_methods.dsv4_attention as k
 import torch  # noqa: E402
 from sglang.srt.environ import envs  # noqa: E402
 from sglang.srt.layers.attention import deepseek_v4_backend as base  # noqa: E402
-from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator  # noqa: E402
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch  # noqa: E402
-from sglang.srt.model_executor.forward_batch_info import ForwardMode as Mode  # noqa: E402
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context  # noqa: E402
+from sglang_server import Mode, Pools, Server, oracle, queries, select  # noqa: E402
 
-import dsv4x  # noqa: E402
 from dsv4x.servers.sglang import cuda as adapter  # noqa: E402
 
 BEGAN = time.perf_counter()
 CPU = ARGS.device == "cpu"
-PAGE, DEVICE, RATIOS = 256, ARGS.device, (0, 4, 128)
+DEVICE, RATIOS = ARGS.device, (0, 4, 128)
 LAYERS = 1 if CPU else 4
 """Layers of each ratio: so many that their entries do not stay in the L2 cache for the next round."""
 KINDS = [ratio for ratio in RATIOS for _ in range(LAYERS)]
 ROUNDS = 2
-CONTEXT = 4096 if CPU else 1 << 20
-"""Tokens the longest request may have: rows of ratio 128 are a 128th as wide."""
-FULL, SWA = (64 * PAGE, 32 * PAGE) if CPU else (34000 * PAGE, 1536 * PAGE)
-MOST_REQUESTS = 4 if CPU else 256
+POOLS = (
+    Pools(DEVICE, tuple(KINDS), 4096, 64 * 256, 32 * 256, 4)
+    if CPU
+    # Rows of ratio 128 are as wide as a context of a million tokens makes them.
+    else Pools(DEVICE, tuple(KINDS), 1 << 20, 34000 * 256, 1536 * 256, 256)
+)
 ARMS = ("dsv4x",) if CPU else ("sglang", "dsv4x")
 if CPU:
     sglang_kit.stub_cpu(kit)
 if ARGS.no_warm_up:
     adapter.warm_up = lambda backend: None
 
-_pool = kit.DeepSeekV4TokenToKVPool
-kit.DeepSeekV4TokenToKVPool = lambda **kw: _pool(
-    **{**kw, "c4_size": FULL // 4, "c128_size": FULL // 128, "full_size": FULL}
-)
-
-
-class Server:
-    """SGLang's mock runner with the server's own allocator: pages in random order, windows' old pages not kept."""
-
-    def __init__(self, prefixes: list[int], extends: list[int], mode: Mode):
-        self.prefixes, self.extends, self.mode = prefixes, extends, mode
-        case = kit.DSV4AttentionCase(
-            name="bench", backend="dsv4", forward_mode=mode, num_heads=64, page_size=PAGE,
-            prefix_lens=tuple(prefixes), extend_lens=tuple(extends),
-        )  # fmt: skip
-        config = kit.TinyDSV4ModelConfig(num_heads=64, context_len=CONTEXT, compression_ratios=KINDS)
-        self.runner = kit.MockDSV4ModelRunner(
-            case=case, model_config=config, dtype=torch.bfloat16, device=DEVICE, max_context_len=CONTEXT, swa_size=SWA,
-            compression_ratios=KINDS, runner_batch_size=MOST_REQUESTS,
-        )  # fmt: skip
-        self.pool = self.runner.token_to_kv_pool
-        self.alloc = SWATokenToKVPoolAllocator(FULL, SWA, PAGE, torch.float8_e4m3fn, DEVICE, self.pool, False)
-        self.runner.token_to_kv_pool_allocator = self.alloc
-        shuffle = torch.Generator().manual_seed(1)
-        for part in (self.alloc.full_attn_allocator, self.alloc.swa_attn_allocator):
-            part.free_pages = part.free_pages[torch.randperm(len(part.free_pages), generator=shuffle).to(DEVICE)]
-        self.table = self.runner.req_to_token_pool.req_to_token
-        for request, prefix in enumerate(prefixes):
-            if prefix:
-                self._prefix(request, prefix)
-        self.locs = torch.cat([self._extend(i, p, p + e) for i, (p, e) in enumerate(zip(prefixes, extends))])
-        self._fill()
-        self.scores: torch.Tensor | None = None
-
-    def _prefix(self, request: int, length: int) -> None:
-        """A prefix of which the window's pages alone are kept, as after its prefill."""
-        tail = length - max(0, length - 127) // PAGE * PAGE
-        loc = self.alloc.alloc_extend_swa_tail(*_lengths(0), *_lengths(length), _one(-1), length, tail)
-        self.table[request, :length] = loc.int()
-
-    def _extend(self, request: int, start: int, end: int) -> torch.Tensor:
-        last = _one(int(self.table[request, start - 1]) if start else -1)
-        loc = self.alloc.alloc_extend(*_lengths(start), *_lengths(end), last, end - start)
-        self.table[request, start:end] = loc.int()
-        return loc
-
-    def _fill(self) -> None:
-        """Random K at every live slot of every layer, by SGLang's store kernel (on a CPU by dsv4x's reference)."""
-        random = torch.Generator(device=DEVICE).manual_seed(7)
-        lengths = [p + e for p, e in zip(self.prefixes, self.extends)]
-        mapped = [self.pool.full_to_swa_index_mapping[self.table[i, :n].long()] for i, n in enumerate(lengths)]
-        swa = torch.cat([slots[slots > 0] for slots in mapped]).int()
-        compressed = {
-            ratio: torch.cat([self.table[i, ratio - 1 : n : ratio] // ratio for i, n in enumerate(lengths)]).int()
-            for ratio in (4, 128)
-        }
-        for layer_id, ratio in enumerate(KINDS):
-            self._store(layer_id, swa, None, random)
-            if ratio:
-                self._store(layer_id, compressed[ratio], ratio, random)
-
-    def _store(self, layer_id: int, slots: torch.Tensor, ratio: int | None, random: torch.Generator) -> None:
-        for part in slots.split(1 << 18):
-            k = torch.randn(len(part), 512, generator=random, device=DEVICE).bfloat16()
-            if CPU:
-                pool = self.pool
-                buffer = (pool.get_swa_key_buffer_radix if ratio is None else pool.get_extra_key_buffer)(layer_id)
-                page = PAGE // (ratio or 1)
-                cache = dsv4x.PagedCache(buffer.view(torch.uint8), dsv4x.layouts.DSV4, page)
-                dsv4x.quantize_and_insert_k_cache(k, cache, part.long(), kernel="reference")
-            elif ratio is None:
-                self.pool.set_swa_key_buffer_radix_fused(layer_id, part, k)
-            else:
-                self.pool.set_extra_key_buffer_fused(layer_id, part, k)
-
-    def batch(self) -> ForwardBatch:
-        lengths = [p + e for p, e in zip(self.prefixes, self.extends)]
-        # A verify's lengths are shown without the drafts.
-        shown = self.prefixes if self.mode.is_target_verify() else lengths
-        made = ForwardBatch(
-            forward_mode=self.mode, batch_size=len(lengths),
-            input_ids=torch.zeros(sum(self.extends), dtype=torch.int64, device=DEVICE),
-            req_pool_indices=torch.arange(len(lengths), dtype=torch.int32, device=DEVICE),
-            seq_lens=torch.tensor(shown, device=DEVICE), seq_lens_cpu=torch.tensor(shown),
-            out_cache_loc=self.locs, seq_lens_sum=sum(shown),
-            positions=torch.cat([torch.arange(p, n) for p, n in zip(self.prefixes, lengths)]).to(DEVICE),
-        )  # fmt: skip
-        self.runner.kv_index_translator.bind_own_plan(made)
-        if self.mode == Mode.EXTEND:
-            lens = torch.tensor(self.extends, dtype=torch.int32)
-            made.extend_seq_lens, made.extend_seq_lens_cpu = lens.to(DEVICE), list(self.extends)
-            made.extend_prefix_lens = torch.tensor(self.prefixes, dtype=torch.int32, device=DEVICE)
-            made.extend_prefix_lens_cpu, made.extend_num_tokens = list(self.prefixes), sum(self.extends)
-            made.extend_start_loc = (torch.cumsum(lens, 0) - lens).int().to(DEVICE)
-        elif self.mode.is_target_verify():
-            made.spec_info = SimpleNamespace(
-                draft_token_num=self.extends[0], draft_token=made.input_ids, ragged_verify_layout=None
-            )
-        return made
-
-    def backend(self, arm: str, heads: int) -> Any:
-        self.runner.model_config.num_attention_heads = heads
-        made = {"sglang": base.DeepseekV4AttnBackend, "dsv4x": adapter.Dsv4xAttnBackend}[arm]
-        return made(self.runner)
-
-
-def _one(value: int) -> torch.Tensor:
-    return torch.tensor([value], device=DEVICE)
-
-
-def _lengths(value: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return _one(value), torch.tensor([value])
-
-
-def select(server: Server, backend: Any) -> None:
-    """Every layer's selection in place of SGLang's: the best of random scores, as slots and as local entries."""
-    core = backend.forward_metadata.core_attn_metadata
-    rows, pages, topk = *core.page_table.shape, core.c4_sparse_page_indices.shape[1]
-    # As many columns as the longest request has entries: the rest of a wide table is never chosen.
-    columns = max(64, -(-max(p + e for p, e in zip(server.prefixes, server.extends)) // 256) * 64)
-    columns = min(columns, pages * 64)
-    if server.scores is None or server.scores.shape != (rows, columns):
-        random = torch.Generator(device=DEVICE).manual_seed(11)
-        server.scores = torch.rand(rows, columns, generator=random, device=DEVICE, dtype=torch.bfloat16)
-    visible = core.seq_lens_casual // 4
-    seen = torch.arange(columns, device=DEVICE) < visible[:, None]
-    best, local = server.scores.masked_fill(~seen, -1).topk(min(topk, columns), sorted=False)
-    # Chosen entries to the front, as SGLang's own top-k leaves them.
-    order = (best < 0).int().argsort(dim=1, stable=True)
-    local = torch.where(best < 0, -1, local).gather(1, order)
-    slots = core.page_table.gather(1, (local.clamp_min(0) // 64)) * 64 + local.clamp_min(0) % 64
-    core.c4_sparse_page_indices.fill_(-1)
-    core.c4_sparse_page_indices[:, : local.shape[1]] = torch.where(local < 0, -1, slots).int()
-    if core.c4_sparse_raw_indices is not None:
-        core.c4_sparse_raw_indices.fill_(-1)
-        core.c4_sparse_raw_indices[:, : local.shape[1]] = local.int()
-
-
-def queries(tokens: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """q of 64 heads as SGLang pads it under tensor parallelism, the others NaN, and the sink with zeros behind."""
-    random = torch.Generator(device=DEVICE).manual_seed(3)
-    width = max(64, heads)
-    q = torch.full((tokens, width, 512), float("nan"), device=DEVICE, dtype=torch.bfloat16)
-    q[:, :heads] = torch.randn(tokens, heads, 512, generator=random, device=DEVICE).bfloat16()
-    sink = torch.zeros(width, device=DEVICE)
-    sink[:heads] = torch.randn(heads, generator=random, device=DEVICE)
-    return q, sink
+CLASSES = {"sglang": base.DeepseekV4AttnBackend, "dsv4x": adapter.Dsv4xAttnBackend}
 
 
 class Arm:
@@ -228,8 +81,12 @@ class Arm:
 
     def __init__(self, name: str, server: Server, heads: int, q: torch.Tensor, sink: torch.Tensor):
         self.name, self.server, self.heads, self.q, self.sink = name, server, heads, q, sink
-        self.backend, self.batch = server.backend(name, heads), server.batch()
+        self.backend, self.batch = server.backend(CLASSES[name], heads), server.batch()
         self.layers = [SimpleNamespace(layer_id=i, tp_q_head_num=heads, v_head_dim=512) for i in range(len(KINDS))]
+
+    @property
+    def given(self) -> tuple[Any, ...]:
+        return self.q, self.sink, self.heads
 
     def metadata(self) -> None:
         """What SGLang does before the first layer of an eager step."""
@@ -286,31 +143,6 @@ class Arm:
         return graph, outs
 
 
-def oracle(arm: Arm, layer_id: int, rows: torch.Tensor) -> torch.Tensor:
-    """float32 attention of some rows over SGLang's own slot rows."""
-    core, pool, ratio = arm.backend.forward_metadata.core_attn_metadata, arm.server.pool, KINDS[layer_id]
-
-    def scope(buffer: torch.Tensor, page: int, indices: torch.Tensor, lens: torch.Tensor) -> tuple[Any, ...]:
-        lens = lens[rows]
-        cache = dsv4x.PagedCache(buffer.view(torch.uint8), dsv4x.layouts.DSV4, page)
-        return cache, indices[rows][:, : max(1, int(lens.max()))].contiguous(), lens
-
-    scopes = scope(
-        pool.get_swa_key_buffer_radix(layer_id), PAGE, core.swa_page_indices, core.swa_topk_lengths
-    )  # fmt: skip
-    if ratio:
-        scopes += scope(
-            pool.get_extra_key_buffer(layer_id), PAGE // ratio, core.sparse_page_indices(ratio),
-            core.sparse_topk_lengths(ratio),
-        )  # fmt: skip
-    else:
-        scopes += (None, None, None)
-    out, _ = dsv4x.reference.sparse_mla_decode(
-        arm.q[rows, : arm.heads].float(), *scopes, arm.sink[: arm.heads], dtype=torch.float32
-    )
-    return out
-
-
 def error(out: torch.Tensor, want: torch.Tensor, rows: torch.Tensor, heads: int) -> float:
     return (out[rows][:, :heads].float() - want).abs().max().item()
 
@@ -335,7 +167,8 @@ def eager(arms: dict[str, Arm], row: dict[str, Any], results: list[dict[str, Any
     rows = torch.unique(torch.linspace(0, tokens - 1, min(tokens, 32)).long()).to(DEVICE)
     for ratio in RATIOS:
         last = max(i for i, kind in enumerate(KINDS) if kind == ratio)
-        want = oracle(next(iter(arms.values())), last, rows)
+        first = next(iter(arms.values()))
+        want = oracle(first.server, first.backend, last, first.given, rows)
         errors = {name: error(arm.of_ratio(ratio), want, rows, arm.heads) for name, arm in arms.items()}
         us = compare({name: lambda arm=arm, ratio=ratio: arm.of_ratio(ratio) for name, arm in arms.items()}, 1 / LAYERS)
         add(results, {**row, "ratio": ratio, "captured": False, "us": us, "error": errors})
@@ -354,7 +187,8 @@ def captured(arms: dict[str, Arm], row: dict[str, Any], results: list[dict[str, 
             out = outs[ratio].clone()
             arm.backend.init_forward_metadata(arm.batch)
             select(arm.server, arm.backend)
-            errors[name] = error(out, oracle(arm, last, rows), rows, arm.heads)
+            want = oracle(arm.server, arm.backend, last, arm.given, rows)
+            errors[name] = error(out, want, rows, arm.heads)
         us = compare({name: graph.replay for name, graph in graphs.items()})
         us = {name: (us[name] - without[name]) / (ROUNDS * LAYERS) for name in us}
         add(results, {**row, "ratio": ratio, "captured": True, "us": us, "error": errors})
@@ -401,9 +235,9 @@ def shapes() -> list[tuple[str, Mode, list[int], list[int]]]:
 
 
 def measure(piece: str, mode: Mode, prefixes: list[int], extends: list[int], results: list[dict[str, Any]]) -> None:
-    server, tokens = Server(prefixes, extends, mode), sum(extends)
+    server, tokens = Server(POOLS, prefixes, extends, mode), sum(extends)
     for heads in ARGS.heads:
-        q, sink = queries(tokens, heads)
+        q, sink = queries(DEVICE, tokens, heads)
         row = {
             "piece": piece, "heads": heads, "requests": len(extends), "tokens": tokens, "context": max(prefixes),
         }  # fmt: skip
@@ -456,7 +290,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     failed = 0
     began = time.perf_counter()
-    Server([1], [1], Mode.DECODE).backend("dsv4x", ARGS.heads[0])
+    Server(POOLS, [1], [1], Mode.DECODE).backend(CLASSES["dsv4x"], ARGS.heads[0])
     warm_up_s = time.perf_counter() - began
     print(f"first backend, warm-up included: {warm_up_s:.1f} s", flush=True)
     told = origin() | {"sglang": version("sglang")}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-REACH = 2
+REACH = {"heads": 1, "tokens": 2, "context": 2}
 """How far past its largest measured value a table still speaks, as a factor."""
 
 
@@ -104,7 +104,7 @@ class Table:
         for name, value in (("heads", heads), ("tokens", tokens), ("context", context)):
             if value is None:
                 continue
-            near = _neighbours([getattr(row, name) for row in rows], value)
+            near = _neighbours([getattr(row, name) for row in rows], value, REACH[name])
             if not near:
                 return Verdict(False, f"{where}: not measured at {name} {value}")
             rows = [row for row in rows if getattr(row, name) in near]
@@ -142,10 +142,10 @@ def _server_us(row: Row) -> float:
     return row.server_us
 
 
-def _neighbours(measured: Sequence[int], value: int) -> set[int]:
-    """The nearest measured values on either side; none past :data:`REACH` times the largest."""
+def _neighbours(measured: Sequence[int], value: int, reach: int) -> set[int]:
+    """The nearest measured values on either side; none past ``reach`` times the largest."""
     below = [seen for seen in measured if seen <= value]
     above = [seen for seen in measured if seen >= value]
-    if not above and value > REACH * max(measured):
+    if not above and value > reach * max(measured):
         return set()
     return {*([max(below)] if below else []), *([min(above)] if above else [])}
