@@ -1,9 +1,12 @@
+# ruff: noqa: E402  what SGLang is to find comes before its import
 """The adapter in SGLang 0.5.23 itself, on a CPU: registration, what goes to SGLang, and its own kit. Needs sglang."""
 
 import importlib.util
 import logging
 import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -184,7 +187,9 @@ def test_another_sglang_is_left_alone_or_stopped(owner, name, value, reason, ser
             cuda.check()
         adapter.prepare_factories(attention_registry)
         assert reason in caplog.text
-        assert deepseek_v4_trtllm_backend.create_deepseek_v4_attn_backend is FACTORIES["create_deepseek_v4_attn_backend"]
+        assert (
+            deepseek_v4_trtllm_backend.create_deepseek_v4_attn_backend is FACTORIES["create_deepseek_v4_attn_backend"]
+        )
         changed.setattr(adapter, "_prepared", [])
         changed.setenv("DSV4X_SERVERS", "require")
         with pytest.raises(Required, match="stays out of SGLang"):
@@ -460,6 +465,54 @@ def test_warming_up_runs_every_kernel_that_may_be_picked(server):
         cuda._run_rows(backend, backend.dsv4x_caches_of(layer_id, ratio), ratio, 2)
 
 
+@pytest.mark.parametrize("chosen", ["direct", "gathered"])
+def test_extends_of_about_one_size_are_weighed_once_and_only_direct_is_named(chosen, server, monkeypatch):
+    backend, asked, named = of(server), [], []
+    attention = cuda.dsv4x.sparse_mla_attention
+
+    def explain(*given, **options):
+        asked.append(given)
+        return SimpleNamespace(chosen=chosen, kernels={chosen: "reference"})
+
+    def attend(*given, **options):
+        named.append((options["path"], options["kernel"]))
+        return attention(*given, **options)
+
+    monkeypatch.setattr(cuda.dsv4x, "explain_step", explain)
+    monkeypatch.setattr(cuda.dsv4x, "sparse_mla_attention", attend)
+    q, sink = queries("cpu", 25, HEADS)
+    for _ in range(2):
+        batch = began(backend, server)
+        for layer_id in range(3):
+            same(server, backend, call(backend, batch, q, sink, layer_id), q, sink, layer_id)
+    assert len(asked) == 3
+    assert named == [("direct", "reference") if chosen == "direct" else (None, None)] * 6
+
+
+@pytest.mark.parametrize(("count", "rounded"), [(0, 0), (1, 1), (7, 7), (9, 10), (384, 384), (385, 448), (1025, 1280)])
+def test_rounding_is_up_and_by_a_quarter_at_most(count, rounded):
+    assert cuda._rounded(count) == rounded
+
+
+def test_the_entry_point_imports_nothing_of_sglangs_models():
+    code = """
+import sys
+import sglang_kit
+sglang_kit.prepare("cpu")
+from dsv4x.servers.sglang import register
+register()
+import torch
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+heavy = ["flash_mla", "deep_gemm", "flashinfer", "sgl_kernel", "sglang.srt.layers.attention.deepseek_v4_backend"]
+print(ATTENTION_BACKENDS["dsv4"].dsv4x, torch.cuda.is_initialized(), [name for name in heavy if name in sys.modules])
+"""
+    path = os.pathsep.join([os.path.dirname(sglang_kit.__file__), os.environ.get("PYTHONPATH", "")])
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=True
+    )
+    assert found.stdout.splitlines()[-1] == "True False []"
+
+
 # SGLang's own kit.
 
 CASES = sglang_kit.cases("cpu")
@@ -544,6 +597,30 @@ class TestRocm:
             monkeypatch.setattr(rocm.hip_flash_mla, "resolve_hip_flashmla_backend", lambda: "torch")
         self.call(hip, server, q, sink, 0, calls, **options)
         assert len(calls) == 1
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "dsv4_swa_decode_within_window", "dsv4_swa_extend_above_window", "c4 extend", "c4 decode", "c128 extend",
+            "c128 decode", "c0 draft extend",
+        ],
+    )  # fmt: skip
+    def test_sglangs_hip_class_passes_the_kit(self, name, monkeypatch):
+        """The kit is written for the CUDA class: what it looks for and HIP's lacks is lent."""
+        hip, calls = rocm.hip, []
+        monkeypatch.setattr(hip, "_create_flashmla_metadata", lambda: None)
+        monkeypatch.setattr(hip, "create_paged_compressor_data", lambda **options: None)
+        for lent in ("set_sparse_topk", "sparse_page_indices", "sparse_topk_lengths"):
+            function = getattr(deepseek_v4_backend.DSV4AttnMetadata, lent)
+            monkeypatch.setattr(hip.DSV4AttnMetadata, lent, function, raising=False)
+        monkeypatch.setattr(hip.DSV4Metadata, "sparse_prefill_cache", None, raising=False)
+        backend = hip.DeepseekV4HipRadixBackend
+        monkeypatch.setattr(backend, "_forward_attention", rocm.replacement(backend._forward_attention))
+        attend = rocm.attend
+        monkeypatch.setattr(rocm, "attend", lambda *given: calls.append(given) or attend(*given))
+        monkeypatch.setitem(kit.ATTENTION_BACKENDS, "dsv4", backend)
+        next(case for case in CASES if case.name == name).run()
+        assert calls
 
     def test_fnuz_caches_are_read_as_such(self):
         buffer = torch.zeros(2, 37440, dtype=torch.uint8)

@@ -98,7 +98,11 @@ def test_plans_are_forgotten_before_they_are_too_many(case, monkeypatch):
         (lambda q, rows, sink: (q.float(), rows, sink), TypeError, "q: "),
         (lambda q, rows, sink: (q[:, :, :256], rows, sink), ValueError, "q: "),
         (lambda q, rows, sink: (q[:3], rows, sink), ValueError, "q: "),
-        (lambda q, rows, sink: (q, (rows[0]._replace(indices=rows[0].indices.long()), rows[1]), sink), TypeError, "swa"),
+        (
+            lambda q, rows, sink: (q, (rows[0]._replace(indices=rows[0].indices.long()), rows[1]), sink),
+            TypeError,
+            "swa",
+        ),
         (lambda q, rows, sink: (q, (rows[0], rows[1]._replace(lens=rows[1].lens[:2])), sink), ValueError, "extra_lens"),
         (lambda q, rows, sink: (q, rows, sink[:2]), ValueError, "attn_sink: 2 heads, need >= 4"),
     ],
