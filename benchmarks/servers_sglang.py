@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import sys
@@ -52,7 +53,8 @@ from sglang.srt.layers.attention import deepseek_v4_backend as base  # noqa: E40
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context  # noqa: E402
 from sglang_server import Mode, Pools, Server, oracle, queries, select  # noqa: E402
 
-from dsv4x.servers.sglang import cuda as adapter  # noqa: E402
+# Not to be had without SGLang.
+adapter = importlib.import_module("dsv4x.servers.sglang.cuda")
 
 BEGAN = time.perf_counter()
 CPU = ARGS.device == "cpu"

@@ -95,7 +95,7 @@ def test_tables_that_are_shipped_say_where_they_were_measured(folder):
 
 def test_sglangs_table_is_of_its_result():
     folder = next(folder for folder in FOLDERS if folder.name == "sglang")
-    result = Path(measured.__file__).parents[2] / "benchmarks/results/servers-sglang-h100.json"
+    result = Path(__file__).parents[2] / "benchmarks/results/servers-sglang-h100.json"
     found = json.loads(result.read_text())["rows"]
     captured = {
         (r["ratio"], r["heads"], r["tokens"], r["context"], round(r["us"]["dsv4x"], 2), round(r["us"]["sglang"], 2))
