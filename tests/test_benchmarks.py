@@ -148,7 +148,7 @@ def _imports(script):
             neighbours = [folder / f"{name}.py" for name in named - seen for folder in FOLDERS]
             waiting += [path for path in neighbours if path.exists()]
             seen |= named
-    return seen
+    return {name.split(".")[0] for name in seen}
 
 
 def _imported(script, monkeypatch):
