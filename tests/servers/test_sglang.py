@@ -1,6 +1,7 @@
 # ruff: noqa: E402  what SGLang is to find comes before its import
 """The adapter in SGLang 0.5.23 itself, on a CPU: registration, what goes to SGLang, and its own kit. Needs sglang."""
 
+import copy
 import importlib.util
 import logging
 import os
@@ -344,6 +345,8 @@ def test_an_extend_reads_nothing_of_sglangs_tables_after_the_snapshot(server):
     backend = of(server)
     q, sink = queries("cpu", 25, HEADS)
     batch = server.batch()
+    # Of the dtype that needs no conversion, and so no copy for that.
+    batch.seq_lens = batch.seq_lens.int()
     backend.init_forward_metadata(batch)
     assert backend._snapshot_prefill_shared_reads(batch, num_qo_tokens=25) is SharedReadEnds.PRE_REPLAY
     select(server, backend)
@@ -400,6 +403,20 @@ def test_another_step_in_the_same_objects_is_seen(server):
         first = backend._dsv4x_step
 
 
+def test_other_metadata_is_another_step(server):
+    backend = of(server)
+    q, sink = queries("cpu", 25, HEADS)
+    batch = began(backend, server)
+    call(backend, batch, q, sink, 0)
+    first, metadata = backend._dsv4x_step, backend.forward_metadata
+    backend.forward_metadata = copy.copy(metadata)
+    call(backend, batch, q, sink, 0)
+    assert backend._dsv4x_step is first
+    backend.forward_metadata.core_attn_metadata = copy.copy(metadata.core_attn_metadata)
+    call(backend, batch, q, sink, 0)
+    assert backend._dsv4x_step is not first
+
+
 @pytest.mark.parametrize(
     "hook",
     [
@@ -447,6 +464,9 @@ def test_a_drafts_lengths_below_zero_are_no_entries(server):
     attend = backend._dsv4x_rows(step, (0, 3, HEADS, Mode.DRAFT_EXTEND_V2, False), batch)
     q, sink = queries("cpu", 3, HEADS)
     assert attend(q, layer(0), sink)[:, :HEADS].eq(0).all()
+    # Said to be trusted, so a kernel that takes lengths as they are may have them.
+    assert attend.__self__.shared.trusted
+    assert attend.__self__.shared.swa.lens.tolist() == [0, 0, 0]
 
 
 def test_caches_are_asked_for_each_time_and_made_once(server, monkeypatch):
