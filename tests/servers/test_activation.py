@@ -131,10 +131,13 @@ def test_without_a_handler_a_warning_goes_to_stderr(server, monkeypatch, capsys)
     assert "WARNING: dsv4x stays out of Tested" in capsys.readouterr().err
 
 
-def test_explaining(monkeypatch):
-    assert not activation.explaining()
+def test_the_table_is_printed_once_where_that_is_asked_for(server, monkeypatch, capsys):
+    server.explain("a table")
+    assert capsys.readouterr().out == ""
     monkeypatch.setenv("DSV4X_SERVERS_EXPLAIN", "1")
-    assert activation.explaining()
+    for _ in range(2):
+        server.explain("a table")
+    assert capsys.readouterr().out == "dsv4x in Tested, DSV4X_TESTED says measured; a table\n"
 
 
 @dataclasses.dataclass

@@ -315,6 +315,14 @@ def test_the_table_decides(ours, server, piece, theirs, monkeypatch):
     assert len(theirs) == (0 if ours else 3)
 
 
+def test_the_line_names_the_card_and_says_where_it_is_another(server, monkeypatch, caplog):
+    found = Table("cpu", {"device": "a card"}, table(ours=True).rows)
+    with caplog.at_level(logging.INFO):
+        measured(server, monkeypatch, found)
+    assert "ahead on cpu, on a card, which is not this " in caplog.text
+    assert "eager extend of ratio 4 in 1 of 1 shapes" in caplog.text
+
+
 def test_with_nothing_measured_all_is_sglangs_and_it_says_so(server, theirs, monkeypatch, caplog):
     backend = measured(server, monkeypatch, Table("sm_100", {}, ()))
     q, sink = queries("cpu", 25, HEADS)
@@ -333,7 +341,7 @@ def test_the_table_is_printed_where_that_is_asked_for(server, monkeypatch, capsy
     monkeypatch.setenv("DSV4X_SERVERS_EXPLAIN", "1")
     measured(server, monkeypatch, table(ours=True))
     printed = capsys.readouterr().out
-    assert "dsv4x in SGLang, all of it: False; measured on cpu" in printed
+    assert "dsv4x in SGLang, DSV4X_SGLANG says measured; measured on cpu" in printed
     assert printed.count("dsv4x\n") == 3
 
 

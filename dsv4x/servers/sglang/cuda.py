@@ -222,8 +222,7 @@ class Dsv4xMixin(_Beside):
         allocator = getattr(self.model_runner, "token_to_kv_pool_allocator", None)
         self._dsv4x_pages_in_step = type(allocator) is SWATokenToKVPoolAllocator
         self.dsv4x_refused = refusal(self)
-        if activation.explaining():
-            print(f"dsv4x in SGLang, all of it: {self.dsv4x_all}; {self.dsv4x_table}", flush=True)
+        SERVER.explain(self.dsv4x_table)
         if not self.dsv4x_refused and not self.dsv4x_all and not any(row.ahead for row in self.dsv4x_table.rows):
             self.dsv4x_refused = f"nothing was measured ahead on {arch}; {SERVER.variable}=all takes dsv4x all the same"
         if self.dsv4x_refused:
@@ -240,7 +239,9 @@ class Dsv4xMixin(_Beside):
             mode = f"{'captured' if row.captured else 'eager'} {row.piece} of ratio {row.ratio}"
             counted.setdefault(mode, []).append(row.ahead)
         told = ", ".join(f"{mode} in {sum(ahead)} of {len(ahead)} shapes" for mode, ahead in counted.items())
-        return f"attention where it was measured ahead on {arch} ({told}), SGLang's own elsewhere"
+        card, here = self.dsv4x_table.origin.get("device", "an unnamed card"), platform.limits(self.device).name
+        where = f"{arch}, on {card}{'' if here == card else f', which is not this {here}'}"
+        return f"attention where it was measured ahead on {where} ({told}), SGLang's own elsewhere"
 
     # The hooks that begin a step.
 
