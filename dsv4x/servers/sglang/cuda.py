@@ -190,6 +190,7 @@ class Dsv4xMixin(_Beside):
         dsv4x_table: what was measured on this arch.
         dsv4x_refused: why all is left to SGLang, or empty.
         dsv4x_heads: this rank's query heads.
+        dsv4x_sizes: ratio -> entries a page and pages of its pool; 0 is the window's.
     """
 
     dsv4x_kernel: str | None = None
@@ -229,6 +230,7 @@ class Dsv4xMixin(_Beside):
             SERVER.stay_out(self.dsv4x_refused)
             return
         SERVER.live(self._dsv4x_told(arch))
+        self.dsv4x_sizes = {ratio: _size(self, ratio) for ratio in (0, *self.present_ratios)}
         warm_up(self)
 
     def _dsv4x_told(self, arch: str) -> str:
@@ -486,15 +488,14 @@ class _Extend:
         locations = backend.req_to_token[forward_batch.req_pool_indices.long(), : longest : backend.page_size]
         swa_table = (pool.full_to_swa_index_mapping[locations.long()] // backend.page_size).to(torch.int32)
         table = (locations // backend.page_size).to(torch.int32)
-        extra = {}
-        for ratio in backend.present_ratios:
-            layer_id = _layer_of(pool, ratio)
-            topk = core.c4_sparse_page_indices.shape[1] if ratio == 4 else None
-            pages = pool.get_extra_key_buffer(layer_id).shape[0]
-            extra[ratio] = ExtraPages(table, pool.get_extra_key_page_size(layer_id), pages, topk=topk)
+        (swa_page_size, swa_pages), sizes = backend.dsv4x_sizes[0], backend.dsv4x_sizes
+        topk = core.c4_sparse_page_indices.shape[1] if 4 in sizes else None
+        extra = {
+            ratio: ExtraPages(table, sizes[ratio][0], sizes[ratio][1], topk=topk if ratio == 4 else None)
+            for ratio in backend.present_ratios
+        }
         step = StepMetadata.build(
-            starts, seq_lens, swa_table, extra, swa_page_size=pool.get_swa_key_page_size(),
-            swa_pages=pool.get_swa_key_buffer_radix(_layer_of(pool, None)).shape[0], num_tokens=tokens,
+            starts, seq_lens, swa_table, extra, swa_page_size=swa_page_size, swa_pages=swa_pages, num_tokens=tokens,
             query_start_loc_cpu=starts_cpu, seq_lens_cpu=seq_lens_cpu,
         )  # fmt: skip
         return cls(step, core, tokens, longest, len(query_lens))
@@ -517,6 +518,12 @@ def _rounded(count: int) -> int:
     """``count`` up to a quarter more, so that steps of about the same size look alike."""
     unit = 1 << max(0, count.bit_length() - 3)
     return -(-count // unit) * unit
+
+
+def _size(backend: Any, ratio: int) -> tuple[int, int]:
+    """Entries a page, and pages, of the pool of a ratio; once, because the getters wait for transfers."""
+    cache = backend.dsv4x_caches_of(_layer_of(backend.token_to_kv_pool, ratio or None), ratio)[1 if ratio else 0]
+    return cache.page_size, cache.pages
 
 
 def _layer_of(pool: Any, ratio: int | None) -> int:
