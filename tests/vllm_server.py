@@ -1,9 +1,10 @@
 """vLLM's own DeepSeek-V4 layers and metadata builders on a machine without a GPU, for tests of the adapter in it.
 
 Import it before vLLM, in a process with ``TRITON_INTERPRET=1``: vLLM's small kernels run in Triton's interpreter. What
-has no form on a CPU is replaced: CUDA events, FlashMLA's scheduler and its two functions.
+has no form on a CPU is replaced: CUDA's events and allocator, FlashMLA's scheduler and its two functions.
 """
 
+# ruff: noqa: E402
 import json
 import os
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import torch
 from triton.backends import backends
 
 torch.cuda.Event = lambda *args, **keywords: SimpleNamespace(record=lambda *a: None, wait=lambda *a: None)
+torch.accelerator.empty_cache = lambda: None
 backends["nvidia"].driver.is_active = staticmethod(lambda: True)
 
 from vllm.config import set_current_vllm_config

@@ -6,8 +6,8 @@ Read from FlashMLA 9241ae3, the ``sgl-flash-mla`` 1.0.0 wheel and the copy in vL
 are read without lengths and without an extra cache. bf16 pages are rows to the prefill kernel. q, workspace rows and
 pages begin on 16 bytes, and so do their strides; index rows on 32 (SM100). What else comes is copied, pages refused.
 
-vLLM's copy has ``out``, which upstream lacks, and from 0.33 on prefill kernels for fewer heads on SM90, whose out may be
-a slice of heads. It kept the pages of DSv4 that upstream dropped with its 2026.09.30 release.
+vLLM's copy has ``out``, which upstream lacks, and from 0.33 on prefill kernels for fewer heads on SM90, whose out may
+be a slice of heads. It kept the pages of DSv4 that upstream dropped with its 2026.09.30 release.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The adapter in vLLM itself: vLLM's NVIDIA classes, builders and kernels, in Triton's interpreter. One process, tox -e vllm."""
+"""The adapter in vLLM itself: vLLM's NVIDIA classes, builders and kernels, in Triton's interpreter (tox -e vllm)."""
 
 import contextlib
 
@@ -12,7 +12,7 @@ import vllm_server  # noqa: E402
 from vllm.v1.worker import workspace  # noqa: E402
 
 from dsv4x.servers.activation import Mismatch, Required  # noqa: E402
-from dsv4x.servers.vllm import ARCHITECTURES, attention, contract, register  # noqa: E402
+from dsv4x.servers.vllm import ARCHITECTURES, attention, contract, lookup, register  # noqa: E402
 from dsv4x.servers.vllm.server import SERVER  # noqa: E402
 
 DECODES = ([700, 131, 5], [1, 1, 1])
@@ -35,7 +35,7 @@ def everything(monkeypatch):
 def as_dsv4x(layer):
     """The same layer, weights and caches, as the adapter's class."""
     theirs = type(layer)
-    layer.__class__ = contract.subclass_of(theirs)
+    layer.__class__ = lookup.subclass_of(theirs)
     layer.__dict__.update(_dsv4x_caches={}, _dsv4x_platform="cuda", _dsv4x_out="")
     layer._dsv4x_table = attention.Table("cpu", {}, ())
     attention._LAYERS[layer.prefix] = layer
@@ -163,7 +163,7 @@ def test_the_lookup_gives_the_subclass(rig, monkeypatch):
     import vllm.models.deepseek_v4.nvidia.model as model
 
     monkeypatch.setattr(model, "_select_dsv4_attn_cls", rig.select)
-    contract.put_in_place("cuda")
+    lookup.put_in_place("cuda")
     cls = model._select_dsv4_attn_cls(rig.config)
     assert cls.__mro__[1:3] == (attention.Attention, rig.select(rig.config))
     assert cls.__name__ == "Dsv4xDeepseekV4FlashMLAAttention"
@@ -172,7 +172,7 @@ def test_the_lookup_gives_the_subclass(rig, monkeypatch):
 def test_a_layer_that_is_made_says_that_dsv4x_is_live(rig, monkeypatch):
     said = []
     monkeypatch.setattr(SERVER, "say", lambda message, level: said.append(message))
-    monkeypatch.setattr(rig, "select", contract.selecting(rig.select))
+    monkeypatch.setattr(rig, "select", lookup.selecting(rig.select))
     layers = rig.make("another")
     assert [type(layer).__name__ for layer in layers] == ["Dsv4xDeepseekV4FlashMLAAttention"] * 4
     assert any("dsv4x is live in vLLM" in message for message in said)
@@ -190,11 +190,11 @@ def test_a_layer_that_is_made_says_that_dsv4x_is_live(rig, monkeypatch):
 def test_a_field_that_went_is_a_mismatch(platform, monkeypatch):
     monkeypatch.setattr(contract, "_WINDOW_FIELDS", ("block_table", "no_such_field"))
     with pytest.raises(Mismatch, match="DeepseekSparseSWAMetadata has no no_such_field"):
-        contract.put_in_place(platform)
+        lookup.put_in_place(platform)
 
 
 def test_a_mismatch_stops_a_server_that_requires_dsv4x(monkeypatch):
     monkeypatch.setattr(contract, "_WINDOW_FIELDS", ("no_such_field",))
     monkeypatch.setenv("DSV4X_SERVERS", "require")
     with pytest.raises(Required, match="no_such_field"):
-        contract.install.__wrapped__()
+        lookup.install.__wrapped__()

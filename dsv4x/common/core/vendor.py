@@ -90,7 +90,7 @@ class VendorLibrary:
         if distribution in self.wrong:
             return None, f"{self.module} here is {self.wrong[distribution]}; {self.hint}", None
         if self.namespace is not None and self.module not in sys.modules and _registered(self.namespace):
-            reason = f"another build registered torch.ops.{self.namespace}, and importing {self.module} would end the process"
+            reason = f"another build registered torch.ops.{self.namespace}: importing {self.module} ends the process"
             return None, reason, None
         try:
             module = importlib.import_module(self.module)

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import (
+    CacheSpec,
     ExtraPages,
     Local,
     PagedCache,
     SparsePrefillChunkCache,
-    CacheSpec,
     StepMetadata,
     combined_topk_width,
     layouts,
@@ -175,9 +175,7 @@ def _verdict(layer: Any, piece: str, tokens: int) -> Verdict:
             kept[key] = Verdict(True, f"{SERVER.variable}=all")
         else:
             ratio = 0 if layer.compress_ratio == 1 else layer.compress_ratio
-            kept[key] = layer._dsv4x_table.verdict(
-                piece, {ratio: 1}, layer.n_local_heads, tokens, captured=key[2]
-            )
+            kept[key] = layer._dsv4x_table.verdict(piece, {ratio: 1}, layer.n_local_heads, tokens, captured=key[2])
         if explaining():
             SERVER.say(f"{kept[key].why}: {'dsv4x' if kept[key].ours else 'vLLM'} runs it", logging.INFO)
     return kept[key]

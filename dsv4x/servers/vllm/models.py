@@ -1,13 +1,13 @@
 """vLLM's own model classes, whose decoder layers take dsv4x's attention. Imported where a model is loaded."""
 
-from .contract import install
+from .lookup import install
 
 install()
 
 from vllm.models.deepseek_v4 import (  # noqa: E402
-    DeepSeekV4MTP,
     DeepseekV4ForCausalLM,
     DeepseekV4ForConditionalGeneration,
+    DeepSeekV4MTP,
     DSparkDeepseekV4ForCausalLM,
 )
 
