@@ -1,23 +1,29 @@
-"""vLLM's own DeepSeek-V4 layers and metadata builders on a machine without a GPU, for tests of the adapter in it.
+"""vLLM's own DeepSeek-V4 layers and metadata builders, for tests and benchmarks of the adapter in it.
 
-Import it before vLLM, in a process with ``TRITON_INTERPRET=1``: vLLM's small kernels run in Triton's interpreter. What
-has no form on a CPU is replaced: CUDA's events and allocator, FlashMLA's scheduler and its two functions.
+Import it before vLLM. Without a GPU, in a process with ``TRITON_INTERPRET=1``, vLLM's small kernels run in Triton's
+interpreter, and what has no form on a CPU is replaced: CUDA's events and allocator, FlashMLA's scheduler and its two
+functions.
 """
 
 # ruff: noqa: E402
+import contextlib
 import json
 import os
 from types import SimpleNamespace
 
-os.environ.update(TORCHDYNAMO_DISABLE="1", VLLM_TARGET_DEVICE="cpu", HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1")
+CPU = os.environ.get("TRITON_INTERPRET") == "1"
+os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
+if CPU:
+    os.environ.update(TORCHDYNAMO_DISABLE="1", VLLM_TARGET_DEVICE="cpu", VLLM_CPU_KVCACHE_SPACE="1")
 os.environ.setdefault("VLLM_PLUGINS", "")
 
 import torch
 from triton.backends import backends
 
-torch.cuda.Event = lambda *args, **keywords: SimpleNamespace(record=lambda *a: None, wait=lambda *a: None)
-torch.accelerator.empty_cache = lambda: None
-backends["nvidia"].driver.is_active = staticmethod(lambda: True)
+if CPU:
+    torch.cuda.Event = lambda *args, **keywords: SimpleNamespace(record=lambda *a: None, wait=lambda *a: None)
+    torch.accelerator.empty_cache = lambda: None
+    backends["nvidia"].driver.is_active = staticmethod(lambda: True)
 
 from vllm.config import set_current_vllm_config
 from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
@@ -28,6 +34,7 @@ from vllm.v1.worker import workspace
 
 import dsv4x
 from dsv4x import PagedCache, layouts, reference
+from dsv4x.servers.vllm import attention, lookup
 
 MODEL = {
     "architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", "vocab_size": 1024, "hidden_size": 256,
@@ -46,8 +53,7 @@ MODEL = {
     "num_nextn_predict_layers": 0,
 }  # fmt: skip
 
-MAX_LEN = 4096
-BLOCK_BYTES, MAIN_OFFSET, BLOCKS = 93888, 37440, 200
+BLOCK_BYTES, MAIN_OFFSET = 93888, 37440
 """A block of vLLM's pool holds pages of several layers: the window's at 0, the compressed cache's behind it."""
 
 
@@ -78,54 +84,61 @@ def flash_mla_prefill(*, q, kv, indices, sm_scale, attn_sink, topk_length, out, 
 class Rig:
     """One model's attention layers of vLLM's NVIDIA class, their caches, and batches built by vLLM's builders."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, *, heads=16, ratios=(0, 4, 128, 4), max_len=4096, max_tokens=1024, blocks=200):
         import vllm.models.deepseek_v4.nvidia.flashmla as flashmla
         import vllm.models.deepseek_v4.nvidia.model as model
         from vllm.v1.attention.backends.mla import sparse_swa
 
-        (folder / "config.json").write_text(json.dumps(MODEL))
+        self.device, self.max_len, self.blocks = torch.device("cpu" if CPU else "cuda:0"), max_len, blocks
+        sizes = {
+            "num_attention_heads": heads, "o_groups": max(1, heads // 8), "num_hidden_layers": len(ratios),
+            "compress_ratios": list(ratios), "max_position_embeddings": max(16384, max_len),
+        }  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(MODEL | sizes))
         self.config = EngineArgs(
-            model=str(folder), skip_tokenizer_init=True, enforce_eager=True, max_model_len=MAX_LEN,
-            max_num_batched_tokens=1024, max_num_seqs=8, dtype="bfloat16",
+            model=str(folder), skip_tokenizer_init=True, enforce_eager=True, max_model_len=max_len, block_size=256,
+            max_num_batched_tokens=max_tokens, max_num_seqs=8 if CPU else 256, dtype="bfloat16", load_format="dummy",
         ).create_engine_config()  # fmt: skip
+        # Of the projection behind attention, which is not run.
         flashmla.compute_fp8_einsum_recipe = lambda *args: ((1, 128, 128), False)
-        flashmla.flash_mla_with_kvcache, flashmla.flash_mla_sparse_fwd = flash_mla_decode, flash_mla_prefill
-        sparse_swa.get_mla_metadata = lambda *args: (SimpleNamespace(have_initialized=False), None)
+        if CPU:
+            flashmla.flash_mla_with_kvcache, flashmla.flash_mla_sparse_fwd = flash_mla_decode, flash_mla_prefill
+            sparse_swa.get_mla_metadata = lambda *args: (SimpleNamespace(have_initialized=False), None)
         self.select, self.generator = model._select_dsv4_attn_cls, torch.Generator().manual_seed(0)
-        self.topk = torch.full((1024, 512), -1, dtype=torch.int32)
-        workspace.init_workspace_manager(torch.device("cpu"))
+        self.topk = torch.full((max_tokens, 512), -1, dtype=torch.int32, device=self.device)
+        workspace.init_workspace_manager(self.device)
         with set_current_vllm_config(self.config):
             init_distributed_environment(1, 0, f"tcp://127.0.0.1:{20000 + os.getpid() % 20000}", 0, "gloo")
             ensure_model_parallel_initialized(1, 1)
-        self.layers = self.make("model")
+        self.layers = self.make("model", len(ratios))
 
-    def make(self, name):
-        """The four layers, by whatever class vLLM's lookup gives now, with caches of random entries."""
-        with set_current_vllm_config(self.config):
+    def make(self, name, count=4):
+        """Layers, by whatever class vLLM's lookup gives now, with caches of random entries."""
+        with set_current_vllm_config(self.config), self.device:
             cls = self.select(self.config)
             layers = [
                 cls(self.config, prefix=f"{name}.layers.{i}.attn", topk_indices_buffer=self.topk, aux_stream_list=None)
-                for i in range(4)
+                for i in range(count)
             ]
         for layer in layers:
             self.bind(layer)
         return layers
 
     def bind(self, layer):
-        draw = torch.Generator().manual_seed(layer.compress_ratio)
-        pool = torch.zeros(BLOCKS, BLOCK_BYTES, dtype=torch.uint8)
+        draw, blocks = torch.Generator(self.device).manual_seed(layer.compress_ratio), self.blocks
+        pool = torch.zeros(blocks, BLOCK_BYTES, dtype=torch.uint8, device=self.device)
 
         def view(offset, entries):
-            data = pool.as_strided((BLOCKS, 1, entries, 584), (BLOCK_BYTES, 0, 584, 1), offset)
-            k = torch.randn(BLOCKS * entries, 512, generator=draw).bfloat16()
+            data = pool.as_strided((blocks, 1, entries, 584), (BLOCK_BYTES, 0, 584, 1), offset)
+            k = torch.randn(blocks * entries, 512, generator=draw, device=self.device).bfloat16()
             cache = PagedCache(data[:, 0], layouts.DSV4, entries)
-            dsv4x.quantize_and_insert_k_cache(k, cache, torch.arange(BLOCKS * entries))
+            dsv4x.quantize_and_insert_k_cache(k, cache, torch.arange(blocks * entries, device=self.device))
             return data
 
         layer.swa_cache_layer.bind_kv_cache(view(0, 64))
         if layer.compress_ratio > 1:
             layer.bind_kv_cache(view(MAIN_OFFSET, 256 // layer.compress_ratio))
-        sink = torch.randn(layer.n_local_heads, generator=draw)
+        sink = torch.randn(layer.n_local_heads, generator=draw, device=self.device)
         layer.attn_sink.data.fill_(-torch.inf)[: layer.n_local_heads] = sink
 
     def batch(self, layers, lens, queries, padding=0):
@@ -138,49 +151,85 @@ class Rig:
         request = torch.repeat_interleave(torch.arange(len(lens)), queries.long())
         padded = torch.cat([positions, torch.zeros(padding, dtype=torch.long)])
         common = {size: self._common(size, lens, queries, starts, positions, request, padded) for size in (64, 256)}
-        found = {}
+        found, padded = {}, padded.to(self.device)
         with set_current_vllm_config(self.config):
             swa = layers[0].swa_cache_layer
             window = self._builder(swa, swa.prefix).build(0, common[64])
+            kinds = {}
             for layer in layers:
                 found[layer.swa_cache_layer.prefix] = window
-                if layer.compress_ratio > 1:
-                    found[layer.prefix] = self._builder(layer, layer.prefix).build(0, common[256])
-        self.topk.fill_(torch.iinfo(torch.int32).max)
-        self.topk[:tokens] = -1
-        for token, position in enumerate(positions.tolist()):
-            seen = (position + 1) // 4
-            chosen = torch.randperm(seen, generator=self.generator)[:512].int()
-            self.topk[token, : len(chosen)] = chosen
+                ratio = layer.compress_ratio
+                if ratio > 1 and ratio not in kinds:
+                    kinds[ratio] = self._builder(layer, layer.prefix).build(0, common[256])
+                if ratio > 1:
+                    found[layer.prefix] = kinds[ratio]
+        self.choose(positions)
         return found, padded
+
+    def choose(self, positions):
+        """Rows of top-k: entries that a token sees, in any order, -1 behind them; garbage behind the tokens."""
+        self.topk.fill_(torch.iinfo(torch.int32).max)
+        for first in range(0, len(positions), 256):
+            seen = (positions[first : first + 256, None] + 1) // 4
+            width = max(512, int(seen.max()))
+            score = torch.rand(len(seen), width, generator=self.generator)
+            best = score.masked_fill_(torch.arange(width) >= seen, -1).topk(512)
+            rows = torch.where(best.values < 0, -1, best.indices).int()
+            self.topk[first : first + len(seen)] = rows.to(self.device)
 
     def _builder(self, owner, prefix):
         spec = owner.get_kv_cache_spec(self.config)
-        return owner.get_attn_backend().get_builder_cls()(spec, [prefix], self.config, torch.device("cpu"))
+        return owner.get_attn_backend().get_builder_cls()(spec, [prefix], self.config, self.device)
 
     def _common(self, size, lens, queries, starts, positions, request, padded):
-        width, used = MAX_LEN // size, 1
-        table = torch.full((len(lens), width), -1, dtype=torch.int32)
-        order = torch.randperm(BLOCKS - 1, generator=self.generator).int() + 1
-        for i, length in enumerate(lens.tolist()):
-            count = -(-length // size)
-            table[i, :count] = order[used : used + count]
-            used += count
+        table = torch.full((len(lens), self.max_len // size), -1, dtype=torch.int32)
+        needed = (lens + size - 1) // size
+        # No page twice where there are enough; else pages are shared, which reading does not mind.
+        total, free = int(needed.sum()), self.blocks - 1
+        drawn = (
+            torch.randperm if total <= free else lambda n, generator: torch.randint(n, (total,), generator=generator)
+        )
+        order = drawn(free, generator=self.generator).int() + 1
+        table[torch.arange(table.shape[1]) < needed[:, None]] = order[:total]
         slots = table[request, positions // size].long() * size + positions % size
         slots = torch.cat([slots, torch.full((len(padded) - len(slots),), -1)])
+        d = self.device
         return CommonAttentionMetadata(
-            query_start_loc=starts, query_start_loc_cpu=starts.clone(), seq_lens=lens, num_reqs=len(lens),
+            query_start_loc=starts.to(d), query_start_loc_cpu=starts.clone(), seq_lens=lens.to(d), num_reqs=len(lens),
             num_actual_tokens=len(positions), max_query_len=int(queries.max()), max_seq_len=int(lens.max()),
-            block_table_tensor=table, slot_mapping=slots, positions=padded, seq_lens_cpu_upper_bound=lens.clone(),
+            block_table_tensor=table.to(d), slot_mapping=slots.to(d), positions=padded.to(d),
+            seq_lens_cpu_upper_bound=lens.clone(),
         )  # fmt: skip
 
     def run(self, layer, metadata, positions, padded=None):
         """``forward_mqa`` of one layer on random queries: the result, 7 where nothing was written."""
         heads = layer.padded_heads if padded is None else padded
-        draw = torch.Generator().manual_seed(7)
-        q = torch.zeros(len(positions), heads, 512, dtype=torch.bfloat16)
-        q[:, : layer.n_local_heads] = torch.randn(len(positions), layer.n_local_heads, 512, generator=draw).bfloat16()
+        q = self.queries(layer, len(positions), heads)
         out = torch.full_like(q, 7.0)
         with set_forward_context(metadata, self.config, num_tokens=len(positions)):
             layer.forward_mqa(q, None, positions, out)
         return out
+
+    def queries(self, layer, tokens, heads):
+        """bf16 ``[tokens, heads, 512]``, zeros in the heads that are padding, as vLLM's insert leaves them."""
+        draw = torch.Generator(self.device).manual_seed(7)
+        q = torch.zeros(tokens, heads, 512, dtype=torch.bfloat16, device=self.device)
+        given = torch.randn(tokens, layer.n_local_heads, 512, generator=draw, device=self.device)
+        q[:, : layer.n_local_heads] = given.bfloat16()
+        return q
+
+
+@contextlib.contextmanager
+def as_dsv4x(layer):
+    """The same layer, weights and caches, as the adapter's class."""
+    theirs = type(layer)
+    layer.__class__ = lookup.subclass_of(theirs)
+    layer.__dict__.update(_dsv4x_caches={}, _dsv4x_platform="cuda", _dsv4x_out="")
+    layer._dsv4x_table = attention.Table("cpu", {}, ())
+    attention._LAYERS[layer.prefix] = layer
+    try:
+        yield layer
+    finally:
+        layer.__class__ = theirs
+        layer.__dict__.pop("_dsv4x_verdicts", None)
+        attention._LAYERS.pop(layer.prefix, None)

@@ -1,7 +1,5 @@
 """The adapter in vLLM itself: vLLM's NVIDIA classes, builders and kernels, in Triton's interpreter (tox -e vllm)."""
 
-import contextlib
-
 import pytest
 import torch
 
@@ -10,6 +8,7 @@ pytestmark = pytest.mark.interpreter
 
 import vllm_server  # noqa: E402
 from vllm.v1.worker import workspace  # noqa: E402
+from vllm_server import as_dsv4x  # noqa: E402
 
 from dsv4x.servers.activation import Mismatch, Required  # noqa: E402
 from dsv4x.servers.vllm import ARCHITECTURES, attention, contract, lookup, register  # noqa: E402
@@ -29,22 +28,6 @@ def rig(tmp_path_factory):
 def everything(monkeypatch):
     monkeypatch.setenv("DSV4X_VLLM", "all")
     monkeypatch.delenv("DSV4X_SERVERS", raising=False)
-
-
-@contextlib.contextmanager
-def as_dsv4x(layer):
-    """The same layer, weights and caches, as the adapter's class."""
-    theirs = type(layer)
-    layer.__class__ = lookup.subclass_of(theirs)
-    layer.__dict__.update(_dsv4x_caches={}, _dsv4x_platform="cuda", _dsv4x_out="")
-    layer._dsv4x_table = attention.Table("cpu", {}, ())
-    attention._LAYERS[layer.prefix] = layer
-    try:
-        yield layer
-    finally:
-        layer.__class__ = theirs
-        layer.__dict__.pop("_dsv4x_verdicts", None)
-        attention._LAYERS.pop(layer.prefix, None)
 
 
 def gap(got, want):
@@ -144,7 +127,9 @@ def test_new_caches_are_seen(rig):
     metadata, positions = rig.batch(rig.layers, *DECODES)
     with as_dsv4x(layer):
         before = rig.run(layer, metadata, positions)
-        layer.bind_kv_cache(torch.zeros_like(layer.kv_cache)[:, None])
+        pages, entries, size = layer.kv_cache.shape
+        zeros = torch.zeros(pages, vllm_server.BLOCK_BYTES, dtype=torch.uint8)
+        layer.bind_kv_cache(zeros.as_strided((pages, 1, entries, size), (vllm_server.BLOCK_BYTES, 0, size, 1)))
         metadata[layer.swa_cache_layer.prefix].flashinfer_sparse_index_cache.clear()
         after = rig.run(layer, metadata, positions)
         rig.bind(layer)
