@@ -35,9 +35,7 @@ PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 PARSER.add_argument("--out", type=Path)
 PARSER.add_argument("--heads", type=int, default=64)
 PARSER.add_argument("--budget", type=float, default=1e9, help="seconds after which no further shape is begun")
-PARSER.add_argument(
-    "--table", type=Path, nargs="+", help="results to make the adapter's table of, instead of measuring"
-)
+PARSER.add_argument("--table", type=Path, nargs="+", help="results to make the table of, instead")
 PARSER.add_argument("--only", default="", help="pieces whose name holds this")
 ARGS = PARSER.parse_args()
 CPU = os.environ.get("TRITON_INTERPRET") == "1"

@@ -146,7 +146,6 @@ class Rig:
         lens, queries = torch.tensor(lens, dtype=torch.int32), torch.tensor(queries, dtype=torch.int32)
         starts = torch.zeros(len(lens) + 1, dtype=torch.int32)
         starts[1:] = queries.cumsum(0)
-        tokens = int(starts[-1])
         positions = torch.cat([torch.arange(s - q, s) for s, q in zip(lens.tolist(), queries.tolist())]).long()
         request = torch.repeat_interleave(torch.arange(len(lens)), queries.long())
         padded = torch.cat([positions, torch.zeros(padding, dtype=torch.long)])

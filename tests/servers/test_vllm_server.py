@@ -1,5 +1,7 @@
 """The adapter in vLLM itself: vLLM's NVIDIA classes, builders and kernels, in Triton's interpreter (tox -e vllm)."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -46,6 +48,19 @@ def test_the_result_is_vllms(rig, index, lens, queries):
     assert gap(got[:tokens, :heads], want[:tokens, :heads]) < 1e-3
     assert (got[tokens:] == 7).all(), "wrote rows that are padding"
     assert (got[:, heads:] == 7).all(), "paid for heads that are padding"
+
+
+@pytest.mark.parametrize("index", range(3), ids=["window", "C4", "C128"])
+def test_verify_rows_are_decode_rows(rig, index, monkeypatch):
+    verifies = SimpleNamespace(num_speculative_tokens=2, parallel_drafting=False, use_dspark=lambda: False)
+    monkeypatch.setattr(rig.config, "speculative_config", verifies)
+    metadata, positions = rig.batch(rig.layers, [700, 131, 5], [3, 3, 2])
+    layer = rig.layers[index]
+    assert metadata[layer.swa_cache_layer.prefix].num_decode_tokens == 8
+    want = rig.run(layer, metadata, positions)
+    with as_dsv4x(layer):
+        got = rig.run(layer, metadata, positions)
+    assert gap(got[:, :16], want[:, :16]) < 1e-3
 
 
 def spied(monkeypatch, name):
