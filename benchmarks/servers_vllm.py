@@ -37,9 +37,9 @@ PARSER.add_argument("--heads", type=int, default=64)
 PARSER.add_argument("--budget", type=float, default=1e9, help="seconds after which no further shape is begun")
 PARSER.add_argument("--table", type=Path, nargs="+", help="results to make the table of, instead")
 PARSER.add_argument("--only", default="", help="pieces whose name holds this")
-ARGS = PARSER.parse_args()
+ARGS = argparse.Namespace()
+"""The command line's, in a run."""
 CPU = os.environ.get("TRITON_INTERPRET") == "1"
-os.environ |= {"DSV4X_VLLM": "all", "DSV4X_SERVERS": "require"}
 CUTE = importlib.util.find_spec("cutlass") is not None
 MODEL_LAYERS = 43
 """Layers over which a step's own cost is spread: of DeepSeek-V4-Flash, the smallest model."""
@@ -97,6 +97,7 @@ def shapes() -> list[tuple[str, list[int], list[int]]]:
 
 
 def main() -> int:
+    os.environ |= {"DSV4X_VLLM": "all", "DSV4X_SERVERS": "require"}
     missing = prepare()
     import torch
     import vllm_server
@@ -226,6 +227,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    PARSER.parse_args(namespace=ARGS)
     if ARGS.table:
         make_table(ARGS.table)
     else:
