@@ -185,6 +185,18 @@ def test_the_table_decides_and_the_switch_overrides(monkeypatch):
     assert attention._verdict(fresh, "extend", 8).ours
 
 
+def test_a_layer_that_nothing_was_measured_for_compiles_and_reserves_nothing(monkeypatch):
+    from dsv4x.servers.measured import Row
+
+    nothing = layer_of(_dsv4x_table=Table("gfx942", {}, ()), _dsv4x_out="")
+    row = Row(**ROW, ours_us=10, server_us=20)
+    assert not attention._takes_part(nothing)
+    assert attention._takes_part(layer_of(_dsv4x_table=Table("sm_90", {}, (row,)), _dsv4x_out=""))
+    monkeypatch.setenv("DSV4X_VLLM", "all")
+    assert attention._takes_part(nothing)
+    assert not attention._takes_part(layer_of(_dsv4x_table=Table("sm_90", {}, (row,)), _dsv4x_out="another cache"))
+
+
 def test_what_runs_where_is_explained():
     nothing = attention.explain(Table("gfx942", {}, ()))
     assert "attention of prefill rows: vLLM" in nothing

@@ -100,7 +100,7 @@ class Attention:
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         super().bind_kv_cache(kv_cache)  # type: ignore[misc]
         layer: Any = self
-        if not layer._dsv4x_out and layer.swa_cache_layer.kv_cache.numel():
+        if _takes_part(layer) and layer.swa_cache_layer.kv_cache.numel():
             _warm_up(layer)
 
     def forward_mqa(self, q: torch.Tensor, kv: Any, positions: torch.Tensor, output: torch.Tensor) -> None:
@@ -110,10 +110,10 @@ class Attention:
         every = get_forward_context().attn_metadata
         if every is None:
             _theirs(layer, q, kv, positions, output)
-            if not layer._dsv4x_out:
+            if _takes_part(layer):
                 _reserve(layer, q)
             return
-        if layer._dsv4x_out or _not_ours(layer, every):
+        if not _takes_part(layer) or _not_ours(layer, every):
             _theirs(layer, q, kv, positions, output)
             return
         batch = _batch_of(layer, every)
@@ -142,6 +142,11 @@ class Attention:
 
 def _arch() -> str:
     return "cpu" if platform.backend == "reference" else platform.arch
+
+
+def _takes_part(layer: Any) -> bool:
+    """Whether any batch of the layer may be dsv4x's; else nothing is compiled or reserved for it."""
+    return not layer._dsv4x_out and (bool(layer._dsv4x_table.rows) or SERVER.switch == "all")
 
 
 def _halves(decodes: int, prefills: int) -> list[tuple[str, int]]:
