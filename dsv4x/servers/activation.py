@@ -119,6 +119,13 @@ class Server:
         """Say once which path is live."""
         self.say(f"dsv4x is live in {self.name} {self.version}: {what}", logging.INFO)
 
+    def explain(self, table: object) -> None:
+        """Print once a process what decides who runs a piece, where that is asked for."""
+        told = f"dsv4x in {self.name}, {self.variable} says {self.switch}; {table}"
+        if explaining() and told not in self.said:
+            self.said.add(told)
+            print(told, flush=True)
+
     def say(self, message: str, level: int) -> None:
         """Log ``message`` once a process, to stderr where no handler would show a warning."""
         if message in self.said:
