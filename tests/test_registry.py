@@ -604,6 +604,10 @@ def test_the_wheel_before_use_legacy_is_fine(flash_reasons):
     assert flash_reasons(DECODE, fake_module(", extra_k_cache")) == []
 
 
+def test_vllms_copy_kept_the_pages_that_upstream_dropped(flash_reasons):
+    assert flash_reasons(DECODE, fake_module(", extra_k_cache, out, enable_batch_invariant")) == []
+
+
 def test_flash_mla_that_does_not_import_is_the_only_reason(flash_reasons):
     assert flash_reasons(DECODE, reason="import flash_mla failed: OSError: libcuda") == [
         "import flash_mla failed: OSError: libcuda"

@@ -37,6 +37,9 @@ DEEP_GEMM = VendorLibrary(
     wrong={"deep-gemm": "PyPI's deep-gemm, an old source release with another API"},
     attributes=("get_paged_mqa_logits_metadata",),
     hint="pip install sgl-deep-gemm",
+    # vLLM prefers an installed one to its own as well, so that both use one build.
+    after=("vllm.third_party.deep_gemm",),
+    namespace="deep_gemm",
 )
 
 ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120")

@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import sys
 import traceback
 from collections.abc import Callable
 from types import ModuleType
@@ -29,6 +30,10 @@ class VendorLibrary:
         wrong: distribution -> what it really is, for look-alikes that take the same import name.
         attributes: names the imported module must have; a look-alike or another API generation lacks them.
         hint: how to get it.
+        before, after: import names of the copies that servers carry, which are looked for before or after ``module``. A
+            copy counts only where its server, the first part of its name, is imported already.
+        namespace: the torch namespace whose operators only one build may register in a process: a second one ends it.
+            The build that is imported is then taken, and none is imported beside another's operators.
     """
 
     def __init__(
@@ -39,17 +44,43 @@ class VendorLibrary:
         wrong: dict[str, str] | None = None,
         attributes: tuple[str, ...] = (),
         hint: str,
+        before: tuple[str, ...] = (),
+        after: tuple[str, ...] = (),
+        namespace: str | None = None,
     ):
-        self.module, self.distributions, self.wrong, self.attributes, self.hint = (
+        self.own, self.distributions, self.wrong, self.attributes, self.hint = (
             module,
             distributions,
             wrong or {},
             attributes,
             hint,
         )
+        self.before, self.after, self.namespace = before, after, namespace
+
+    @functools.cached_property
+    def module(self) -> str:
+        """The import name of the build that is used: a server's copy, or the library's own."""
+        names = [name for name in (*self.before, self.own, *self.after) if name == self.own or _server_of(name)]
+        if len(names) == 1:
+            return self.own
+        imported = [name for name in names if name in sys.modules]
+        if self.namespace is not None and imported:
+            return imported[0]
+        return next((name for name in names if _can_be_found(name)), self.own)
 
     @functools.cached_property
     def _loaded(self) -> tuple[ModuleType | None, str | None, BaseException | None]:
+        if self.module != self.own:
+            found = self._imported()
+            if found[0] is not None or self.namespace is not None or not _can_be_found(self.own):
+                return found
+            # A server's copy that was not built for this machine: the library itself, as outside the server.
+            self.__dict__["module"] = self.own
+            for name in ("_search", "distribution"):
+                self.__dict__.pop(name, None)
+        return self._imported()
+
+    def _imported(self) -> tuple[ModuleType | None, str | None, BaseException | None]:
         _, broken = self._search
         if broken is not None:
             return None, self._failed(broken), broken
@@ -58,6 +89,9 @@ class VendorLibrary:
         distribution, _ = self.distribution
         if distribution in self.wrong:
             return None, f"{self.module} here is {self.wrong[distribution]}; {self.hint}", None
+        if self.namespace is not None and self.module not in sys.modules and _registered(self.namespace):
+            reason = f"another build registered torch.ops.{self.namespace}: importing {self.module} ends the process"
+            return None, reason, None
         try:
             module = importlib.import_module(self.module)
         except (Exception, SystemExit) as error:  # a vendor wheel may fail in any way; the reason is kept, not hidden
@@ -93,11 +127,13 @@ class VendorLibrary:
     @functools.cached_property
     def distribution(self) -> tuple[str | None, str | None]:
         """(distribution name, version) that provides the import name, or (None, None)."""
+        if self.module != self.own:
+            server = self.module.partition(".")[0]
+            return server, _version_of(server)
         for name in (*self.distributions, *self.wrong):
-            try:
-                return name, importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
+            version = _version_of(name)
+            if version is not None:
+                return name, version
         return None, None
 
     @property
@@ -130,6 +166,31 @@ class VendorLibrary:
             "usable": self.reason is None,
             "reason": self.reason,
         }
+
+
+def _server_of(name: str) -> str | None:
+    """The server whose copy this import name is, where that server is imported."""
+    server = name.partition(".")[0]
+    return server if server in sys.modules else None
+
+
+def _can_be_found(name: str) -> bool:
+    try:
+        return name in sys.modules or importlib.util.find_spec(name) is not None
+    except Exception:
+        return False
+
+
+def _registered(namespace: str) -> bool:
+    """Whether torch knows operators of this namespace. Asking ``torch.ops`` would make one up."""
+    return any(name.startswith(f"{namespace}::") for name in torch._C._dispatch_get_all_op_names())
+
+
+def _version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _origin(error: BaseException) -> str:
