@@ -45,4 +45,4 @@ def test_what_sglangs_page_counts():
     assert len(captured) == 9
     assert f"{min(captured):.2f} to {sorted(captured)[-2]:.2f} in eight, and {max(captured):.2f}" in page
     triton = [r["us"]["dsv4x"] for r in behind if (r["ratio"], r["heads"], r["tokens"]) == (4, 16, 256)]
-    assert f"the call takes {min(triton):.0f} to {max(triton):.0f}." in page
+    assert f"the call took {min(triton):.0f} to {max(triton):.0f}." in page
