@@ -3,7 +3,8 @@
 Read from the ``sgl-deep-gemm`` wheels 0.1.5.post1, 0.2.3 and 0.2.5 (the headers it compiles, and the assertions in its
 library) and measured on an H200 with the first. Told apart by signature: ``fp8_paged_mqa_logits`` and
 ``fp8_mqa_logits`` are older than ``fp8_fp4_*``, which take q as a pair; the newest have no ``clean_logits``, want
-``max_seqlen_k``, and on SM100 a request number for every row.
+``max_seqlen_k``, and on SM100 a request number for every row, ue8m0 scales of q and K, and bf16 weights, and return
+bf16 logits there. So fp8 K with one float32 scale a row is refused on SM100 by reason: its scales are no powers of two.
 
 What it leaves to its caller, and what is done here: it reads a request's length from its last row, so that every row
 of a request is scored over the longest; it writes whole segments, so that columns past a length hold anything; it
@@ -94,6 +95,11 @@ def _wheel_reasons(problem: LogitsProblem, name: str) -> list[str]:
     if _function(name, packed) is None:
         need = f"fp8_fp4_{name}" if packed else f"fp8_{name} or fp8_fp4_{name}"
         return [f"deep_gemm at {DEEP_GEMM.path} has no {need}"]
+    if not packed and _is_mx(problem.arch):
+        return [
+            f"q and K are e4m3fn with float32 scales, and deep_gemm at {DEEP_GEMM.path} takes ue8m0 scales only on "
+            f"SM100, need {layouts.INDEXER_FP4.name}, or sgl-deep-gemm 0.2.3"
+        ]
     return []
 
 
@@ -138,15 +144,19 @@ def _schedule_reasons(problem: ScheduleProblem) -> list[str]:
         limit = schedule_limit(problem.arch, platform.limits().shared_memory)
         if problem.tokens > limit:
             reasons.append(f"{problem.tokens} requests, need <= {limit}: its kernel's shared memory holds no more")
-        if not reasons and DEEP_GEMM.reason is None and _needs_requests(problem.arch):
+        if not reasons and DEEP_GEMM.reason is None and _is_mx(problem.arch):
             reasons.append(
                 "this DeepGEMM schedules rows by their requests on SM100, which paged_mqa_logits does itself"
             )
     return reasons
 
 
-def _needs_requests(arch: str) -> bool:
-    """Whether the paged kernel takes single rows and a request number for each: SM100 since ``clean_logits`` went."""
+def _is_mx(arch: str) -> bool:
+    """Whether this is SM100 under a build without ``clean_logits``, whose kernel there is another.
+
+    It takes single rows and a request number for each, ue8m0 scales of q and K, and bf16 weights, and its logits are
+    bf16 (``check_mqa_logits_q_and_weights`` of 0.2.5).
+    """
     function = _function("paged_mqa_logits", packed=False)
     return arch.startswith("sm_10") and function is not None and "clean_logits" not in _parameters(function)
 
@@ -164,8 +174,14 @@ def next_n_parts(arch: str, next_n: int) -> list[slice]:
 
 
 def _note(problem: LogitsProblem) -> str:
-    if problem.next_n == 1:
-        return ""
+    mx = DEEP_GEMM.reason is None and _is_mx(problem.arch)
+    notes = ["weights and logits rounded to bf16: the kernel has no other on SM100"] if mx else []
+    if problem.op == "paged_mqa_logits" and problem.next_n > 1:
+        notes.append(_next_n_note(problem, mx))
+    return "; ".join(notes)
+
+
+def _next_n_note(problem: LogitsProblem, mx: bool) -> str:
     parts = next_n_parts(problem.arch, problem.next_n)
     if len(parts) > 1:
         sizes = " + ".join(str(part.stop - part.start) for part in parts)
@@ -173,7 +189,7 @@ def _note(problem: LogitsProblem) -> str:
     if _taken_as_pairs(problem.arch, problem.next_n):
         pairs = f"{problem.next_n // SM90_NEXT_N} requests of {SM90_NEXT_N}"
         return f"next_n {problem.next_n} as {pairs}, table rows repeated: SM90's kernel takes <= {SM90_NEXT_N}"
-    if DEEP_GEMM.reason is None and _needs_requests(problem.arch):
+    if mx:
         return f"next_n {problem.next_n} as single rows that name their requests, over a view of the block table"
     return f"next_n {problem.next_n} natively"
 
@@ -189,6 +205,20 @@ def _pair(q: torch.Tensor, q_scale: torch.Tensor | None, function: Any) -> Any:
     if q_scale is not None:
         return _aligned(q).view(torch.int8), _aligned(q_scale).view(torch.int32).squeeze(-1)
     return (_aligned(q), None) if "fp4" in function.__name__ else _aligned(q)
+
+
+def _weights(weights: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return _aligned(weights.bfloat16() if _is_mx(platform.limits(device).arch) else weights)
+
+
+def _widened(logits: torch.Tensor) -> torch.Tensor:
+    """The logits in float32: themselves, or a copy of bf16 ones."""
+    from ..common.kernels.mqa_logits import empty_logits
+
+    if logits.dtype == torch.float32:
+        return logits
+    rows, width = logits.shape
+    return empty_logits(rows, width, logits.device).copy_(logits)
 
 
 def _options(function: Any) -> dict[str, Any]:
@@ -207,7 +237,7 @@ def paged_mqa_logits(call: PagedLogitsCall) -> torch.Tensor:
     batch, next_n = call.q.shape[:2]
     limits = platform.limits(call.q.device)
     step = batch if limits.arch == "sm_90" else schedule_limit(limits.arch, limits.shared_memory)
-    if _needs_requests(limits.arch):
+    if _is_mx(limits.arch):
         step = max(1, step // next_n)
     if step >= batch:
         return _deliver(_paged_batch(call), call)
@@ -229,7 +259,7 @@ def _paged_batch(call: PagedLogitsCall) -> list[torch.Tensor]:
 
     arch, module = platform.limits(call.q.device).arch, DEEP_GEMM.load()
     most = min(call.max_context_len, call.block_table.shape[1] * call.cache.page_size)
-    if _needs_requests(arch):
+    if _is_mx(arch):
         return _paged_rows(call, most)
     if _taken_as_pairs(arch, call.q.shape[1]):
         call = _pairs(call, most)
@@ -283,8 +313,8 @@ def _score(
         q_scale = None if q_scale is None else q_scale.reshape(-1, 1, *q_scale.shape[2:])
         more["indices"] = requests
     return function(
-        _pair(q, q_scale, function), call.cache.servers_view, _aligned(call.weights), lens, call.block_table, plan,
-        call.max_context_len, **more,
+        _pair(q, q_scale, function), call.cache.servers_view, _weights(call.weights, q.device), lens, call.block_table,
+        plan, call.max_context_len, **more,
     )  # fmt: skip
 
 
@@ -341,9 +371,11 @@ def _deliver(parts: list[torch.Tensor], call: PagedLogitsCall) -> torch.Tensor:
     out, width = call.out, call.max_context_len
     batch, next_n = call.context_lens.shape
     if len(parts) == 1 and out is None and not call.clean_logits:
-        return parts[0]
+        return _widened(parts[0])
     if out is None:
-        out = parts[0] if len(parts) == 1 else empty_logits(batch * next_n, width, call.q.device)
+        # The pass that cleans widens too, where it copies.
+        own = len(parts) == 1 and parts[0].dtype == torch.float32
+        out = parts[0] if own else empty_logits(batch * next_n, width, call.q.device)
     first = 0
     for part in parts:
         rows = slice(first, first + part.shape[0] // batch)
@@ -370,15 +402,15 @@ def mqa_logits(call: FlatLogitsCall) -> torch.Tensor:
     if q_scale is not None:
         kv = (kv[0].view(torch.int8), kv[1].view(torch.int32).squeeze(-1))
     logits = function(
-        _pair(q, q_scale, function), kv, _aligned(call.weights), starts, ends,
+        _pair(q, q_scale, function), kv, _weights(call.weights, q.device), starts, ends,
         max_seqlen_k=width if relative else 0, **_options(function),
     )[:, :width]  # fmt: skip
     shifted = relative and max_seqlen_k is None
     if out is None and not shifted:
         if not call.clean_logits:
-            return logits
-        out = logits
-    elif out is None:
+            return _widened(logits)
+        out = logits if logits.dtype == torch.float32 else None
+    if out is None:
         out = kernels.empty_logits(q.shape[0], width, q.device)
     if max_seqlen_k is None:
         kernels.clean_logits(logits, ends[:, None], out, width, starts=starts, shifted=shifted)
@@ -448,6 +480,7 @@ def register_kernels() -> None:
         library=DEEP_GEMM,
         archs=ARCHS,
         further_reasons=_flat_reasons,
+        note=_note,
     )
     schedule = Kernel(
         "get_paged_mqa_logits_metadata",
