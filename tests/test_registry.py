@@ -608,6 +608,19 @@ def test_vllms_copy_kept_the_pages_that_upstream_dropped(flash_reasons):
     assert flash_reasons(DECODE, fake_module(", extra_k_cache, out, enable_batch_invariant")) == []
 
 
+def test_upstreams_newest_release_still_serves_bf16_rows_on_sm100(flash_reasons):
+    module = fake_module(", extra_k_cache, enable_batch_invariant")
+    rows = CacheSpec("bf16 512", 64, 4, 64 * 1024)
+    for base in (PREFILL, problem(caches=(rows,))):
+        assert flash_reasons(problem(base, arch="sm_100"), module) == []
+        (reason,) = flash_reasons(base, module)
+        assert reason.endswith("2026.09.30 release or later, which dropped SM90")
+        (reason,) = flash_reasons(problem(base, arch="sm_100", head_dim=576), module)
+        assert reason.endswith("dropped head_dim 576, need 512")
+    (reason,) = flash_reasons(problem(arch="sm_100"), module)
+    assert reason.endswith("dropped DSv4 pages")
+
+
 def test_flash_mla_that_does_not_import_is_the_only_reason(flash_reasons):
     assert flash_reasons(DECODE, reason="import flash_mla failed: OSError: libcuda") == [
         "import flash_mla failed: OSError: libcuda"

@@ -215,6 +215,16 @@ class Double:
             else:
                 self.flash_mla_with_kvcache = lambda *a, out=None, **k: self._decode(True, *a, out=out, **k)
             self.flash_mla_sparse_fwd = lambda *a, out=None, **k: self._prefill(True, *a, out=out, **k)
+        elif generation == "upstream 2026.09.30":
+
+            def flash_mla_with_kvcache(q, extra_k_cache=None, enable_batch_invariant=False):
+                pytest.fail("it reads V4.1 pages only")
+
+            def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None):
+                assert q.shape[-1] == 512
+                return self._prefill(True, q, kv, indices, sm_scale, d_v, attn_sink, topk_length)
+
+            self.flash_mla_with_kvcache, self.flash_mla_sparse_fwd = flash_mla_with_kvcache, flash_mla_sparse_fwd
         else:
             self.flash_mla_with_kvcache = lambda *a, **k: self._decode(True, *a, **k)
             self.flash_mla_sparse_fwd = lambda *a, **k: self._prefill(True, *a, **k)
@@ -537,6 +547,13 @@ def test_alignment_is_told_and_made(shift, strides, base, step, well):
     assert (made is tensor) == well
     assert torch.equal(made, tensor)
     assert is_aligned(made, base, step)
+
+
+@pytest.mark.interpreter
+def test_bf16_rows_go_to_upstreams_newest_release(monkeypatch, prefill_case):
+    double = use_double(monkeypatch, "upstream 2026.09.30")
+    run_prefill(prefill_case(heads=8))
+    assert double.calls == [3]
 
 
 @pytest.mark.interpreter
