@@ -14,7 +14,10 @@ from dsv4x.cuda import deep_gemm
 
 GARBAGE = 12345.0
 SMS = 7
-MACHINES = [("0.1", "sm_90"), ("0.2", "sm_90"), ("0.1", "sm_100"), ("0.2", "sm_100"), ("0.2", "sm_120")]
+MACHINES = [
+    ("0.1", "sm_90"), ("0.2", "sm_90"), ("0.1", "sm_100"), ("0.2", "sm_100"), ("0.2", "sm_107"), ("0.2", "sm_120"),
+    ("0.2", "sm_121"),
+]  # fmt: skip
 
 
 class Double:
@@ -58,6 +61,8 @@ class Double:
                 assert max_seqlen_k > 0
                 return self.flat(*q, *kv, weights, cu_seq_len_k_start, cu_seq_len_k_end, max_seqlen_k)
 
+            self.get_mqa_logits_metadata = None  # of 0.2.3 on
+
         self.fp8_fp4_paged_mqa_logits, self.fp8_fp4_mqa_logits = fp8_fp4_paged_mqa_logits, fp8_fp4_mqa_logits
 
     def take(self, q, q_sf, weights):
@@ -72,6 +77,11 @@ class Double:
         assert weights.stride(1) == 1
         assert weights.stride(0) * weights.element_size() % 16 == 0
         return weights.float()
+
+    def page_sizes(self):
+        newest = self.generation == "0.2"
+        return {"sm_9": (64,), "sm_10": (32, 64, 128) if newest else (32, 64),
+                "sm_12": (32, 64, 128, 256) if newest else (64,)}[self.arch[:-1]]  # fmt: skip
 
     def get_num_sms(self):
         return SMS
@@ -105,6 +115,7 @@ class Double:
         assert self.arch != "sm_90" or next_n <= 2
         assert (indices is not None) == self.mx
         _, page_size, one, entry = kv.shape
+        assert page_size in self.page_sizes()
         assert torch.equal(schedule, self.get_paged_mqa_logits_metadata(lens, page_size, SMS, indices))
         assert one == 1
         layout = layouts.INDEXER_FP8 if q_sf is None else layouts.INDEXER_FP4
@@ -219,7 +230,7 @@ def test_paged_logits_keep_the_contract(double, rng, generation, arch, next_n, g
     rows = [call.q.shape[0] * call.q.shape[1] for call in module.calls]
     assert sum(rows) == len(q) * next_n
     expected = 1 if arch != "sm_90" or next_n % 2 == 0 else -(-next_n // 2)
-    if generation == "0.2" and arch == "sm_100" and next_n not in (1, 3):
+    if module.mx and next_n not in (1, 3):
         # A table of 9 columns to a row, and rows behind it: three rows of a request fit in its own.
         expected = next_n
     assert len(module.calls) == expected
@@ -329,6 +340,17 @@ def test_unclean_logits_are_right_where_there_are_entries(double, rng):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize(("arch", "page_size"), [("sm_100", 128), ("sm_120", 32), ("sm_121", 128), ("sm_120", 256)])
+def test_the_newest_build_takes_other_pages(double, rng, arch, page_size):
+    module = double("0.2", arch)
+    layout = layouts.INDEXER_FP4 if module.mx else layouts.INDEXER_FP8
+    assert reasons(arch=arch, layout=layout.name, q=layout.value_encoding, page_size=page_size)[0] == []
+    q, q_scale, cache, weights, *rest = problem(rng, 2, layout, page_size)
+    got = deep_gemm.paged_mqa_logits(PagedLogitsCall(q, q_scale, cache, weights, *rest, 300, None, None, True))
+    assert_same(got, reference.paged_mqa_logits(q, q_scale, cache, rounded(module, weights), *rest, 300), module.mx)
+
+
+@pytest.mark.interpreter
 def test_bf16_logits_of_sm100_are_widened(double, rng):
     module = double("0.2", "sm_100")
     q, q_scale, cache, weights, lens, table = problem(rng, 1, layouts.INDEXER_FP4, hostile=False)
@@ -412,6 +434,9 @@ def test_every_limit_gives_its_reason(double):
     assert reasons(q="e2m1", layout="indexer fp4")[0] == ["q and K are e2m1, need e4m3fn on SM90"]
     assert reasons(q="e2m1")[0] == ["q is e2m1 and K e4m3fn, need e4m3fn for both or e2m1 for both"]
     assert reasons(page_size=32)[0] == ["page_size is 32, need 64"]
+    assert reasons(arch="sm_100", page_size=128)[0] == ["page_size is 128, need 32 or 64"]
+    assert reasons(arch="sm_121", page_size=32)[0] == ["page_size is 32, need 64"]
+    assert "compiles for no sm_107" in reasons(arch="sm_107")[0][0]
     assert "arch is sm_80" in reasons(arch="sm_80")[0][0]
     assert reasons(layout="DSv4")[0]
     assert "q is e4m3fnuz" in reasons(op="mqa_logits", q="e4m3fnuz", k="e4m3fnuz")[0][0]

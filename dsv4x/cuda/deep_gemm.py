@@ -43,9 +43,12 @@ DEEP_GEMM = VendorLibrary(
     namespace="deep_gemm",
 )
 
-ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120")
+ARCHS = ("sm_90", "sm_100", "sm_103", "sm_107", "sm_120", "sm_121")
 LAYOUTS = (layouts.INDEXER_FP8.name, layouts.INDEXER_FP4.name)
-PAGE_SIZES = {"sm_90": (64,), "sm_100": (32, 64), "sm_103": (32, 64), "sm_120": (64,)}
+# By arch family: what every build takes, and what its assertions add in later ones.
+PAGE_SIZES = {"sm_9": (64,), "sm_10": (32, 64), "sm_12": (64,)}
+_SINCE_0_2_3 = {"sm_10": (128,)}
+_SINCE_0_2_5 = {"sm_12": (32, 128, 256)}
 SM90_NEXT_N = 2
 
 BY_NAME_ONLY = (
@@ -63,6 +66,19 @@ _TABLE_US = 5.0
 # The host's microseconds of one part: it copies rows of q and of the weights, calls, and copies the logits to their
 # place. A call in two parts took an H200's host 243 us, and its GPU 116.
 _PART_US = 135.0
+
+
+def page_sizes(arch: str, device: str) -> tuple[int, ...]:
+    """The page sizes DeepGEMM takes on ``arch``; of a build's own only where ``device`` could run it."""
+    family = arch[:-1]
+    sizes = PAGE_SIZES.get(family, ()) if arch in ARCHS else ()
+    if not sizes or device != "cuda" or DEEP_GEMM.reason is not None:
+        return sizes
+    if hasattr(DEEP_GEMM.load(), "get_mqa_logits_metadata"):
+        sizes += _SINCE_0_2_3.get(family, ())
+    if _is_newest():
+        sizes += _SINCE_0_2_5.get(family, ())
+    return tuple(sorted(sizes))
 
 
 def schedule_limit(arch: str, shared_memory: int) -> int:
@@ -95,6 +111,8 @@ def _wheel_reasons(problem: LogitsProblem, name: str) -> list[str]:
     if _function(name, packed) is None:
         need = f"fp8_fp4_{name}" if packed else f"fp8_{name} or fp8_fp4_{name}"
         return [f"deep_gemm at {DEEP_GEMM.path} has no {need}"]
+    if problem.arch == "sm_107" and not _is_newest():
+        return [f"deep_gemm at {DEEP_GEMM.path} compiles for no sm_107, need sgl-deep-gemm 0.2.5"]
     if not packed and _is_mx(problem.arch):
         return [
             f"q and K are e4m3fn with float32 scales, and deep_gemm at {DEEP_GEMM.path} takes ue8m0 scales only on "
@@ -122,7 +140,7 @@ def _paged_reasons(problem: LogitsProblem) -> list[str]:
     for cache in problem.caches:
         if cache.layout in LAYOUTS:
             reasons += _operand_reasons(problem, layouts.by_name(cache.layout).value_encoding)
-        sizes = PAGE_SIZES.get(problem.arch, ())
+        sizes = page_sizes(problem.arch, problem.device)
         if sizes and cache.page_size not in sizes:
             reasons.append(f"page_size is {cache.page_size}, need {' or '.join(map(str, sizes))}")
         if cache.page_stride > 2**31 - 1:
@@ -137,7 +155,7 @@ def _flat_reasons(problem: LogitsProblem) -> list[str]:
 
 def _schedule_reasons(problem: ScheduleProblem) -> list[str]:
     reasons = []
-    sizes = PAGE_SIZES.get(problem.arch, ())
+    sizes = page_sizes(problem.arch, problem.device)
     if sizes and problem.page_size not in sizes:
         reasons.append(f"page_size is {problem.page_size}, need {' or '.join(map(str, sizes))}")
     if problem.device == "cuda" and sizes:
@@ -151,14 +169,19 @@ def _schedule_reasons(problem: ScheduleProblem) -> list[str]:
     return reasons
 
 
+def _is_newest() -> bool:
+    """Whether the build is of 0.2.5's generation, which has no ``clean_logits``."""
+    function = _function("paged_mqa_logits", packed=False)
+    return function is not None and "clean_logits" not in _parameters(function)
+
+
 def _is_mx(arch: str) -> bool:
-    """Whether this is SM100 under a build without ``clean_logits``, whose kernel there is another.
+    """Whether this is SM100 under a build of the newest generation, whose kernel there is another.
 
     It takes single rows and a request number for each, ue8m0 scales of q and K, and bf16 weights, and its logits are
     bf16 (``check_mqa_logits_q_and_weights`` of 0.2.5).
     """
-    function = _function("paged_mqa_logits", packed=False)
-    return arch.startswith("sm_10") and function is not None and "clean_logits" not in _parameters(function)
+    return arch.startswith("sm_10") and _is_newest()
 
 
 def _taken_as_pairs(arch: str, next_n: int) -> bool:

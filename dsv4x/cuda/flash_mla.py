@@ -38,7 +38,7 @@ FLASH_MLA = VendorLibrary(
     before=("vllm.third_party.flashmla.flash_mla_interface",),
 )
 
-ARCHS = ("sm_90", "sm_100", "sm_103")
+ARCHS = ("sm_90", "sm_100", "sm_103", "sm_107")
 HEADS = (64, 128)
 # What vLLM's copy adds for prefill on SM90.
 SMALL_HEADS = (8, 16, 32)
@@ -93,6 +93,9 @@ def _wheel_reasons(problem: AttentionProblem) -> list[str]:
     takes = parameters(module.flash_mla_with_kvcache)
     if "extra_k_cache" not in takes:
         return [f"flash_mla at {FLASH_MLA.path} has no extra_k_cache: it predates DeepSeek-V4"]
+    if problem.arch == "sm_107" and "use_legacy" not in takes:
+        # Every build's dispatch takes any SM100, but only this wheel was seen to carry code for it.
+        return [f"flash_mla at {FLASH_MLA.path} may have no code for sm_107, need sgl-flash-mla 1.0.0"]
     if "use_legacy" in takes:
         if not module.has_legacy():
             return [f"flash_mla at {FLASH_MLA.path} was built without its legacy kernels, which read DSv4 pages"]
