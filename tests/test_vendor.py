@@ -116,6 +116,20 @@ def test_a_look_alike_is_told_by_its_distribution_and_never_imported(install):
     assert NAME not in sys.modules
 
 
+@pytest.mark.parametrize("version", ["0.1.7.post2.dev18", "0.1.16", "0.0.9+rocm7"])
+def test_a_release_that_is_too_old_is_named_and_never_imported(version, install):
+    install("raise AssertionError('imported')\n", "dsv4x-right", version)
+    old = VendorLibrary(NAME, ("dsv4x-right>=0.1.17",), hint="pip install dsv4x-right")
+    assert old.reason == f"dsv4x-right {version} is too old, need 0.1.17 or later; pip install dsv4x-right"
+    assert NAME not in sys.modules
+
+
+@pytest.mark.parametrize("version", ["0.1.17", "0.1.20.post1+rocm7", "0.2", "1.0.0", "0.1.dev7+gabc", "0.0.0"])
+def test_a_newer_release_and_a_version_that_tells_nothing_are_taken(version, install):
+    install("", "dsv4x-right", version)
+    assert VendorLibrary(NAME, ("dsv4x-right>=0.1.17",), hint="pip install dsv4x-right").reason is None
+
+
 def test_a_look_alike_without_metadata_is_told_by_what_it_lacks(install):
     install("present = 1\n")
     lacking = library(attributes=("present", "absent", "gone"))
