@@ -116,6 +116,20 @@ def test_a_look_alike_is_told_by_its_distribution_and_never_imported(install):
     assert NAME not in sys.modules
 
 
+@pytest.mark.parametrize("version", ["0.1.7.post2.dev18", "0.1.16", "0.0.9+rocm7"])
+def test_a_release_that_is_too_old_is_named_and_never_imported(version, install):
+    install("raise AssertionError('imported')\n", "dsv4x-right", version)
+    old = VendorLibrary(NAME, ("dsv4x-right>=0.1.17",), hint="pip install dsv4x-right")
+    assert old.reason == f"dsv4x-right {version} is too old, need 0.1.17 or later; pip install dsv4x-right"
+    assert NAME not in sys.modules
+
+
+@pytest.mark.parametrize("version", ["0.1.17", "0.1.20.post1+rocm7", "0.2", "1.0.0", "0.1.dev7+gabc", "0.0.0"])
+def test_a_newer_release_and_a_version_that_tells_nothing_are_taken(version, install):
+    install("", "dsv4x-right", version)
+    assert VendorLibrary(NAME, ("dsv4x-right>=0.1.17",), hint="pip install dsv4x-right").reason is None
+
+
 def test_a_look_alike_without_metadata_is_told_by_what_it_lacks(install):
     install("present = 1\n")
     lacking = library(attributes=("present", "absent", "gone"))
@@ -215,6 +229,16 @@ class Double:
             else:
                 self.flash_mla_with_kvcache = lambda *a, out=None, **k: self._decode(True, *a, out=out, **k)
             self.flash_mla_sparse_fwd = lambda *a, out=None, **k: self._prefill(True, *a, out=out, **k)
+        elif generation == "upstream 2026.09.30":
+
+            def flash_mla_with_kvcache(q, extra_k_cache=None, enable_batch_invariant=False):
+                pytest.fail("it reads V4.1 pages only")
+
+            def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None):
+                assert q.shape[-1] == 512
+                return self._prefill(True, q, kv, indices, sm_scale, d_v, attn_sink, topk_length)
+
+            self.flash_mla_with_kvcache, self.flash_mla_sparse_fwd = flash_mla_with_kvcache, flash_mla_sparse_fwd
         else:
             self.flash_mla_with_kvcache = lambda *a, **k: self._decode(True, *a, **k)
             self.flash_mla_sparse_fwd = lambda *a, **k: self._prefill(True, *a, **k)
@@ -537,6 +561,13 @@ def test_alignment_is_told_and_made(shift, strides, base, step, well):
     assert (made is tensor) == well
     assert torch.equal(made, tensor)
     assert is_aligned(made, base, step)
+
+
+@pytest.mark.interpreter
+def test_bf16_rows_go_to_upstreams_newest_release(monkeypatch, prefill_case):
+    double = use_double(monkeypatch, "upstream 2026.09.30")
+    run_prefill(prefill_case(heads=8))
+    assert double.calls == [3]
 
 
 @pytest.mark.interpreter

@@ -7,7 +7,8 @@ are read without lengths and without an extra cache. bf16 pages are rows to the 
 pages begin on 16 bytes, and so do their strides; index rows on 32 (SM100). What else comes is copied, pages refused.
 
 vLLM's copy has ``out``, which upstream lacks, and from 0.33 on prefill kernels for fewer heads on SM90, whose out may
-be a slice of heads. It kept the pages of DSv4 that upstream dropped with its 2026.09.30 release.
+be a slice of heads. It kept the pages of DSv4 that upstream dropped with its 2026.09.30 release, of which the prefill
+kernel of bf16 rows is used: SM100 and 512 values alone.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ FLASH_MLA = VendorLibrary(
     before=("vllm.third_party.flashmla.flash_mla_interface",),
 )
 
-ARCHS = ("sm_90", "sm_100", "sm_103")
+ARCHS = ("sm_90", "sm_100", "sm_103", "sm_107")
 HEADS = (64, 128)
 # What vLLM's copy adds for prefill on SM90.
 SMALL_HEADS = (8, 16, 32)
@@ -92,12 +93,29 @@ def _wheel_reasons(problem: AttentionProblem) -> list[str]:
     takes = parameters(module.flash_mla_with_kvcache)
     if "extra_k_cache" not in takes:
         return [f"flash_mla at {FLASH_MLA.path} has no extra_k_cache: it predates DeepSeek-V4"]
+    if problem.arch == "sm_107" and "use_legacy" not in takes:
+        # Every build's dispatch takes any SM100, but only this wheel was seen to carry code for it.
+        return [f"flash_mla at {FLASH_MLA.path} may have no code for sm_107, need sgl-flash-mla 1.0.0"]
     if "use_legacy" in takes:
         if not module.has_legacy():
             return [f"flash_mla at {FLASH_MLA.path} was built without its legacy kernels, which read DSv4 pages"]
     elif "enable_batch_invariant" in takes and "out" not in takes:
-        return [f"flash_mla at {FLASH_MLA.path} is upstream's 2026.09.30 release or later, which dropped DSv4 pages"]
+        return _dropped(problem)
     return []
+
+
+def _dropped(problem: AttentionProblem) -> list[str]:
+    """What upstream left out with its 2026.09.30 release: every page but V4.1's, SM90, and rows of 576 values."""
+    build = f"flash_mla at {FLASH_MLA.path} is upstream's 2026.09.30 release or later, which dropped"
+    rows = problem.op == "sparse_mla_prefill"
+    if not rows and any(cache.layout not in BF16_LAYOUTS for cache in problem.caches):
+        return [f"{build} DSv4 pages"]
+    reasons = []
+    if problem.arch == "sm_90":
+        reasons.append(f"{build} SM90")
+    if problem.head_dim != VALUE_DIM:
+        reasons.append(f"{build} head_dim {problem.head_dim}, need {VALUE_DIM}")
+    return reasons
 
 
 def _decode_reasons(problem: AttentionProblem) -> list[str]:

@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -26,7 +27,8 @@ class VendorLibrary:
 
     Args:
         module: import name.
-        distributions: the distributions that provide the right one, first found wins.
+        distributions: the distributions that provide the right one, first found wins; ``name>=1.2.3`` for one that is
+            not imported when older. A version without three numbers tells nothing, as of a clone without tags.
         wrong: distribution -> what it really is, for look-alikes that take the same import name.
         attributes: names the imported module must have; a look-alike or another API generation lacks them.
         hint: how to get it.
@@ -48,9 +50,11 @@ class VendorLibrary:
         after: tuple[str, ...] = (),
         namespace: str | None = None,
     ):
+        least = [text.partition(">=") for text in distributions]
+        self.oldest = {name: oldest for name, _, oldest in least if oldest}
         self.own, self.distributions, self.wrong, self.attributes, self.hint = (
             module,
-            distributions,
+            tuple(name for name, _, _ in least),
             wrong or {},
             attributes,
             hint,
@@ -86,9 +90,12 @@ class VendorLibrary:
             return None, self._failed(broken), broken
         if not self._found:
             return None, f"{self.module} is not installed ({self.hint})", None
-        distribution, _ = self.distribution
+        distribution, version = self.distribution
         if distribution in self.wrong:
             return None, f"{self.module} here is {self.wrong[distribution]}; {self.hint}", None
+        oldest = self.oldest.get(distribution or "")
+        if oldest is not None and (0, 0, 0) < _release(version) < _release(oldest):
+            return None, f"{distribution} {version} is too old, need {oldest} or later; {self.hint}", None
         if self.namespace is not None and self.module not in sys.modules and _registered(self.namespace):
             reason = f"another build registered torch.ops.{self.namespace}: importing {self.module} ends the process"
             return None, reason, None
@@ -191,6 +198,12 @@ def _version_of(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _release(version: str | None) -> tuple[int, ...]:
+    """The three numbers a version begins with, or zeros where it has no three."""
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version or "")
+    return (0, 0, 0) if numbers is None else tuple(map(int, numbers.groups()))
 
 
 def _origin(error: BaseException) -> str:
