@@ -30,6 +30,12 @@ class Rows(NamedTuple):
     indices: torch.Tensor
     lens: torch.Tensor
 
+    @classmethod
+    def first(cls, count: int, indices: torch.Tensor, lens: torch.Tensor, clamped: bool) -> Rows:
+        """The first ``count`` rows; ``clamped`` puts lengths within 0 and the width, where they may lie outside."""
+        indices, lens = indices[:count], lens[:count]
+        return cls(indices, lens.clamp(0, indices.shape[1]) if clamped else lens)
+
 
 MAX_PLANS = 512
 """Looks that are kept from step to step before all are forgotten; each holds a few KiB, and its lse on the device."""
@@ -91,8 +97,10 @@ class SlotRows:
     ) -> torch.Tensor:
         """bf16 ``[T, q's heads, 512]``, of which the first ``heads`` are attention and the others anything.
 
+        Rows of q that the server has none for are padding, whose result nobody reads: zeros.
+
         Args:
-            q: bf16 ``[T, >= heads, 512]``; heads past ``heads`` may hold anything.
+            q: bf16 ``[T, >= heads, 512]``, longer without ``out``; heads past ``heads`` may hold anything.
             caches: the layer's window cache and its compressed one.
             attn_sink: float32 ``[>= heads]`` or None.
             softmax_scale: finite and > 0.
@@ -102,6 +110,10 @@ class SlotRows:
         Raises:
             TypeError, ValueError, KernelNotSupported, BackendUnavailable: as :func:`dsv4x.sparse_mla_decode`.
         """
+        if out is None and q.shape[0] > self.tokens:
+            padded = torch.zeros_like(q)
+            self.attend(q[: self.tokens], caches, attn_sink, softmax_scale, heads, padded[: self.tokens])
+            return padded
         swa_cache, extra_cache = caches
         look = (
             q.shape, q.stride(), swa_cache.spec, None if extra_cache is None else extra_cache.spec,

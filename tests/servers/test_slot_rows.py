@@ -60,6 +60,21 @@ def test_it_writes_where_it_is_told(case):
     torch.testing.assert_close(out[:TOKENS, :HEADS].float(), wanted(q, caches, rows, sink), atol=2e-2, rtol=0)
 
 
+def test_rows_of_q_that_the_server_has_none_for_are_zeros(case, kernel):
+    q, caches, rows, sink = case
+    held = [Rows.first(3, *each, clamped=False) for each in rows]
+    out = shared(held, kernel=kernel).attend(q, caches, sink, 512**-0.5, HEADS)
+    assert out.shape == q.shape
+    torch.testing.assert_close(out[:3, :HEADS].float(), wanted(q[:3], caches, held, sink), atol=2e-2, rtol=0)
+    assert not out[3:].any()
+
+
+def test_lengths_outside_a_row_are_put_within_it_where_they_may_be():
+    indices, lens = torch.zeros(3, 8, dtype=torch.int32), torch.tensor([-2, 9, 4], dtype=torch.int32)
+    assert Rows.first(3, indices, lens, clamped=True).lens.tolist() == [0, 8, 4]
+    assert Rows.first(2, indices, lens, clamped=False).lens.tolist() == [-2, 9]
+
+
 def test_plans_serve_later_steps_and_other_rows(case, make_cache, index_rows):
     q, caches, rows, sink = case
     plans = {}

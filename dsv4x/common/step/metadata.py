@@ -25,7 +25,7 @@ MAX_SLOT_ROW_BYTES = 32 << 20
 _ROW_ALIGNMENT = 64
 """Widths of slot rows are multiples of this, which every decode kernel takes as it is."""
 
-_ASSUMED_LEN = 32768
+ASSUMED_LEN = 32768
 """Raw tokens a request is taken to have, as far as prediction goes, where only a bound is known."""
 
 
@@ -562,7 +562,7 @@ class AttentionMetadata:
             return self.entries
         host, window = self.step.host, self.window_size
         if host is None:
-            length = min(self.step.max_seq_len, _ASSUMED_LEN)
+            length = min(self.step.max_seq_len, ASSUMED_LEN)
             compressed = min(length // self.compress_ratio, extra_width) if self.compressed else 0
             return min(length, window) + compressed
         total = 0

@@ -29,16 +29,13 @@ from ...common.core.layouts import PagedCache
 from ...common.core.model import WINDOW
 from ...common.core.platform import capturing, platform
 from ...common.dispatch.registry import candidates
-from ...common.step.metadata import ExtraPages, StepMetadata
+from ...common.step.metadata import ASSUMED_LEN, ExtraPages, StepMetadata
 from .. import activation
 from ..measured import Table
 from ..slot_rows import Rows, SlotRows
 from .server import SERVER
 
 _RATIOS = (0, 4, 128)
-
-_ASSUMED_LEN = 32768
-"""Raw tokens a request is taken to have, as far as prediction goes, where no host knows its length."""
 
 _KEYWORDS = frozenset(("save_kv_cache", "attn_sink", "cos_sin_cache"))
 
@@ -334,20 +331,15 @@ class Dsv4xMixin(_Beside):
         # Lengths can be <= 0 in a draft's extend under data parallel padding; nothing else is out of range.
         clamped = mode.is_draft_extend_v2()
         count = min(tokens, core.swa_page_indices.shape[0])
-
-        def rows(indices: torch.Tensor, lens: torch.Tensor) -> Rows:
-            indices, lens = indices[:count], lens[:count]
-            return Rows(indices, lens.clamp(0, indices.shape[1]) if clamped else lens)
-
         if ratio:
-            extra = rows(core.sparse_page_indices(ratio), core.sparse_topk_lengths(ratio))
+            extra = Rows.first(count, core.sparse_page_indices(ratio), core.sparse_topk_lengths(ratio), clamped)
         # A replay's lengths are not known to whoever captures it.
         total = None if captured or step.in_capture else forward_batch.seq_lens_sum
-        length = total // max(1, forward_batch.batch_size) if isinstance(total, int) else _ASSUMED_LEN
+        length = total // max(1, forward_batch.batch_size) if isinstance(total, int) else ASSUMED_LEN
         entries = min(length, WINDOW) + (min(length // ratio, extra.indices.shape[1]) if ratio and extra else 0)
         shared = SlotRows(
-            rows(core.swa_page_indices, core.swa_topk_lengths), extra, entries=_rounded(entries), trusted=True,
-            captured=captured, kernel=self.dsv4x_kernel, plans=None if captured else self._dsv4x_plans,
+            Rows.first(count, core.swa_page_indices, core.swa_topk_lengths, clamped), extra, entries=_rounded(entries),
+            trusted=True, captured=captured, kernel=self.dsv4x_kernel, plans=None if captured else self._dsv4x_plans,
         )  # fmt: skip
         return _Layers(self, shared, ratio, heads).by_rows
 
@@ -403,15 +395,10 @@ class _Layers(NamedTuple):
     heads: int
 
     def by_rows(self, q: torch.Tensor, layer: Any, attn_sink: Any) -> torch.Tensor:
-        """By slot rows. Rows of q that SGLang has none for are padding, whose result nobody reads: zeros."""
+        """By slot rows."""
         caches = self.backend.dsv4x_caches_of(layer.layer_id, self.ratio)
         rows: SlotRows = self.shared
-        scale, count = self.backend.softmax_scale, rows.tokens
-        if q.shape[0] == count:
-            return rows.attend(q, caches, attn_sink, scale, self.heads)
-        out = torch.zeros_like(q)
-        rows.attend(q[:count], caches, attn_sink, scale, self.heads, out[:count])
-        return out
+        return rows.attend(q, caches, attn_sink, self.backend.softmax_scale, self.heads)
 
     def by_step(self, q: torch.Tensor, layer: Any, attn_sink: Any) -> torch.Tensor:
         """By the step of a plain extend."""

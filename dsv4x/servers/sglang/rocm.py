@@ -18,6 +18,7 @@ from ...common.core import layouts
 from ...common.core.layouts import PagedCache
 from ...common.core.model import WINDOW
 from ...common.core.platform import capturing
+from ...common.step.metadata import ASSUMED_LEN
 from .. import activation
 from ..slot_rows import Rows, SlotRows
 from .server import SERVER
@@ -110,31 +111,22 @@ def attend(
     core, pool, layer_id = backend.forward_metadata.core_attn_metadata, backend.token_to_kv_pool, layer.layer_id
     count, extra, extra_cache = min(q.shape[0], core.swa_page_indices.shape[0]), None, None
     clamped = forward_batch.forward_mode.is_draft_extend_v2()
-
-    def rows(indices: torch.Tensor, lens: torch.Tensor) -> Rows:
-        indices, lens = indices[:count], lens[:count]
-        return Rows(indices, lens.clamp(0, indices.shape[1]) if clamped else lens)
-
     swa_cache = _paged(pool.get_swa_key_buffer_radix(layer_id), pool.swa_page_size)
     entries = WINDOW
     if compress_ratio == 4:
-        extra = rows(core.sparse_page_indices(4), core.sparse_topk_lengths(4))
+        extra = Rows.first(count, core.sparse_page_indices(4), core.sparse_topk_lengths(4), clamped)
     elif compress_ratio == 128:
-        extra = rows(core.c128_page_indices, core.c128_topk_lengths_clamp1)
+        extra = Rows.first(count, core.c128_page_indices, core.c128_topk_lengths_clamp1, clamped)
     if extra is not None:
         extra_cache = _paged(pool.get_extra_key_buffer(layer_id), pool.get_extra_key_page_size(layer_id))
-        # Rows of ratio 128 are as wide as the longest context; a request is taken to have 32768 tokens.
-        entries += min(extra.indices.shape[1], 32768 // compress_ratio)
+        # Rows of ratio 128 are as wide as the longest context; a request is taken to have so many tokens.
+        entries += min(extra.indices.shape[1], ASSUMED_LEN // compress_ratio)
     shared = SlotRows(
-        rows(core.swa_page_indices, core.swa_topk_lengths), extra, entries=entries, trusted=True,
-        captured=capturing(q.device),
+        Rows.first(count, core.swa_page_indices, core.swa_topk_lengths, clamped), extra, entries=entries,
+        trusted=True, captured=capturing(q.device),
     )  # fmt: skip
-    heads, caches = min(layer.tp_q_head_num, q.shape[1]), (swa_cache, extra_cache)
-    if count == q.shape[0]:
-        return shared.attend(q, caches, attn_sink, backend.softmax_scale, heads)
-    out = torch.zeros_like(q)
-    shared.attend(q[:count], caches, attn_sink, backend.softmax_scale, heads, out[:count])
-    return out
+    heads = min(layer.tp_q_head_num, q.shape[1])
+    return shared.attend(q, (swa_cache, extra_cache), attn_sink, backend.softmax_scale, heads)
 
 
 def _paged(buffer: torch.Tensor, page_size: int) -> PagedCache:

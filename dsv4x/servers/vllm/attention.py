@@ -36,6 +36,7 @@ from ... import (
 from ...common.core.errors import BackendUnavailable, KernelNotSupported
 from ...common.core.platform import capturing
 from ...common.dispatch.problem import AttentionProblem
+from ...common.step.metadata import ASSUMED_LEN
 from ..activation import Mismatch, explaining, reason_of
 from ..measured import Table, Verdict
 from .contract import check_layer, platform_of
@@ -45,8 +46,6 @@ PREFILL_BYTES = 256 << 20
 """What gathered rows of a prefill chunk may take; vLLM's own grow with the longest context."""
 
 _ROW_BYTES = 1024
-_ASSUMED_LEN = 32768
-"""Raw tokens a decode row is taken to have, as far as prediction goes: eager and captured calls alike."""
 
 _WARM: set[tuple[Any, ...]] = set()
 _EXPLAINED: set[str] = set()
@@ -314,7 +313,7 @@ def _decode(layer: Any, q: torch.Tensor, positions: torch.Tensor, batch: Batch, 
             every = torch.arange(max(width, 1), dtype=torch.int32, device=q.device).expand(tokens, -1)
             request, table = window.token_to_req_indices[:tokens], main.block_table
             rows = local_to_slots(every, request, lens, table, extra.page_size, extra.pages)
-        entries += min(width, _ASSUMED_LEN // 128)
+        entries += min(width, ASSUMED_LEN // 128)
     schedule = _kept(window, ("schedule", ratio, captured), lambda: {"captured": captured})
     sparse_mla_decode(
         q, batch.swa, window.decode_swa_indices.view(tokens, -1), window.decode_swa_lens, extra, rows, lens,
