@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib
 import importlib.util
 import json
 import os
@@ -62,7 +63,8 @@ def make_table(files: list[Path]) -> None:
                 "tokens": row["tokens"], "context": row["context"], "ours_us": round(us["dsv4x"], 2),
                 "server_us": round(us["vllm"], 2),
             })  # fmt: skip
-    told = {key: value for key, value in found[0].items() if key not in ("rows", "heads", "command")}
+    told = {key: value for key, value in found[0].items() if key not in ("rows", "heads")}
+    told["command"] = "; ".join(result["command"] for result in found)
     lines = ",\n  ".join(json.dumps(row) for row in sorted(rows, key=lambda row: tuple(row.values())))
     print(f'{json.dumps(told, indent=1)[:-2]},\n "rows": [\n  {lines}\n ]\n}}')
 
@@ -77,6 +79,11 @@ def prepare() -> list[str]:
         if not list(root.glob(pattern)):
             sys.modules[name] = types.ModuleType(name)
             missing.append(name)
+    if "vllm._C_stable_libtorch" in missing:
+        # Importing vLLM's quantization asks its library what its GEMMs support; attention has none.
+        operations = importlib.import_module("vllm._custom_ops")
+        for kind in ("scaled_mm_supports_fp8", "scaled_mm_supports_block_fp8", "group_gemm_supported"):
+            setattr(operations, f"cutlass_{kind}", lambda capability: False)
     if not CUTE:
         name = "vllm.models.deepseek_v4.nvidia.ops.sparse_attn_compress_cutedsl"
         sys.modules[name] = types.ModuleType(name)
@@ -106,6 +113,11 @@ def main() -> int:
     from vllm.model_executor.models import registry
 
     registry._run_in_subprocess = lambda function: function()
+    indexer = importlib.import_module("vllm.model_executor.layers.sparse_attn_indexer")
+    if not CPU and not indexer.has_deep_gemm():
+        # The indexer's layer asks for it when it is made, and is never run here.
+        indexer.has_deep_gemm = lambda: True
+        missing.append("vllm.third_party.deep_gemm")
     began, results, failed = time.perf_counter(), [], 0
     folder = Path(tempfile.mkdtemp())
     sizes: dict[str, Any] = {} if CPU else {"max_len": 131072 + 1024, "max_tokens": 8192, "blocks": 6000}
@@ -113,6 +125,8 @@ def main() -> int:
     rig = vllm_server.Rig(folder, heads=ARGS.heads, ratios=ratios, **sizes)
     theirs = type(rig.layers[0])
     print(f"layers after {time.perf_counter() - began:.1f} s; missing {missing}", flush=True)
+    # Kernels are compiled as they come, outside the times.
+    vllm_server.attention._warm_up = lambda layer: None
     stack = contextlib.ExitStack()
     for layer in rig.layers:
         stack.enter_context(vllm_server.as_dsv4x(layer))

@@ -3,23 +3,26 @@
 import concurrent.futures
 import copy
 import dataclasses
+import json
 import logging
 import multiprocessing
 import pickle
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 import dsv4x
 from dsv4x import layouts
+from dsv4x.common import portable
 from dsv4x.common.core.errors import BackendUnavailable, KernelNotSupported
 from dsv4x.common.core.layouts import DSV4, CacheSpec, PagedCache
 from dsv4x.common.core.vendor import VendorLibrary
 from dsv4x.common.dispatch import registry, trace
 from dsv4x.common.dispatch.problem import AttentionProblem, CacheProblem, Problem, SelectionProblem, fields_of
 from dsv4x.common.dispatch.registry import Kernel, explain, kernel_names, select
-from dsv4x.cuda import flash_mla
+from dsv4x.cuda import flash_mla, gluon
 
 V4 = CacheSpec("DSv4", 64, 4, 37440)
 DECODE = Problem("sparse_mla_decode", "cuda", "sm_90", tokens=4, heads=64, width=128, caches=(V4,), interpreter=False)
@@ -657,8 +660,31 @@ def test_padded_heads_count_in_the_prediction(base, flash_reasons):
     big = problem(base, tokens=4096)
     problems = [dataclasses.replace(big, heads=h) for h in (1, 64, 65, 128)]
     paddings = [flash_mla.padding_us(each) for each in problems]
-    assert [us > 0 for us in paddings] == [base is PREFILL, False] * 2
+    assert [us > 0 for us in paddings] == [True, False] * 2
     times = [record.predicted_us(each) - us for each, us in zip(problems, paddings)]
     assert times[0] == pytest.approx(times[1])
     assert times[2] == pytest.approx(times[3])
     assert times[2] > times[1]
+
+
+def test_picks_among_measured_decode_kernels_are_close_to_the_best():
+    """Of one H100's rows in graphs: what choosing by prediction costs over choosing by the measurement."""
+    found = json.loads((Path(__file__).parent.parent / "benchmarks/results/decode-choice-h100.json").read_text())
+    spec = CacheSpec("DSv4", 64, 1024, 37440)
+    times = {"triton": portable._triton_decode_us, "gluon": gluon._decode_us, "flash_mla": flash_mla._predicted_us}
+    regrets = []
+    for row in found["rows"]:
+        if not row["captured"]:
+            continue
+        width = {"window": 0, "c128": 8192}.get(row["kind"], row["entries"])
+        measured = dsv4x.Problem(
+            "sparse_mla_decode", "cuda", "sm_90", tokens=row["tokens"], heads=row["heads"], width=128,
+            extra_width=width, entries=128 + row["entries"], lse=False, capturing=True,
+            caches=(spec,) * (1 + bool(width)), interpreter=False,
+        )  # fmt: skip
+        predicted = {name: us(measured) for name, us in times.items()}
+        picked = min(predicted, key=predicted.__getitem__)
+        regrets.append((row["us"][picked] / min(row["us"].values()), row["tokens"]))
+    assert len(regrets) == 180
+    assert max(regret for regret, _ in regrets) < 1.2
+    assert sum(regret > 1.05 for regret, tokens in regrets if tokens >= 64) <= 1

@@ -21,15 +21,17 @@ from .dispatch.registry import Kernel, refuse, register
 from .kernels.decode_shapes import decode_config, most_splits
 from .kernels.scratch import multiprocessors, partial_bytes, tensor_bytes
 
-# Microseconds a call and FLOP a microsecond. Triton's are an H200's (decode-kernels-h200.json of benchmarks/results,
-# over DSv4 entries); the reference's are a guess that keeps it last on a GPU.
+# Microseconds a call and FLOP a microsecond, over DSv4 entries, of an H200 (decode-kernels-h200.json of
+# benchmarks/results). Up to 16 heads a call and an entry of a token are an H100's (decode-choice-h100.json).
 _TRITON_DECODE_RATES = (20.0, 80e6)
+_FEW_HEADS, _TRITON_FEW_HEADS_CALL, _TRITON_FEW_HEADS_ENTRY = 16, 9.0, 0.0065
 # Gathering bounds few heads, a call and bytes a microsecond: 256 tokens of 640 entries took 121 to 132 us at 16 heads
 # in graphs of an H100 (servers-sglang-h100.json), and 4096 tokens 2172 us at 8.
 _TRITON_DECODE_GATHER = (10.0, 0.75e6)
 # Prefill's (benchmarks/results/prefill-kernels-h200.json): heads a program covers -> a call, the rate.
 _TRITON_PREFILL_RATES = {16: (50.0, 116e6), 64: (50.0, 190e6)}
 _OTHER_TRITON_US = 30.0
+# A guess that keeps the reference last on a GPU.
 _REFERENCE_RATES = (200.0, 1e6)
 _INTERPRETER_US = 1e6
 
@@ -56,14 +58,17 @@ def _triton_decode_us(problem: AttentionProblem) -> float:
     call, rate = _TRITON_DECODE_RATES
     started, gather_rate = _TRITON_DECODE_GATHER
     entry = max((layouts.by_name(cache.layout).entry_bytes for cache in problem.caches), default=0)
-    gathered = problem.tokens * (problem.entries or problem.width + problem.extra_width) * entry
+    entries = problem.entries or problem.width + problem.extra_width
+    gathered = problem.tokens * entries * entry
+    if problem.heads <= _FEW_HEADS:
+        call = _TRITON_FEW_HEADS_CALL + _TRITON_FEW_HEADS_ENTRY * entries
     us = max(call + problem.attention_flops / rate, started + gathered / gather_rate)
     return us + (_INTERPRETER_US if problem.interpreter else 0.0)
 
 
 def _triton_prefill_us(problem: AttentionProblem) -> float:
     """Every program takes its block of heads for full: gathering bounds few heads, and products count rows."""
-    block = 16 if problem.heads <= 16 else 64
+    block = 16 if problem.heads <= _FEW_HEADS else 64
     call, rate = _TRITON_PREFILL_RATES[block]
     flops = problem.attention_flops / max(problem.heads, 1) * -(-problem.heads // block) * block
     return call + flops / rate + (_INTERPRETER_US if problem.interpreter else 0.0)

@@ -13,7 +13,6 @@ kernel of bf16 rows is used: SM100 and 512 values alone.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -294,18 +293,30 @@ _RATES = {"sparse_mla_decode": (17.0, 300e6), "sparse_mla_prefill": (20.0, 480e6
 # Microseconds of padding heads around prefill, a call, a token, and a token and head: of an H200
 # (benchmarks/results/prefill-kernels-h200.json). The tables hold none, they were measured at 64 and 128 heads.
 _PADDING = (8.0, 0.02, 0.0025)
+# Decode's, a call and a token: of an H100 in graphs, 8 to 32 heads (benchmarks/results/decode-choice-h100.json).
+_DECODE_PADDING = (10.0, 0.09)
 
 
 def padding_us(problem: AttentionProblem) -> float:
-    """What prefill's copies of q and of the output take where heads are padded; 0 elsewhere."""
-    if problem.op != "sparse_mla_prefill" or problem.heads in HEADS:
+    """What copies of q and of the output take where heads are padded; 0 elsewhere."""
+    if problem.heads in HEADS:
         return 0.0
+    if problem.op == "sparse_mla_decode":
+        call, token = _DECODE_PADDING
+        return call + problem.tokens * token
     call, token, head = _PADDING
     return call + problem.tokens * (token + head * problem.heads)
 
 
-# In a captured graph a call schedules itself anew, but where the graph builds the metadata too: of an H200.
-_SCHEDULING_US = 16.0
+# In a captured graph layers that share lengths schedule themselves once: 10 us of an H100, over at least four layers.
+_SCHEDULING_US = 2.5
+# What padding q and cutting the output takes of the host in an eager decode call.
+_PADDING_HOST_US = 45.0
+
+
+def _host_us(problem: AttentionProblem) -> float:
+    padded = problem.op == "sparse_mla_decode" and problem.heads not in HEADS
+    return costs.kernel_host_us(problem, "flash_mla") + (_PADDING_HOST_US if padded else 0.0)
 
 
 def _predicted_us(problem: AttentionProblem) -> float:
@@ -382,7 +393,7 @@ def register_kernels() -> None:
                 layouts=names,
                 max_heads=HEADS[-1],
                 scratch_bytes=scratch,
-                host_us=functools.partial(costs.kernel_host_us, kernel="flash_mla"),
+                host_us=_host_us,
                 further_reasons=reasons,
             )
         )

@@ -11,8 +11,9 @@ from ..common.core.vendor import VendorLibrary
 from ..common.dispatch import costs
 from ..common.dispatch.problem import AttentionProblem
 from ..common.dispatch.registry import Kernel, register
-from ..common.kernels.decode_shapes import expected_blocks, most_splits, num_splits
+from ..common.kernels.decode_shapes import most_splits
 from ..common.kernels.scratch import multiprocessors, partial_bytes, tensor_bytes
+from .hopper import splitting
 
 GLUON = VendorLibrary(
     "triton.experimental.gluon.language.nvidia.hopper",
@@ -21,17 +22,9 @@ GLUON = VendorLibrary(
     hint="pip install 'triton>=3.6'",
 )
 
-_BLOCK_H = 64
 _MULTIPROCESSORS = 132
 # Prefill's table (costs_sm_90.json) has 16, 64 and 128 heads; up to 32 take nearly what 16 do.
 _FEW_HEADS = 32
-
-# Decode's, fitted to an H200 (benchmarks/results/decode-kernels-h200.json), in microseconds: an item's start and end, a
-# block of 64 entries, what each of the first twelve of an item takes more while caches are cold, and the reduction of
-# splits: a call, and a MB.
-_ITEM, _BLOCK, _COLD, _COLD_BLOCKS = 12.1, 2.6, 1.37, 12
-_REDUCE, _REDUCE_MB = 1.6, 0.15
-_DECODE_BLOCK = 64
 
 
 def prefill(call: PrefillCall) -> Result:
@@ -67,8 +60,8 @@ def _decode_reasons(problem: AttentionProblem) -> list[str]:
 
 
 def _decode_scratch(problem: AttentionProblem) -> int:
-    programs = problem.tokens * -(-problem.heads // _BLOCK_H)
-    blocks = sum(-(-width // _DECODE_BLOCK) for width in (problem.width, problem.extra_width))
+    programs = problem.tokens * -(-problem.heads // splitting.BLOCK_HEADS)
+    blocks = sum(-(-width // splitting.BLOCK_ENTRIES) for width in (problem.width, problem.extra_width))
     splits = problem.split_k or most_splits(programs, blocks, multiprocessors(problem.device, problem.arch))
     return partial_bytes(problem.tokens, problem.heads, splits)
 
@@ -79,15 +72,8 @@ def _prefill_scratch(problem: AttentionProblem) -> int:
 
 
 def _decode_us(problem: AttentionProblem) -> float:
-    programs = problem.tokens * -(-problem.heads // _BLOCK_H)
-    # Rows have the splits of their own length, whatever their width.
-    blocks = expected_blocks(problem.entries, (problem.width, problem.extra_width), _DECODE_BLOCK)
-    splits = problem.split_k or num_splits(programs, blocks, _MULTIPROCESSORS)
-    share = -(-blocks // splits)
-    waves = -(-programs * splits // _MULTIPROCESSORS)
-    partial_mb = 4e-6 * VALUE_DIM * problem.tokens * problem.heads * splits
-    reduce = _REDUCE + _REDUCE_MB * partial_mb if splits > 1 else 0.0
-    return _COLD * min(share, _COLD_BLOCKS) + waves * (_ITEM + _BLOCK * share) + reduce
+    batch = splitting.batch_of(problem.tokens, problem.heads, _MULTIPROCESSORS, problem.capturing)
+    return splitting.predicted_us(batch, problem.entries, (problem.width, problem.extra_width), problem.split_k)
 
 
 def _reasons(problem: AttentionProblem) -> list[str]:
@@ -102,8 +88,8 @@ def _reasons(problem: AttentionProblem) -> list[str]:
 def _predicted_us(problem: AttentionProblem) -> float:
     table, width = costs.table_of(problem.arch), problem.entries or problem.width
     assert table is not None
-    blocks = -(-problem.heads // _BLOCK_H)
-    heads = 16 if problem.heads <= _FEW_HEADS else min(blocks, 2) * _BLOCK_H
+    blocks = -(-problem.heads // splitting.BLOCK_HEADS)
+    heads = 16 if problem.heads <= _FEW_HEADS else min(blocks, 2) * splitting.BLOCK_HEADS
     tokens = problem.tokens * max(blocks, 2) // 2
     return costs.kernel_us(table, "prefill_gluon", heads, tokens, width, problem.rows)
 

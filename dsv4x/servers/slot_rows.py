@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from ..common.core import checks
-from ..common.core.calls import DecodeCall, Result, Scope
+from ..common.core.calls import DecodeCall, Local, Result, Scope
 from ..common.core.layouts import PagedCache
 from ..common.core.model import VALUE_DIM
 from ..common.dispatch import trace
 from ..common.dispatch.registry import call_on, select
-from ..common.ops.sparse_mla import check_cache, check_q, check_rest, problem_of, scale_of
+from ..common.ops.sparse_mla import attend, check_cache, check_local, check_q, check_rest, problem_of, scale_of
 
 _WHOLE_HEADS = "flash_mla"
 """The kernel that computes 64 or 128 heads whatever counts: a padded q is its own, and so is what it returns."""
@@ -57,6 +58,7 @@ class SlotRows:
     Args:
         swa: the window's rows.
         extra: the compressed cache's, or None.
+        local: what makes slots of the compressed cache's rows where these are local entries.
         entries: entries a token reads on average, as far as prediction goes.
         trusted: as ``trusted_indices`` of :func:`dsv4x.sparse_mla_decode`.
         captured: whether a graph is being captured.
@@ -68,6 +70,7 @@ class SlotRows:
         self,
         swa: Rows,
         extra: Rows | None,
+        local: Local | None = None,
         *,
         entries: int,
         trusted: bool,
@@ -75,10 +78,12 @@ class SlotRows:
         kernel: str | None = None,
         plans: dict[Any, Any] | None = None,
     ):
-        self.swa, self.extra, self.entries, self.trusted, self.kernel = swa, extra, entries, trusted, kernel
+        self.swa, self.extra, self.local = swa, extra, local
+        self.entries, self.trusted, self.kernel = entries, trusted, kernel
         self.schedule: dict[Any, Any] = {"captured": captured}
         self._plans: dict[Any, _Plan] = {} if plans is None else plans
-        self._rows = entries, trusted, kernel, *(_look(rows) for rows in (swa, extra))
+        table = None if local is None else (local.block_table.shape, local.block_table.stride(), local.pages)
+        self._rows = entries, trusted, kernel, table, *(_look(rows) for rows in (swa, extra))
         if len(self._plans) > MAX_PLANS:
             self._plans.clear()
 
@@ -131,7 +136,7 @@ class SlotRows:
         call = DecodeCall(
             q, Scope(swa_cache, *self.swa), extra, attn_sink, softmax_scale, made,
             heads if plan is None else plan.heads, False, entries=self.entries, trusted=self.trusted,
-            schedule=self.schedule,
+            schedule=self.schedule, local=self.local,
         )  # fmt: skip
         if plan is None:
             plan = self._plans[look] = self._plan(call, given=out is not None)
@@ -148,6 +153,8 @@ class SlotRows:
                 check_cache(f"{name}_cache", scope.cache, q.device, VALUE_DIM)
                 checks.tensor(f"{name}_indices", scope.indices, (tokens, None), torch.int32, q.device)
                 checks.tensor(f"{name}_lens", scope.lens, (tokens,), torch.int32, q.device)
+        if call.local is not None and call.extra is not None:
+            check_local(call.local, tokens, call.extra.cache)
         check_rest(q, call.attn_sink, call.out, call.heads)
         scale_of(call.softmax_scale, VALUE_DIM)
         record = select(problem_of(call), self.kernel)
@@ -157,7 +164,10 @@ class SlotRows:
             # What it makes of the other heads is as good as what a server's own call makes of them: nobody reads it.
             call = call._replace(heads=q.shape[1], out=call.out if given else None)
         run = record.run
-        if record.prepare is not None:
+        if call.local is not None and not record.remaps:
+            # It makes slots first, for each layer: their selections differ.
+            run = functools.partial(attend, record)
+        elif record.prepare is not None:
             run = trace.ranged(f"{record.op}/{record.name}", record.prepare(call))
         return _Plan(run, call.heads, not whole)
 

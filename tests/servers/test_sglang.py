@@ -493,8 +493,8 @@ def test_warming_up_runs_every_kernel_that_may_be_picked(server):
         cuda._run_rows(backend, backend.dsv4x_caches_of(layer_id, ratio), ratio, 2)
 
 
-@pytest.mark.parametrize("chosen", ["direct", "gathered"])
-def test_extends_of_about_one_size_are_weighed_once_and_only_direct_is_named(chosen, server, monkeypatch):
+@pytest.mark.parametrize(("chosen", "fits"), [("direct", False), ("gathered", True), ("gathered", False), (None, True)])
+def test_extends_of_about_one_size_are_weighed_once_and_named_where_there_is_room(chosen, fits, server, monkeypatch):
     backend, asked, named = of(server), [], []
     attention = cuda.dsv4x.sparse_mla_attention
 
@@ -508,13 +508,15 @@ def test_extends_of_about_one_size_are_weighed_once_and_only_direct_is_named(cho
 
     monkeypatch.setattr(cuda.dsv4x, "explain_step", explain)
     monkeypatch.setattr(cuda.dsv4x, "sparse_mla_attention", attend)
+    monkeypatch.setattr(cuda, "chunk_of", lambda meta: SimpleNamespace(fits=fits))
     q, sink = queries("cpu", 25, HEADS)
     for _ in range(2):
         batch = began(backend, server)
         for layer_id in range(3):
             same(server, backend, call(backend, batch, q, sink, layer_id), q, sink, layer_id)
     assert len(asked) == 3
-    assert named == [("direct", "reference") if chosen == "direct" else (None, None)] * 6
+    said = chosen == "direct" or (chosen == "gathered" and fits)
+    assert named == [(chosen, "reference") if said else (None, None)] * 6
 
 
 @pytest.mark.parametrize(("count", "rounded"), [(0, 0), (1, 1), (7, 7), (9, 10), (384, 384), (385, 448), (1025, 1280)])

@@ -50,6 +50,24 @@ def test_padded_heads_are_not_read_and_the_first_are_attention(compressed, case,
         torch.testing.assert_close(out[:, :HEADS].float(), wanted(q, caches, rows, sink, compressed), atol=2e-2, rtol=0)
 
 
+def test_local_entries_become_slots_of_their_own_request(case, kernel, rng):
+    q, (swa, _), rows, sink = case
+    extra = dsv4x.PagedCache.zeros(4, layouts.DSV4, 8)
+    k = torch.randn(extra.capacity, 512, generator=rng).bfloat16() / 10
+    dsv4x.quantize_and_insert_k_cache(k, extra, torch.arange(extra.capacity))
+    table = torch.tensor([[2, 0, -1], [1, 3, 0]], dtype=torch.int32)
+    request = torch.tensor([0, 1, 1, 0, 5], dtype=torch.int32)
+    indices = torch.arange(24, dtype=torch.int32).expand(TOKENS, -1).contiguous()
+    visible = torch.tensor([16, 0, 20, 9, 24], dtype=torch.int32)
+    lens = torch.full((TOKENS,), 24, dtype=torch.int32)
+    local = dsv4x.Local(request, visible, table, 4)
+    given = shared((rows[0], Rows(indices, lens)), local=local, trusted=False, kernel=kernel)
+    out = given.attend(q, (swa, extra), sink, 512**-0.5, HEADS)
+    slots = dsv4x.local_to_slots(indices, request, visible, table, 8, 4)
+    want = wanted(q, (swa, extra), (rows[0], Rows(slots, lens)), sink)
+    torch.testing.assert_close(out[:, :HEADS].float(), want, atol=2e-2, rtol=0)
+
+
 def test_it_writes_where_it_is_told(case):
     q, caches, rows, sink = case
     out = torch.full((TOKENS + 2, *q.shape[1:]), 7.0).bfloat16()

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..core.calls import DecodeCall, Result, output
 from ..core.platform import platform
-from .decode_shapes import decode_config, expected_blocks, row_splits
+from .decode_shapes import Batch, decode_config, expected_blocks, row_splits
 from .entries import entry_format, load_entries
 from .indices import slots_of
 from .launch import Launcher
@@ -377,7 +377,7 @@ def sparse_mla_decode(call: DecodeCall) -> Result:
     config = decode_config(limits.arch, heads, (swa_cache.layout, e_cache.layout))
     head_blocks = -(-heads // config.block_h)
     blocks = expected_blocks(call.entries, (spans.swa_width, spans.extra_width), config.block_k)
-    splits, whole = row_splits(tokens * head_blocks, blocks, 2 * limits.multiprocessors, call.split_k)
+    splits, whole = row_splits(Batch(tokens * head_blocks, 2 * limits.multiprocessors), blocks, call.split_k)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     if splits > 1:
         partial, partial_lse = partials(call, splits)

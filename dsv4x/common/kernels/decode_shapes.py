@@ -80,36 +80,67 @@ def decode_config(arch: str, heads: int, layouts: tuple[CacheLayout, ...]) -> At
     return row.heavy_many if heavy else row.many
 
 
-# Cost model for splitting a row, in units of one block of 64 entries: 3.5 us with cold caches on an H200.
-_PROGRAM_BLOCKS = 3.5
-"""Starting and ending a program."""
-_REDUCE_BLOCKS = 2.0
-"""Launching the reduction. A graph's takes 0.5; an eager call waits up to 24 us for the host to launch it."""
+class SplitCosts(NamedTuple):
+    """What splitting a row costs a kernel, in units of one of its blocks of entries.
+
+    Attributes:
+        program: starting and ending a program.
+        reduce: launching the reduction in a captured graph.
+        reduce_eager: the same in an eager call, which waits for the host to launch it.
+        partial: partial outputs of one wave of programs that have all their heads.
+    """
+
+    program: float
+    reduce: float
+    reduce_eager: float
+    partial: float
+
+
+COSTS = SplitCosts(program=3.5, reduce=2.0, reduce_eager=2.0, partial=1.5)
+"""Triton's, of an H200; a block of 64 entries takes 3.5 us there with cold caches."""
 _SPLIT_BLOCKS = 1 / 20
 """Reducing one split."""
-_PARTIAL_BLOCKS = 1.5
-"""Partial outputs of one wave of programs."""
 _MOST_WAVES = 4
 """Waves of programs that splitting makes at most, which bounds the partial outputs."""
 
 
-def _blocks_taken(programs: int, blocks: int, splits: int, at_once: int) -> float:
-    """What ``programs`` rows of ``blocks`` take in ``splits`` each, in the cost model's unit."""
-    waves = -(-programs * splits // at_once)
-    reduce = _REDUCE_BLOCKS + splits * (_SPLIT_BLOCKS + _PARTIAL_BLOCKS * programs / at_once) if splits > 1 else 0.0
-    return waves * (-(-blocks // splits) + _PROGRAM_BLOCKS) + reduce
+class Batch(NamedTuple):
+    """What a launch has to do before anything is split.
+
+    Attributes:
+        programs: rows times their blocks of heads.
+        at_once: programs that run at a time.
+        filled: share of a program's heads that count.
+        captured: whether a graph is being captured.
+        costs: of the kernel.
+    """
+
+    programs: int
+    at_once: int
+    filled: float = 1.0
+    captured: bool = False
+    costs: SplitCosts = COSTS
+
+    def blocks_taken(self, blocks: int, splits: int) -> float:
+        """What rows of ``blocks`` take in ``splits`` each, in the unit of the costs."""
+        waves, costs = -(-self.programs * splits // self.at_once), self.costs
+        taken = waves * (-(-blocks // splits) + costs.program)
+        if splits > 1:
+            partial = costs.partial * self.filled * self.programs / self.at_once
+            taken += (costs.reduce if self.captured else costs.reduce_eager) + splits * (_SPLIT_BLOCKS + partial)
+        return taken
 
 
 @functools.lru_cache(maxsize=4096)
-def num_splits(programs: int, blocks: int, at_once: int) -> int:
-    """Splits of ``blocks`` over which ``programs`` finish first, ``at_once`` programs running at a time."""
-    best, fewest = 1, _blocks_taken(programs, blocks, 1, at_once)
+def num_splits(batch: Batch, blocks: int) -> int:
+    """Splits of ``blocks`` a row in which a batch finishes first."""
+    best, fewest = 1, batch.blocks_taken(blocks, 1)
     for splits in range(2, min(blocks, MAX_SPLITS) + 1):
-        if -(-programs * splits // at_once) > _MOST_WAVES:
+        if -(-batch.programs * splits // batch.at_once) > _MOST_WAVES:
             break
         # More splits than shares would leave programs without work.
         if (splits - 1) * -(-blocks // splits) < blocks:
-            cost = _blocks_taken(programs, blocks, splits, at_once)
+            cost = batch.blocks_taken(blocks, splits)
             if cost < fewest:
                 best, fewest = splits, cost
     return best
@@ -129,25 +160,25 @@ class Splits(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def row_splits(programs: int, blocks: int, at_once: int, split_k: int | None = None) -> Splits:
+def row_splits(batch: Batch, blocks: int, split_k: int | None = None) -> Splits:
     """Splits of rows of up to ``blocks``: ``split_k`` of every row where it is given, else what finishes first.
 
     A row as long as the bound is split as :func:`num_splits` says. Shorter ones stay whole up to where splitting pays.
     """
     if split_k is not None:
         return Splits(split_k, 0)
-    most = num_splits(programs, blocks, at_once)
+    most = num_splits(batch, blocks)
     whole = 0
     if most > 1:
-        while whole + 1 < blocks and not _pays(programs, whole + 1, most, at_once):
+        while whole + 1 < blocks and not _pays(batch, whole + 1, most):
             whole += 1
     return Splits(most, whole)
 
 
-def _pays(programs: int, blocks: int, most: int, at_once: int) -> bool:
+def _pays(batch: Batch, blocks: int, most: int) -> bool:
     """Whether rows of ``blocks`` are done earlier in the splits that :class:`Splits` gives them than whole."""
     splits = -(-blocks // -(-blocks // most))
-    return _blocks_taken(programs, blocks, splits, at_once) < _blocks_taken(programs, blocks, 1, at_once)
+    return batch.blocks_taken(blocks, splits) < batch.blocks_taken(blocks, 1)
 
 
 def expected_blocks(entries: int, widths: tuple[int, ...], block: int) -> int:

@@ -115,7 +115,7 @@ def sparse_mla_decode(
         if lens is not None:
             checks.tensor(f"{scope}_lens", lens, (tokens,), checks.INDEX_DTYPES, q.device)
         if local is not None and scope == "extra":
-            _check_local(local, tokens, cache)
+            check_local(local, tokens, cache)
         if check_values and local is not None and scope == "extra":
             checks.index_values("extra_indices", indices, lens, local.visible.clamp_min(0), "local entry")
         elif check_values:
@@ -332,7 +332,7 @@ def check_workspace(workspace: torch.Tensor | None, device: torch.device) -> Non
             raise ValueError(f"workspace: address {workspace.data_ptr():#x}, need a multiple of {ALIGNMENT}")
 
 
-def _check_local(local: Local, tokens: int, cache: PagedCache) -> None:
+def check_local(local: Local, tokens: int, cache: PagedCache) -> None:
     if not isinstance(local, Local):
         raise TypeError(f"local: got {type(local).__name__}, need a dsv4x.Local")
     checks.tensor("local.request", local.request, (tokens,), torch.int32, cache.device)

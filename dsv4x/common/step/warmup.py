@@ -15,7 +15,7 @@ import torch
 from ..core import checks
 from ..core.errors import BackendUnavailable, KernelNotSupported
 from ..core.layouts import PagedCache
-from ..core.model import INDEX_DIM, VALUE_DIM, LayerKind
+from ..core.model import INDEX_DIM, VALUE_DIM, WINDOW, LayerKind
 from ..core.platform import platform
 from ..core.spaces import TopkMethod
 from ..dispatch import registry
@@ -109,8 +109,12 @@ def warmup(
             quantize_and_insert_k_cache(k, cache, torch.full((2,), -1, dtype=torch.int64, device=device))
     decode = AttentionProblem.on("sparse_mla_decode", device, heads=heads)
     ours = [record for record in registry.kernels(decode.op) if record.name in _SPLITTING]
-    if any(kernel in (None, record.name) and not record.not_supported_reasons(decode) for record in ours):
+    ours = [record for record in ours if kernel in (None, record.name) and not record.not_supported_reasons(decode)]
+    if ours:
         _run_reductions(device, heads)
+    for record in ours:
+        if swa_cache.layout.head_dim == VALUE_DIM:
+            run_split_window(swa_cache, heads, record.name)
     stages = len(_TOKENS) + (index_cache is not None)
     for done, tokens in enumerate(_TOKENS):
         _report(progress, done, stages, f"attention, {tokens} tokens")
@@ -168,6 +172,18 @@ def _run_reductions(device: torch.device, heads: int) -> None:
             partial_lse = partial[..., 0].contiguous()
             for given in (None, sink):
                 registry.call_on(device, reduce_partials, partial, partial_lse, given, out, lse, spans, 0, 64)
+
+
+def run_split_window(cache: PagedCache, heads: int, kernel: str) -> None:
+    """A window row without entries in two splits, which few tokens get in a graph and not in an eager call."""
+    record, device = registry.find("sparse_mla_decode", kernel), cache.device
+    if record is None or not record.fixed_splits:
+        return
+    q = torch.zeros(1, heads, VALUE_DIM, dtype=torch.bfloat16, device=device)
+    none = torch.full((1, WINDOW), -1, dtype=torch.int32, device=device)
+    lens = torch.zeros(1, dtype=torch.int32, device=device)
+    for sink in (None, torch.zeros(heads, dtype=torch.float32, device=device)):
+        sparse_mla_decode(q, cache, none, lens, attn_sink=sink, kernel=kernel, split_k=2)
 
 
 def _run_steps(caches: tuple[PagedCache, PagedCache | None], kinds: Sequence[LayerKind], size: _Size) -> None:

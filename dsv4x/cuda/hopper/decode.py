@@ -28,15 +28,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ...common.core.calls import DecodeCall, Result, output
-from ...common.core.platform import platform
+from ...common.core.platform import capturing, platform
 from ...common.kernels.decode import Spans, clamped_span, prepare_reduction, row_shares
 from ...common.kernels.decode_shapes import expected_blocks, row_splits
 from ...common.kernels.launch import Launcher
 from ...common.kernels.scratch import partials
 from ...common.kernels.softmax import LN2, LOG2E
+from .splitting import BLOCK_ENTRIES, BLOCK_HEADS, batch_of
 
-BLOCK_H = gl.constexpr(64)
-BLOCK_K = gl.constexpr(64)
+BLOCK_H = gl.constexpr(BLOCK_HEADS)
+BLOCK_K = gl.constexpr(BLOCK_ENTRIES)
 STAGES = gl.constexpr(2)
 HALF = gl.constexpr(256)
 CODES = gl.constexpr(gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0]))
@@ -616,7 +617,8 @@ def prepare(call: DecodeCall) -> Callable[[DecodeCall], Result]:
     rows = tokens * head_blocks
     spans = Spans(swa.lens, swa.indices.shape[1], extra.lens, extra_width)
     blocks = expected_blocks(call.entries, (spans.swa_width, extra_width), BLOCK_K.value)
-    splits, whole = row_splits(rows, blocks, multiprocessors, call.split_k)
+    batch = batch_of(tokens, heads, multiprocessors, capturing(q.device))
+    splits, whole = row_splits(batch, blocks, call.split_k)
     table, pages = (extra.indices, 0) if call.local is None else (call.local.block_table, call.local.pages)
     launch = _launch.prepare(
         min(rows * splits, multiprocessors),

@@ -29,7 +29,9 @@ from ...common.core.layouts import PagedCache
 from ...common.core.model import WINDOW
 from ...common.core.platform import capturing, platform
 from ...common.dispatch.registry import candidates
+from ...common.step.chunk import chunk_of
 from ...common.step.metadata import ASSUMED_LEN, ExtraPages, StepMetadata
+from ...common.step.warmup import run_split_window
 from .. import activation
 from ..measured import Table
 from ..slot_rows import Rows, SlotRows
@@ -422,8 +424,8 @@ class _Layers(NamedTuple):
     def _picked(self, q: torch.Tensor, caches: Any, meta: Any, selected: dict[str, Any]) -> tuple[Any, Any]:
         """The path and the kernel to name, weighed once for extends of about this size; None leaves it to dsv4x.
 
-        Weighing takes the host longer than a short layer. Only ``direct`` is named, which can always run: another path
-        may have no room for its rows the next time.
+        Weighing takes the host longer than a short layer. ``direct`` can always run; ``gathered`` is named where its
+        rows have room this time too.
         """
         backend, extend = self.backend, self.shared
         if backend.dsv4x_path is not None or backend.dsv4x_kernel is not None:
@@ -434,9 +436,10 @@ class _Layers(NamedTuple):
                 q, caches[0], caches[1], meta, selected.get("topk_indices"), return_lse=False,
                 topk_slots=selected.get("topk_slots"), heads=self.heads,
             )  # fmt: skip
-            direct = found.chosen == "direct"
-            backend._dsv4x_picks[key] = ("direct", found.kernels["direct"]) if direct else (None, None)
-        return backend._dsv4x_picks[key]
+            chosen = found.chosen if found.chosen in ("direct", "gathered") else None
+            backend._dsv4x_picks[key] = chosen, None if chosen is None else found.kernels[chosen]
+        path, kernel = backend._dsv4x_picks[key]
+        return (None, None) if path == "gathered" and not chunk_of(meta).fits else (path, kernel)
 
 
 @dataclasses.dataclass
@@ -582,3 +585,5 @@ def _run_rows(backend: Any, caches: tuple[PagedCache, PagedCache | None], ratio:
         for record in candidates(problem):
             shared = SlotRows(swa, extra, entries=entries, trusted=True, captured=False, kernel=record.name)
             shared.attend(q, caches, sink, backend.softmax_scale, heads)
+            if extra is None:
+                run_split_window(caches[0], heads, record.name)

@@ -30,7 +30,6 @@ from ... import (
     platform,
     scratch_bytes,
     sparse_mla_attention,
-    sparse_mla_decode,
     warmup,
 )
 from ...common.core.errors import BackendUnavailable, KernelNotSupported
@@ -39,6 +38,7 @@ from ...common.dispatch.problem import AttentionProblem
 from ...common.step.metadata import ASSUMED_LEN
 from ..activation import Mismatch, explaining, reason_of
 from ..measured import Table, Verdict
+from ..slot_rows import Rows, SlotRows
 from .contract import check_layer, platform_of
 from .server import SERVER
 
@@ -48,6 +48,8 @@ PREFILL_BYTES = 256 << 20
 _ROW_BYTES = 1024
 
 _WARM: set[tuple[Any, ...]] = set()
+_PLANS: dict[Any, Any] = {}
+"""What was worked out for eager decode calls, from step to step."""
 _EXPLAINED: set[str] = set()
 _LAYERS: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 """The layers that live, by vLLM's names."""
@@ -314,12 +316,16 @@ def _decode(layer: Any, q: torch.Tensor, positions: torch.Tensor, batch: Batch, 
             request, table = window.token_to_req_indices[:tokens], main.block_table
             rows = local_to_slots(every, request, lens, table, extra.page_size, extra.pages)
         entries += min(width, ASSUMED_LEN // 128)
-    schedule = _kept(window, ("schedule", ratio, captured), lambda: {"captured": captured})
-    sparse_mla_decode(
-        q, batch.swa, window.decode_swa_indices.view(tokens, -1), window.decode_swa_lens, extra, rows, lens,
-        layer.attn_sink, layer.scale, out, trusted_indices=local is None, schedule=schedule, return_lse=False,
-        heads=heads, local=local, entries=entries,
-    )  # fmt: skip
+
+    def shared() -> SlotRows:
+        return SlotRows(
+            Rows(window.decode_swa_indices.view(tokens, -1), window.decode_swa_lens),
+            None if rows is None or lens is None else Rows(rows, lens), local, entries=entries, trusted=local is None,
+            captured=captured, plans=None if captured else _PLANS,
+        )  # fmt: skip
+
+    slot_rows: SlotRows = _kept(window, ("rows", ratio, captured, tokens), shared)
+    slot_rows.attend(q, (batch.swa, extra), layer.attn_sink, layer.scale, heads, out)
 
 
 def _prefill(layer: Any, q: torch.Tensor, positions: torch.Tensor, batch: Batch, out: torch.Tensor) -> None:
