@@ -25,8 +25,8 @@ from .kernels.scratch import multiprocessors, partial_bytes, tensor_bytes
 # benchmarks/results). Up to 16 heads a call and an entry of a token are an H100's (decode-choice-h100.json).
 _TRITON_DECODE_RATES = (20.0, 80e6)
 _FEW_HEADS, _TRITON_FEW_HEADS_CALL, _TRITON_FEW_HEADS_ENTRY = 16, 9.0, 0.0065
-# Gathering bounds few heads, a call and bytes a microsecond: 256 tokens of 640 entries took 121 to 132 us at 16 heads
-# in graphs of an H100 (servers-sglang-h100.json), and 4096 tokens 2172 us at 8.
+# Gathering bounds few heads, a call and bytes a microsecond: 256 tokens of 640 entries take 131 us at 16 heads
+# (decode-choice-h100.json).
 _TRITON_DECODE_GATHER = (10.0, 0.75e6)
 # Prefill's (benchmarks/results/prefill-kernels-h200.json): heads a program covers -> a call, the rate.
 _TRITON_PREFILL_RATES = {16: (50.0, 116e6), 64: (50.0, 190e6)}
@@ -58,10 +58,9 @@ def _triton_decode_us(problem: AttentionProblem) -> float:
     call, rate = _TRITON_DECODE_RATES
     started, gather_rate = _TRITON_DECODE_GATHER
     entry = max((layouts.by_name(cache.layout).entry_bytes for cache in problem.caches), default=0)
-    entries = problem.entries or problem.width + problem.extra_width
-    gathered = problem.tokens * entries * entry
+    gathered = problem.tokens * problem.entries_read * entry
     if problem.heads <= _FEW_HEADS:
-        call = _TRITON_FEW_HEADS_CALL + _TRITON_FEW_HEADS_ENTRY * entries
+        call = _TRITON_FEW_HEADS_CALL + _TRITON_FEW_HEADS_ENTRY * problem.entries_read
     us = max(call + problem.attention_flops / rate, started + gathered / gather_rate)
     return us + (_INTERPRETER_US if problem.interpreter else 0.0)
 

@@ -328,7 +328,7 @@ def _kernel_us(problem: AttentionProblem) -> float:
     padded = next((h for h in HEADS if problem.heads <= h), HEADS[-1])
     table = costs.table_of(problem.arch)
     if table is not None:
-        op, width = problem.op.removeprefix("sparse_mla_"), problem.entries or problem.width + problem.extra_width
+        op, width = problem.op.removeprefix("sparse_mla_"), problem.entries_read
         if op == "decode":
             # However few entries there are, a scope takes a block.
             width = max(width, DECODE_WIDTH * len(problem.caches))

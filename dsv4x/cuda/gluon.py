@@ -86,7 +86,7 @@ def _reasons(problem: AttentionProblem) -> list[str]:
 
 
 def _predicted_us(problem: AttentionProblem) -> float:
-    table, width = costs.table_of(problem.arch), problem.entries or problem.width
+    table, width = costs.table_of(problem.arch), problem.entries_read
     assert table is not None
     blocks = -(-problem.heads // splitting.BLOCK_HEADS)
     heads = 16 if problem.heads <= _FEW_HEADS else min(blocks, 2) * splitting.BLOCK_HEADS

@@ -108,8 +108,13 @@ class AttentionProblem(CacheProblem):
     local: bool = False
 
     @property
+    def entries_read(self) -> int:
+        """Entries a token reads on average: as stated, or of rows as long as they are wide."""
+        return self.entries or self.width + self.extra_width
+
+    @property
     def attention_flops(self) -> float:
-        return 4.0 * self.tokens * self.heads * self.head_dim * (self.entries or self.width + self.extra_width)
+        return 4.0 * self.tokens * self.heads * self.head_dim * self.entries_read
 
 
 @dataclass(frozen=True, kw_only=True)
