@@ -164,7 +164,7 @@ def _sampled_least(logits_ptr, length, k, SAMPLE: tl.constexpr):
     at = tl.arange(0, SAMPLE)
     column = ((at // 4).to(tl.int64) * length // (SAMPLE // 4)).to(tl.int32) // 4 * 4 + at % 4
     key = _keys(tl.load(logits_ptr + column))
-    expected = k.to(tl.float32) * SAMPLE / length.to(tl.float32)
+    expected = (tl.zeros((), tl.float32) + k) * SAMPLE / length.to(tl.float32)
     rank = (expected + 9.3 + 4.3 * tl.sqrt(expected + 4.7)).to(tl.int32) + 1
     least = tl.full((), _NEGATIVE_INFINITY, tl.int32)
     if rank < SAMPLE:
@@ -174,11 +174,15 @@ def _sampled_least(logits_ptr, length, k, SAMPLE: tl.constexpr):
 
 
 @triton.jit
-def _keep(key, column, least, list_ptr, count, ROOM: tl.constexpr):
+def _keep(key, column, least, list_ptr, count, ROOM: tl.constexpr, WIDE: tl.constexpr):
     """Write down the keys of a block that are at least ``least``, and their columns, behind ``count`` others."""
     kept = (key >= least).to(tl.int32)
     ends = tl.cumsum(kept, 0)
     place = count + ends - kept
+    # These are no runs of four. Triton lays a block out by what it knows of the pointers that are stored to, and would
+    # scan what was loaded in fours once for either layout. A mask of no known runs keeps the stores single.
+    if WIDE:
+        place = tl.max_contiguous(tl.multiple_of(place, 4), 4)
     fits = (kept == 1) & (place < ROOM)
     tl.store(list_ptr + place, key, mask=fits)
     tl.store(list_ptr + ROOM + place, column, mask=fits)
@@ -195,14 +199,14 @@ def _list_part(
     # On its way while the sample is looked at.
     ahead = _load_keys(logits_ptr, logits_ptr, column, last, False, ALIGNED)
     least = _sampled_least(logits_ptr, length, k, SAMPLE)
-    count = _keep(ahead, column, least, list_ptr, tl.zeros((), tl.int32), ROOM)
+    count = _keep(ahead, column, least, list_ptr, tl.zeros((), tl.int32), ROOM, ALIGNED)
     for at in tl.range(first + BLOCK, last, BLOCK, num_stages=STAGES):
         column = at + tl.arange(0, BLOCK)
         if ALIGNED:
             at = tl.multiple_of(at, 4)
             column = tl.max_contiguous(tl.multiple_of(column, 4), 4)
         key = _load_keys(logits_ptr, logits_ptr, column, last, False, ALIGNED)
-        count = _keep(key, column, least, list_ptr, count, ROOM)
+        count = _keep(key, column, least, list_ptr, count, ROOM, ALIGNED)
     return count
 
 
@@ -230,11 +234,10 @@ def _listed(list_ptr, ends_ptr, place, count, parts, ROOM: tl.constexpr):
 
 @triton.jit
 def _emit(
-    x, index, value_ptr, threshold, wanted, taken, equal_before, out_ptr, local_ptr, values_ptr,
-    base, table_ptr, table_limit, page_size, pages,
-    METHOD: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_VALUES: tl.constexpr,
+    x, index, value_ptr, threshold, wanted, taken, equal_before, chosen_ptr, values_ptr,
+    HAS_VALUES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Write a block's selected indices behind those of the blocks before; returns the counts up to here."""
+    """Write a block's selected columns behind those of the blocks before; returns the counts up to here."""
     above = (x > threshold).to(tl.int32)
     equal = (x == threshold).to(tl.int32)
     # One scan counts both: a block has fewer than 2**15 columns.
@@ -242,23 +245,25 @@ def _emit(
     equal_rank = equal_before + (counted >> 16) - equal
     kept = (above == 1) | ((equal == 1) & (equal_rank < wanted))
     place = taken + (counted & 0xFFFF) - above + tl.minimum(equal_rank, wanted)
-    if HAS_LOCAL:
-        tl.store(local_ptr + place, index, mask=kept)
-    tl.store(out_ptr + place, _in_space(index, kept, base, table_ptr, table_limit, page_size, pages, METHOD), mask=kept)
+    # As in ``_keep``.
+    if WIDE:
+        place = tl.max_contiguous(tl.multiple_of(place, 4), 4)
+    tl.store(chosen_ptr + place, index, mask=kept)
     if HAS_VALUES:
         tl.store(values_ptr + place, tl.load(value_ptr, mask=kept), mask=kept)
-    total = tl.max(counted & 0xFFFF), tl.max(counted >> 16)
-    return taken + total[0], equal_before + total[1]
+    # Both counts grow along the block, so the word does.
+    total = tl.max(counted)
+    return taken + (total & 0xFFFF), equal_before + (total >> 16)
 
 
 @triton.jit
-def _in_space(index, kept, base, table_ptr, table_limit, page_size, pages, METHOD: tl.constexpr):
-    """Local indices in the space of the method, -1 where there is none."""
+def _in_space(index, base, table_ptr, table_limit, page_size, pages, METHOD: tl.constexpr):
+    """Local indices in the space of the method; -1 for -1 and where there is none."""
     if METHOD == 1:
         moved = base + index
-        index = tl.where((base >= 0) & (moved <= _INT_MAX), moved, -1).to(tl.int32)
+        index = tl.where((index >= 0) & (base >= 0) & (moved <= _INT_MAX), moved, -1).to(tl.int32)
     if METHOD == 2:
-        held = kept & (index // page_size < table_limit)
+        held = (index >= 0) & (index // page_size < table_limit)
         page = tl.load(table_ptr + index // page_size, mask=held, other=-1)
         in_pool = held & (page >= 0) & (page < pages)
         index = tl.where(in_pool, page * page_size + index % page_size, -1)
@@ -266,29 +271,44 @@ def _in_space(index, kept, base, table_ptr, table_limit, page_size, pages, METHO
 
 
 @triton.jit
+def _write(
+    chosen_ptr, chosen, filled, k, out_ptr, local_ptr, base, table_ptr, table_limit, page_size, pages,
+    METHOD: tl.constexpr, HAS_LOCAL: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Put a row's ``filled`` columns, chosen ones or where 0 are the first, in the space of the method, then -1."""
+    # All threads' choices are read here.
+    tl.debug_barrier()
+    for at in tl.range(0, k, AT_ONCE):
+        place = at + tl.arange(0, AT_ONCE)
+        index = tl.load(chosen_ptr + place, mask=place < chosen, other=-1)
+        index = tl.where((place >= chosen) & (place < filled), place, index)
+        if HAS_LOCAL:
+            tl.store(local_ptr + place, index, mask=place < k)
+        moved = _in_space(index, base, table_ptr, table_limit, page_size, pages, METHOD)
+        tl.store(out_ptr + place, moved, mask=place < k)
+
+
+@triton.jit
 def _select_block(
-    logits_ptr, ids_ptr, list_ptr, ends_ptr, count, k, parts, out_ptr, local_ptr, values_ptr,
-    base, table_ptr, table_limit, page_size, pages,
-    METHOD: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_VALUES: tl.constexpr,
-    ALIGNED: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, ids_ptr, list_ptr, ends_ptr, count, k, parts, chosen_ptr, values_ptr,
+    HAS_IDS: tl.constexpr, HAS_VALUES: tl.constexpr, ALIGNED: tl.constexpr, LISTED: tl.constexpr,
+    ROOM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Select among ``count <= BLOCK`` columns of a row, or entries of its ``parts`` lists; returns how many."""
     place = tl.arange(0, BLOCK)
     index = place
-    if HAS_IDS:
-        key = _load_keys(logits_ptr, ids_ptr, place, count, True, False)
-        index = tl.load(ids_ptr + place, mask=place < count, other=-1)
-        count = tl.sum((index >= 0).to(tl.int32))
+    if LISTED:
+        key, index = _listed(list_ptr, ends_ptr, place, count, parts, ROOM)
     else:
-        if parts > 0:
-            key, index = _listed(list_ptr, ends_ptr, place, count, parts, ROOM)
-        else:
-            key = _load_keys(logits_ptr, ids_ptr, place, count, False, ALIGNED)
+        key = _load_keys(logits_ptr, ids_ptr, place, count, HAS_IDS, ALIGNED)
+        if HAS_IDS:
+            index = tl.load(ids_ptr + place, mask=place < count, other=-1)
+            count = tl.sum((index >= 0).to(tl.int32))
     x, threshold, equals = _threshold(key, count, k)
     zero = tl.zeros((), tl.int32)
     taken, equal = _emit(
-        x, index, logits_ptr + place, threshold, equals, zero, zero, out_ptr, local_ptr, values_ptr,
-        base, table_ptr, table_limit, page_size, pages, METHOD, HAS_LOCAL, HAS_VALUES,
+        x, index, logits_ptr + place, threshold, equals, zero, zero, chosen_ptr, values_ptr,
+        HAS_VALUES, ALIGNED and not LISTED,
     )  # fmt: skip
     return taken + tl.minimum(equal, equals)
 
@@ -322,9 +342,8 @@ def _nth_key_of_row(logits_ptr, ids_ptr, length, wanted, HAS_IDS: tl.constexpr, 
 
 @triton.jit
 def _select_by_passes(
-    logits_ptr, ids_ptr, length, k, out_ptr, local_ptr, values_ptr, base, table_ptr, table_limit, page_size, pages,
-    METHOD: tl.constexpr, HAS_IDS: tl.constexpr, HAS_LOCAL: tl.constexpr, HAS_VALUES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    logits_ptr, ids_ptr, length, k, chosen_ptr, values_ptr,
+    HAS_IDS: tl.constexpr, HAS_VALUES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Select from a row of any length, whatever its values; returns how many."""
     count = length
@@ -344,25 +363,9 @@ def _select_by_passes(
         if HAS_IDS:
             index = tl.load(ids_ptr + column, mask=column < length, other=-1)
         taken, equal = _emit(
-            key, index, logits_ptr + column, threshold, wanted, taken, equal, out_ptr, local_ptr, values_ptr,
-            base, table_ptr, table_limit, page_size, pages, METHOD, HAS_LOCAL, HAS_VALUES,
+            key, index, logits_ptr + column, threshold, wanted, taken, equal, chosen_ptr, values_ptr, HAS_VALUES, False
         )  # fmt: skip
     return taken + tl.minimum(equal, wanted)
-
-
-@triton.jit
-def _select_all(
-    length, k, out_ptr, local_ptr, base, table_ptr, table_limit, page_size, pages,
-    METHOD: tl.constexpr, HAS_LOCAL: tl.constexpr,
-):  # fmt: skip
-    """Every entry of a row of no more than k, without a look at its logits."""
-    for at in tl.range(0, length, 1024):
-        index = at + tl.arange(0, 1024)
-        kept = index < length
-        if HAS_LOCAL:
-            tl.store(local_ptr + index, index, mask=kept)
-        moved = _in_space(index, kept, base, table_ptr, table_limit, page_size, pages, METHOD)
-        tl.store(out_ptr + index, moved, mask=kept)
 
 
 @triton.jit
@@ -392,8 +395,9 @@ def _join_lists(list_ptr, ends_ptr, counter_ptr, count, part, parts, ROOM: tl.co
 
 @triton.jit(
     do_not_specialize=(
-        "starts_ptr", "lens_ptr", "bases_ptr", "requests_ptr", "table_ptr", "rows", "columns", "parts", "part_columns",
-        "next_n", "requests", "table_width", "pages", "table_stride", "selected_stride", "local_stride",
+        "starts_ptr", "lens_ptr", "bases_ptr", "requests_ptr", "table_ptr", "rows", "columns", "k", "parts",
+        "part_columns", "next_n", "requests", "table_width", "page_size", "pages", "logits_stride", "table_stride",
+        "selected_stride", "local_stride",
     )
 )  # fmt: skip
 def topk_kernel(
@@ -455,7 +459,7 @@ def topk_kernel(
             # Parts whose lists are known to this program: none of a short row; 0 candidates: it is not the last part.
             listed = tl.zeros((), tl.int32)
             candidates = length
-            if LISTS:
+            if LISTS:  # noqa: SIM102 - a constant, and a branch
                 if length > LARGE:
                     share = tl.cdiv(tl.cdiv(length, used), 16) * 16
                     begin = tl.minimum(part * share, length)
@@ -468,33 +472,46 @@ def topk_kernel(
                     )  # fmt: skip
                     candidates, listed = _join_lists(lists, ends, counters_ptr + row, count, part, used, ROOM)
             if (listed > 0) | (length <= LARGE) | (not LISTS):
+                # Selected columns pass through the result, where nobody asks for them.
+                chosen = out
+                if HAS_LOCAL:
+                    chosen = local
                 filled = length
-                if (length <= k) & (not HAS_IDS):
-                    _select_all(
-                        length, k, out, local, base, table, table_limit, page_size, pages, METHOD, HAS_LOCAL,
-                    )  # fmt: skip
-                elif (candidates > LARGE) | ((listed > 0) & ((candidates < k) | (candidates > ROOM))):
-                    filled = _select_by_passes(
-                        logits, ids, length, k, out, local, values, base, table, table_limit, page_size, pages,
-                        METHOD, HAS_IDS, HAS_LOCAL, HAS_VALUES, BLOCK,
-                    )  # fmt: skip
-                elif candidates <= SMALL:
-                    filled = _select_block(
-                        logits, ids, lists, ends, candidates, k, listed, out, local, values,
-                        base, table, table_limit, page_size, pages,
-                        METHOD, HAS_IDS, HAS_LOCAL, HAS_VALUES, ALIGNED, ROOM, SMALL,
-                    )  # fmt: skip
-                else:
-                    filled = _select_block(
-                        logits, ids, lists, ends, candidates, k, listed, out, local, values,
-                        base, table, table_limit, page_size, pages,
-                        METHOD, HAS_IDS, HAS_LOCAL, HAS_VALUES, ALIGNED, ROOM, LARGE,
-                    )  # fmt: skip
-                for at in tl.range(filled, k, 1024):
-                    unused = at + tl.arange(0, 1024)
-                    tl.store(out + unused, tl.full((1024,), -1, tl.int32), mask=unused < k)
-                    if HAS_LOCAL:
-                        tl.store(local + unused, tl.full((1024,), -1, tl.int32), mask=unused < k)
+                whole = tl.zeros((), tl.int32)
+                if not HAS_IDS:
+                    whole = tl.where(length <= k, 1, 0)
+                if whole == 0:
+                    guided = (listed > 0) & (candidates >= k) & (candidates <= ROOM)
+                    if (guided == 0) & ((listed > 0) | (length > LARGE)):
+                        filled = _select_by_passes(
+                            logits, ids, length, k, chosen, values, HAS_IDS, HAS_VALUES, BLOCK
+                        )  # fmt: skip
+                    elif listed > 0:
+                        if LISTS:
+                            if candidates <= SMALL:
+                                filled = _select_block(
+                                    logits, ids, lists, ends, candidates, k, listed, chosen, values,
+                                    HAS_IDS, HAS_VALUES, ALIGNED, True, ROOM, SMALL,
+                                )  # fmt: skip
+                            else:
+                                filled = _select_block(
+                                    logits, ids, lists, ends, candidates, k, listed, chosen, values,
+                                    HAS_IDS, HAS_VALUES, ALIGNED, True, ROOM, ROOM,
+                                )  # fmt: skip
+                    elif candidates <= SMALL:
+                        filled = _select_block(
+                            logits, ids, lists, ends, candidates, k, 0, chosen, values,
+                            HAS_IDS, HAS_VALUES, ALIGNED, False, ROOM, SMALL,
+                        )  # fmt: skip
+                    else:
+                        filled = _select_block(
+                            logits, ids, lists, ends, candidates, k, 0, chosen, values,
+                            HAS_IDS, HAS_VALUES, ALIGNED, False, ROOM, LARGE,
+                        )  # fmt: skip
+                _write(
+                    chosen, tl.where(whole == 1, 0, filled), filled, k, out, local, base, table, table_limit, page_size,
+                    pages, METHOD, HAS_LOCAL, SMALL,
+                )  # fmt: skip
 
 
 _launch_topk = Launcher(topk_kernel)
@@ -504,24 +521,31 @@ class _Sizes(NamedTuple):
     """Columns of blocks.
 
     Attributes:
-        small, large: a row, or a long row's candidates, that a program holds in registers.
-        sample: columns of a long row that are looked at first; below ``large``.
+        small, large: a row that a program holds in registers; of a long row's candidates it holds twice as many.
+        sample: columns of a long row that are looked at first; at most ``large``.
         block: columns of a part gone through at a time.
         part: columns of a row for which it gets one more program.
         stages: blocks on their way at a time.
-        warps: of a program.
+        threads: of a program.
     """
 
     small: int = 2048
-    large: int = 8192
+    large: int = 4096
     sample: int = 4096
     block: int = 4096
     part: int = 4096
     stages: int = 3
-    warps: int = 16
+    threads: int = 512
 
 
 _SIZES = _Sizes()
+
+
+def num_warps(arch: str) -> int:
+    """Warps of a program: as many threads, and so columns a thread, on every arch."""
+    return _SIZES.threads // (64 if arch.startswith("gfx9") else 32)
+
+
 _PER_MULTIPROCESSOR = 1
 """Programs that a multiprocessor of sm_90 holds."""
 
@@ -588,8 +612,8 @@ def _launch(source: _Rows, k: int, method: TopkMethod, space: dict[str, Any], ta
     sizes, limits = _SIZES, platform.limits(logits.device)
     programs = _PER_MULTIPROCESSOR * limits.multiprocessors
     # A list of twice k and more is what a sample finds; longer rows than any model's find more.
-    room = sizes.large if 8 * k > sizes.large // 2 else sizes.large // 2
-    lists = ids is None and width > sizes.large and 4 * k <= sizes.large
+    room = sizes.large if 8 * k <= sizes.large else 2 * sizes.large
+    lists = ids is None and width > sizes.large and 4 * k <= room
     # From the rows alone: the device knows their lengths.
     parts = max(1, min(_PARTS.value, programs // rows)) if lists else 1
     grid = rows * parts
@@ -620,7 +644,7 @@ def _launch(source: _Rows, k: int, method: TopkMethod, space: dict[str, Any], ta
             local is not None, values is not None, aligned, lists, early, sizes.small, sizes.large, room,
             sizes.sample, sizes.block, sizes.stages,
         ),
-        num_warps=sizes.warps,
+        num_warps=num_warps(limits.arch),
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
 
