@@ -3,7 +3,8 @@
 - ``metadata``: StepMetadata for all three kinds of a decode step of R requests, C128 rows as wide as a limit of a
   million tokens: GPU time of an update in a graph, host time of an eager build and of an eager update.
 - ``host``: microseconds of the host for a warm layer call of the step, beside FlashMLA's bare call of the same work,
-  taken in turns; each is queued behind enough GPU work that no call waits.
+  taken in turns; each is queued behind enough GPU work that no call waits. ``gluon alone`` is what the kernel's
+  prepared call takes without the step: its allocations and launches.
 - ``width``: a captured C128 layer whose rows are as wide as the limit and hold 40 entries, beside one whose rows are 64
   wide.
 
@@ -13,6 +14,7 @@ Usage: python benchmarks/step.py --out benchmarks/results/step-h100.json
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import statistics
 import time
@@ -25,6 +27,8 @@ from timing import captured, compare_us, write
 
 import dsv4x
 from dsv4x import ExtraPages, PagedCache, StepMetadata, layouts
+from dsv4x.common.core.calls import DecodeCall
+from dsv4x.common.dispatch import registry
 
 LIMIT, PAGE = 1 << 20, 64
 RATIOS = (1, 4, 128)
@@ -100,6 +104,19 @@ class Decode:
         )  # fmt: skip
 
 
+def alone(case: Decode, ratio: int) -> Callable[[], object]:
+    """The Gluon kernel's prepared call of a layer of the step, by itself."""
+    record, seen = registry.find("sparse_mla_decode", "gluon"), []
+
+    def prepare(call: DecodeCall) -> Callable[[DecodeCall], object]:
+        seen.append(call)
+        return record.prepare(call)
+
+    with registry.replaced(dataclasses.replace(record, prepare=prepare)):
+        case.layer(case.build(), ratio, path="direct", kernel="gluon")
+    return functools.partial(record.prepare(seen[0]), seen[0])
+
+
 def host_us(runs: dict[str, Callable[[], object]], rounds: int = 30, calls: int = 20) -> dict[str, float]:
     """The median of each's host time a call, all in turns; the GPU is kept busy, so that none waits for it."""
     busy = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
@@ -142,6 +159,7 @@ def host() -> list[dict[str, object]]:
             runs = {"flash_mla bare": case.flash_mla(step, ratio), "dsv4x": layer}
             for kernel in ("gluon", "flash_mla"):
                 runs[f"dsv4x {kernel}"] = functools.partial(layer, path="direct", kernel=kernel)
+            runs["gluon alone"] = alone(case, ratio)
             rows.append({"requests": requests, "ratio": ratio, "host_us": host_us(runs)})
             print(rows[-1], flush=True)
     return rows

@@ -269,6 +269,10 @@ def logits_cases(arch: str) -> list[Case]:
         }  # fmt: skip
         label = f"[{starts},{table}]"
         found.append(Case(mqa_logits.clean_logits_kernel, constants, {"num_warps": 8}, LOGITS_TYPES, label=label))
+    # DeepGEMM's logits on SM100, which are widened on the way.
+    wider = {**constants, "HAS_STARTS": False, "SHIFTED": False, "HAS_TABLE": True}
+    types = {**LOGITS_TYPES, "logits_ptr": "*bf16"}
+    found.append(Case(mqa_logits.clean_logits_kernel, wider, {"num_warps": 8}, types, label="[bf16]"))
     found.append(Case(mqa_logits.limit_ranges_kernel, {"BLOCK": 1024}))
     bytes_of = {"k_ptr": "*u8", "scale_ptr": "*i32"}
     for size, wide in ((128, False), (64, True)):

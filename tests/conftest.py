@@ -1,9 +1,12 @@
 """Shared fixtures: kernels and devices to run on, poisoned scratch memory, caches full of garbage."""
 
 import contextlib
+import fcntl
 import gc
 import os
 import sys
+import tempfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 pytest.register_assert_rewrite("tolerances", "slow")
 
 POISON = {torch.uint8: 0xFF, torch.int32: 0x5A5A5A5A, torch.int64: 0x5A5A5A5A5A5A5A5A}
+
+_LARGE_AT_ONCE = 3
 
 _interpreter, _gpu = pytest.mark.interpreter, pytest.mark.gpu
 PORTABLE = [
@@ -77,12 +82,20 @@ def launched_as_on_a_gpu():
 
 
 @pytest.fixture(autouse=True)
-def given_back():
-    """A worker keeps no gigabytes of one test from the others' on its card."""
-    yield
-    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 1 << 30:
-        gc.collect()
-        torch.cuda.empty_cache()
+def given_back(request):
+    """A worker keeps no gigabytes of one test from the others' on its card.
+
+    Tests marked ``large`` are held to a few at a time, whatever workers run them: each belongs to one of as many locks.
+    """
+    with contextlib.ExitStack() as stack:
+        if request.node.get_closest_marker("large") and torch.cuda.is_available():
+            number = zlib.crc32(request.node.nodeid.encode()) % _LARGE_AT_ONCE
+            lock = stack.enter_context(open(Path(tempfile.gettempdir()) / f"dsv4x-large-{number}", "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 1 << 30:
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)

@@ -896,6 +896,11 @@ def test_what_is_taken(heads, reasons):
              "pa_decode_sparse: cache layout is DSv4, need bf16 512 on gfx942"],
         ),
         (
+            {"caches": (V4, CacheSpec("DSv4", 48, 4, 28800))},
+            ["sparse_mla_fwd: page_size is 48, need a power of two: newer builds find an entry of a DSv4 page by",
+             "pa_decode_sparse: page_size is 48, need a power of two: newer builds find an entry of a DSv4 page by"],
+        ),
+        (
             {"arch": "gfx950", "caches": (CacheSpec("uniform fp8 fnuz", 64, 4, 32768),)},
             ["sparse_mla_fwd: cache layout is uniform fp8 fnuz, need DSv4 or DSv3.2 or bf16 512",
              "pa_decode_sparse: cache layout is uniform fp8 fnuz, need DSv4 or bf16 512 on gfx950"],

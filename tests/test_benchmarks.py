@@ -15,7 +15,7 @@ import triton
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPTS = [*sorted((ROOT / "benchmarks").glob("*.py")), ROOT / "tests" / "sanitize.py", ROOT / "tests" / "delays.py"]
 FOLDERS = (ROOT / "benchmarks", ROOT / "tests")
-VENDORS = {"deep_gemm", "flash_mla"}
+VENDORS = {"deep_gemm", "flash_mla", "sglang"}
 LIBRARIES = {"steps", "timing"}
 """Benchmarks' scripts that others import, and nobody runs."""
 
@@ -137,7 +137,7 @@ def _problems(tree):
 
 
 def _imports(script):
-    """Names of the modules that a script imports at its top, and that its neighbours then import at theirs."""
+    """Names of the packages that a script imports at its top, and that its neighbours then import at theirs."""
     seen, waiting = set(), [script]
     while waiting:
         for node in ast.parse(waiting.pop().read_text()).body:
@@ -148,7 +148,7 @@ def _imports(script):
             neighbours = [folder / f"{name}.py" for name in named - seen for folder in FOLDERS]
             waiting += [path for path in neighbours if path.exists()]
             seen |= named
-    return seen
+    return {name.split(".")[0] for name in seen}
 
 
 def _imported(script, monkeypatch):

@@ -295,6 +295,7 @@ def test_rows_of_k_may_be_strided(kernel_device, rng):
     assert torch.equal(caches[0].data.cpu(), caches[1].data)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("gib", [3, 5])
 def test_pages_past_2_and_4_gib_are_their_own(gib, kernel_device, rng):
     """32-bit byte offsets wrap here. NumPy's zeros are not touched until written, so this takes no memory on a CPU."""

@@ -252,6 +252,7 @@ def test_rows_longer_than_a_block_and_a_full_bitmap(kernel_device):
     check(pages_of, cache, rows, [1200, 1111], capacity=1500, kernel=kernel)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("grain", GRAINS)
 def test_slots_past_2_to_the_31_are_their_own(grain, kernel_device):
     """Entries of two bytes. NumPy's zeros are not touched until written, so the pool takes no memory on a CPU."""

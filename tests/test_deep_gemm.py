@@ -14,7 +14,10 @@ from dsv4x.cuda import deep_gemm
 
 GARBAGE = 12345.0
 SMS = 7
-MACHINES = [("0.1", "sm_90"), ("0.2", "sm_90"), ("0.1", "sm_100"), ("0.2", "sm_100"), ("0.2", "sm_120")]
+MACHINES = [
+    ("0.1", "sm_90"), ("0.2", "sm_90"), ("0.1", "sm_100"), ("0.2", "sm_100"), ("0.2", "sm_107"), ("0.2", "sm_120"),
+    ("0.2", "sm_121"),
+]  # fmt: skip
 
 
 class Double:
@@ -22,6 +25,7 @@ class Double:
 
     def __init__(self, generation, arch):
         self.generation, self.arch, self.calls = generation, arch, []
+        self.mx = generation == "0.2" and arch.startswith("sm_10")
         if generation == "0.1":
 
             def fp8_paged_mqa_logits(q, kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len,
@@ -57,7 +61,27 @@ class Double:
                 assert max_seqlen_k > 0
                 return self.flat(*q, *kv, weights, cu_seq_len_k_start, cu_seq_len_k_end, max_seqlen_k)
 
+            self.get_mqa_logits_metadata = None  # of 0.2.3 on
+
         self.fp8_fp4_paged_mqa_logits, self.fp8_fp4_mqa_logits = fp8_fp4_paged_mqa_logits, fp8_fp4_mqa_logits
+
+    def take(self, q, q_sf, weights):
+        """``check_mqa_logits_q_and_weights`` of 0.2.5, and what 0.2.3 asks instead; float32 weights for the oracle."""
+        ten, is_fp4 = self.arch.startswith("sm_10"), q.dtype == torch.int8
+        assert q_sf is not None or not is_fp4
+        if self.generation == "0.2":
+            assert (q_sf is not None) == (ten or (self.arch.startswith("sm_12") and is_fp4))
+        else:
+            assert q_sf is None or ten
+        assert weights.dtype == (torch.bfloat16 if self.mx else torch.float32)
+        assert weights.stride(1) == 1
+        assert weights.stride(0) * weights.element_size() % 16 == 0
+        return weights.float()
+
+    def page_sizes(self):
+        newest = self.generation == "0.2"
+        return {"sm_9": (64,), "sm_10": (32, 64, 128) if newest else (32, 64),
+                "sm_12": (32, 64, 128, 256) if newest else (64,)}[self.arch[:-1]]  # fmt: skip
 
     def get_num_sms(self):
         return SMS
@@ -66,7 +90,7 @@ class Double:
         assert context_lens.dim() == 2
         assert context_lens.is_contiguous()
         assert context_lens.dtype == torch.int32
-        assert (indices is not None) == (self.generation == "0.2" and self.arch.startswith("sm_10"))
+        assert (indices is not None) == self.mx
         out = torch.empty(num_sms + 1, 2, dtype=torch.int32)
         reference.get_paged_mqa_logits_metadata(
             context_lens, 4 * block_kv, -(-context_lens.shape[1] // 2), num_sms, out
@@ -87,9 +111,11 @@ class Double:
         assert table.stride(1) == 1
         assert schedule.shape == (SMS + 1, 2)
         assert schedule.is_contiguous()
+        weights = self.take(q, q_sf, weights)
         assert self.arch != "sm_90" or next_n <= 2
-        assert (indices is not None) == (self.generation == "0.2" and self.arch.startswith("sm_10"))
+        assert (indices is not None) == self.mx
         _, page_size, one, entry = kv.shape
+        assert page_size in self.page_sizes()
         assert torch.equal(schedule, self.get_paged_mqa_logits_metadata(lens, page_size, SMS, indices))
         assert one == 1
         layout = layouts.INDEXER_FP8 if q_sf is None else layouts.INDEXER_FP4
@@ -112,7 +138,7 @@ class Double:
         values = reference.paged_mqa_logits(q, q_sf, cache, weights, lens, table, aligned)
         values[values == -torch.inf] = GARBAGE
         values[:, 0] = torch.where(lens.reshape(-1) > 0, values[:, 0], torch.nan)
-        call.out = values[:, :max_context_len]
+        call.out = (values.bfloat16() if self.mx else values)[:, :max_context_len]
         return call.out
 
     def flat(self, q, q_sf, k, k_sf, weights, ks, ke, max_seqlen_k):
@@ -123,6 +149,8 @@ class Double:
         assert max_seqlen_k == 0 or (ke - ks <= max_seqlen_k).all()
         for value in (q, k, k_sf, weights, ks, ke):
             assert value.is_contiguous()
+        weights = self.take(q, q_sf, weights)
+        assert k_sf.dtype == (torch.float32 if q_sf is None else torch.int32)
         if q_sf is not None:
             q, q_sf = q.view(torch.uint8), q_sf.unsqueeze(-1).view(torch.uint8)
             k, k_sf = k.view(torch.uint8), k_sf.unsqueeze(-1).view(torch.uint8)
@@ -133,7 +161,7 @@ class Double:
         for entry in lost.nonzero()[:, 0].tolist():
             for row in ((ks <= entry) & (entry < ke)).nonzero()[:, 0].tolist():
                 values[row, entry - (int(ks[row]) if max_seqlen_k else 0)] = torch.nan
-        return values
+        return values.bfloat16() if self.mx else values
 
 
 @pytest.fixture
@@ -172,9 +200,16 @@ def problem(rng, next_n, layout=layouts.INDEXER_FP8, page_size=64, columns=5, ho
     return q, q_scale, cache, weights, lens, table
 
 
-def assert_same(got, want):
+def assert_same(got, want, mx=False):
+    assert got.dtype == torch.float32
     assert torch.equal(got == -torch.inf, want == -torch.inf)
-    assert torch.allclose(got, want, rtol=1e-5, atol=1e-4)
+    # One step of bf16: a sum in another order rounds to the neighbour.
+    assert torch.allclose(got, want, rtol=2.0**-7 if mx else 1e-5, atol=1e-4)
+
+
+def rounded(module, weights):
+    """The weights as the library has them."""
+    return weights.bfloat16().float() if module.mx else weights
 
 
 @pytest.mark.interpreter
@@ -183,17 +218,19 @@ def assert_same(got, want):
 @pytest.mark.parametrize(("generation", "arch"), MACHINES)
 def test_paged_logits_keep_the_contract(double, rng, generation, arch, next_n, given_out):
     module = double(generation, arch)
-    q, q_scale, cache, weights, lens, table = problem(rng, next_n)
+    layout = layouts.INDEXER_FP4 if module.mx else layouts.INDEXER_FP8
+    q, q_scale, cache, weights, lens, table = problem(rng, next_n, layout)
     width = 280
     out = torch.full((len(q) * next_n, width), torch.nan) if given_out else None
     got = deep_gemm.paged_mqa_logits(PagedLogitsCall(q, q_scale, cache, weights, lens, table, width, None, out, True))
     # Where the double writes a NaN a length of 0 has none of its columns.
-    assert_same(got, reference.paged_mqa_logits(q, q_scale, cache, weights, lens, table, width))
+    want = reference.paged_mqa_logits(q, q_scale, cache, rounded(module, weights), lens, table, width)
+    assert_same(got, want, module.mx)
     assert out is None or got is out
     rows = [call.q.shape[0] * call.q.shape[1] for call in module.calls]
     assert sum(rows) == len(q) * next_n
     expected = 1 if arch != "sm_90" or next_n % 2 == 0 else -(-next_n // 2)
-    if generation == "0.2" and arch == "sm_100" and next_n not in (1, 3):
+    if module.mx and next_n not in (1, 3):
         # A table of 9 columns to a row, and rows behind it: three rows of a request fit in its own.
         expected = next_n
     assert len(module.calls) == expected
@@ -245,10 +282,10 @@ def test_pairs_of_rows_with_strides(double, rng):
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("generation", "arch"), [("0.1", "sm_100"), ("0.2", "sm_100"), ("0.2", "sm_120")])
 def test_fp4_goes_to_the_newer_entry_point(double, rng, generation, arch):
-    double(generation, arch)
-    arguments = problem(rng, 2, layouts.INDEXER_FP4)
-    got = deep_gemm.paged_mqa_logits(PagedLogitsCall(*arguments, 300, None, None, True))
-    assert_same(got, reference.paged_mqa_logits(*arguments, 300))
+    module = double(generation, arch)
+    q, q_scale, cache, weights, *rest = problem(rng, 2, layouts.INDEXER_FP4)
+    got = deep_gemm.paged_mqa_logits(PagedLogitsCall(q, q_scale, cache, weights, *rest, 300, None, None, True))
+    assert_same(got, reference.paged_mqa_logits(q, q_scale, cache, rounded(module, weights), *rest, 300), module.mx)
 
 
 @pytest.mark.interpreter
@@ -303,12 +340,41 @@ def test_unclean_logits_are_right_where_there_are_entries(double, rng):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize(("arch", "page_size"), [("sm_100", 128), ("sm_120", 32), ("sm_121", 128), ("sm_120", 256)])
+def test_the_newest_build_takes_other_pages(double, rng, arch, page_size):
+    module = double("0.2", arch)
+    layout = layouts.INDEXER_FP4 if module.mx else layouts.INDEXER_FP8
+    assert reasons(arch=arch, layout=layout.name, q=layout.value_encoding, page_size=page_size)[0] == []
+    q, q_scale, cache, weights, *rest = problem(rng, 2, layout, page_size)
+    got = deep_gemm.paged_mqa_logits(PagedLogitsCall(q, q_scale, cache, weights, *rest, 300, None, None, True))
+    assert_same(got, reference.paged_mqa_logits(q, q_scale, cache, rounded(module, weights), *rest, 300), module.mx)
+
+
+@pytest.mark.interpreter
+def test_bf16_logits_of_sm100_are_widened(double, rng):
+    module = double("0.2", "sm_100")
+    q, q_scale, cache, weights, lens, table = problem(rng, 1, layouts.INDEXER_FP4, hostile=False)
+    got = deep_gemm.paged_mqa_logits(PagedLogitsCall(q, q_scale, cache, weights, lens, table, 300, None, None, False))
+    assert got.dtype == torch.float32
+    assert module.calls[0].weights.dtype == torch.bfloat16
+    want = reference.paged_mqa_logits(q, q_scale, cache, rounded(module, weights), lens, table, 300)
+    entries = want > -torch.inf
+    assert torch.allclose(got[entries], want[entries], rtol=2.0**-7, atol=1e-4)
+    flat = deep_gemm.mqa_logits(FlatLogitsCall(
+        q[:, 0], q_scale[:, 0], torch.zeros(70, 64, dtype=torch.uint8), torch.full((70, 4), 127, dtype=torch.uint8),
+        weights, torch.zeros(len(q), dtype=torch.int32), torch.full((len(q),), 70, dtype=torch.int32), 70, None, False,
+    ))  # fmt: skip
+    assert flat.dtype == torch.float32
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("generation", ["0.1", "0.2"])
 def test_batches_past_the_schedules_limit_are_split(double, rng, generation):
     module = double(generation, "sm_100", shared_memory=4 * (64 + 2 * 2))
-    arguments = problem(rng, 1)
-    got = deep_gemm.paged_mqa_logits(PagedLogitsCall(*arguments, 300, None, None, True))
-    assert_same(got, reference.paged_mqa_logits(*arguments, 300))
+    layout = layouts.INDEXER_FP4 if module.mx else layouts.INDEXER_FP8
+    q, q_scale, cache, weights, *rest = problem(rng, 1, layout)
+    got = deep_gemm.paged_mqa_logits(PagedLogitsCall(q, q_scale, cache, weights, *rest, 300, None, None, True))
+    assert_same(got, reference.paged_mqa_logits(q, q_scale, cache, rounded(module, weights), *rest, 300), module.mx)
     assert [call.q.shape[0] for call in module.calls] == [2, 2]
 
 
@@ -317,7 +383,7 @@ def test_batches_past_the_schedules_limit_are_split(double, rng, generation):
 @pytest.mark.parametrize("fp4", [False, True])
 @pytest.mark.parametrize("generation", ["0.1", "0.2"])
 def test_flat_logits_keep_the_contract(double, rng, generation, fp4, relative):
-    module = double(generation, "sm_100")
+    module = double(generation, "sm_100" if fp4 or generation == "0.1" else "sm_90")
     rows, entries = 9, 200
     if fp4:
         q = torch.randint(0, 256, (rows, 32, 64), generator=rng, dtype=torch.uint8)
@@ -333,7 +399,8 @@ def test_flat_logits_keep_the_contract(double, rng, generation, fp4, relative):
     ks = torch.tensor([0, -3, 150, 10, 199, 200, 2**31 - 1, 5, 0], dtype=torch.int32)
     ke = torch.tensor([200, 2**31 - 1, 20, 60, 200, 200, 5, -(2**31), 1], dtype=torch.int32)
     got = deep_gemm.mqa_logits(FlatLogitsCall(q, q_scale, k, k_scale, weights, ks, ke, relative, None, True))
-    assert_same(got, reference.mqa_logits(q, q_scale, k, k_scale, weights, ks, ke, relative))
+    want = reference.mqa_logits(q, q_scale, k, k_scale, rounded(module, weights), ks, ke, relative)
+    assert_same(got, want, module.mx)
     assert len(module.calls) == 1
 
 
@@ -367,6 +434,9 @@ def test_every_limit_gives_its_reason(double):
     assert reasons(q="e2m1", layout="indexer fp4")[0] == ["q and K are e2m1, need e4m3fn on SM90"]
     assert reasons(q="e2m1")[0] == ["q is e2m1 and K e4m3fn, need e4m3fn for both or e2m1 for both"]
     assert reasons(page_size=32)[0] == ["page_size is 32, need 64"]
+    assert reasons(arch="sm_100", page_size=128)[0] == ["page_size is 128, need 32 or 64"]
+    assert reasons(arch="sm_121", page_size=32)[0] == ["page_size is 32, need 64"]
+    assert "compiles for no sm_107" in reasons(arch="sm_107")[0][0]
     assert "arch is sm_80" in reasons(arch="sm_80")[0][0]
     assert reasons(layout="DSv4")[0]
     assert "q is e4m3fnuz" in reasons(op="mqa_logits", q="e4m3fnuz", k="e4m3fnuz")[0][0]
@@ -390,6 +460,8 @@ def test_next_n_is_a_note_of_the_explanation(double):
     assert reasons(next_n=5)[1].startswith("next_n 5 as 2 + 2 + 1 over one block table")
     assert reasons(next_n=6)[1].startswith("next_n 6 as 3 requests of 2, table rows repeated")
     double("0.2", "sm_100")
+    assert "rounded to bf16" in reasons(arch="sm_100")[1]
+    assert "rounded to bf16" in reasons(op="mqa_logits", arch="sm_100")[1]
     assert "single rows" in reasons(arch="sm_100", next_n=3)[1]
     double("0.1", "sm_100")
     assert reasons(arch="sm_100", next_n=7)[1] == "next_n 7 natively"
@@ -420,6 +492,18 @@ def test_the_hosts_time_of_parts_is_compared_and_shows_in_no_graph():
     assert times(3, 64, capturing=True)[0] == pytest.approx(116, rel=0.1)
     assert times(3, 256)[0] == times(3, 256, capturing=True)[0]
     assert times(3, 64)[0] > times(3, 64)[1]
+
+
+@pytest.mark.parametrize("op", ["paged_mqa_logits", "mqa_logits"])
+def test_float32_scales_are_refused_where_the_library_asserts(double, op):
+    double("0.2", "sm_100")
+    (reason,) = reasons(op=op, arch="sm_100")[0]
+    assert "float32 scales" in reason
+    assert "ue8m0" in reason
+    assert reasons(op=op, arch="sm_100", q="e2m1", k="e2m1", layout="indexer fp4")[0] == []
+    assert reasons(op=op, arch="sm_90")[0] == reasons(op=op, arch="sm_120")[0] == []
+    double("0.1", "sm_100")
+    assert reasons(op=op, arch="sm_100")[0] == []
 
 
 def test_a_build_without_the_entry_point_says_so(double):

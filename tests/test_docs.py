@@ -12,7 +12,7 @@ from tolerances import check_decode, check_prefill
 import dsv4x
 
 ROOT = Path(__file__).parent.parent
-DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md"])
+DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks/README.md"])
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 int32 = partial(torch.tensor, dtype=torch.int32)
 
@@ -193,7 +193,7 @@ def step_rows(measured):
         shape = f"{row['requests']} | {row['context']}"
         rows.add(f"| {shape} | {gpu:.1f} | {host['build']:.0f} | {host['update']:.0f} |")
     for row in measured["host"]:
-        times = [row["host_us"][name] for name in ("flash_mla bare", "dsv4x gluon", "dsv4x flash_mla")]
+        times = [row["host_us"][name] for name in ("flash_mla bare", "dsv4x gluon", "gluon alone", "dsv4x flash_mla")]
         rows.add(f"| {row['requests']} | {row['ratio']} | " + " | ".join(f"{us:.0f}" for us in times) + " |")
     for row in measured["width"]:
         times = [row["us"][f"{kernel} {width}"] for kernel in ("gluon", "triton") for width in ("narrow", "wide")]

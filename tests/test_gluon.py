@@ -191,3 +191,18 @@ def test_decode_keeps_the_splits_it_is_given(decode_record):
 def test_decode_predictions_are_near_what_was_measured(decode_record, row):
     asked = decode_problem(heads=row["heads"], extra_width=row["topk"], tokens=row["tokens"])
     assert decode_record.predicted_us(asked) == pytest.approx(row.get("gluon_graph", row["gluon"]), rel=0.15)
+
+
+def served():
+    """SGLang's C4 steps of 256 tokens at 16 heads, for which the Triton kernel was chosen once."""
+    rows = json.loads((RESULTS / "servers-sglang-h100.json").read_text())["rows"]
+    shape = {"heads": 16, "ratio": 4, "tokens": 256, "captured": True}
+    return [row for row in rows if shape.items() <= row.items()]
+
+
+@pytest.mark.parametrize("row", served(), ids=lambda row: f"{row['piece']}-{row['context']}")
+def test_gathers_bound_the_triton_kernel_at_few_heads(decode_record, row):
+    asked = decode_problem(heads=16, tokens=256)
+    predicted = portable._triton_decode_us(asked)
+    assert predicted == pytest.approx(row["us"]["dsv4x"], rel=0.2)
+    assert decode_record.predicted_us(asked) < predicted

@@ -56,6 +56,7 @@ def random_q(tokens, heads):
     return torch.randn(tokens, heads, 512, device="cuda").clamp(-1, 1).bfloat16()
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("seed", range(24))
 def test_decode_agrees_with_the_oracle(seed):
     torch.manual_seed(seed)
@@ -76,6 +77,7 @@ def test_decode_agrees_with_the_oracle(seed):
         check_decode(out, lse, expected, expected_lse)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("seed", range(21))
 def test_prefill_agrees_with_the_oracle(seed):
     torch.manual_seed(100 + seed)
@@ -359,6 +361,7 @@ def test_a_thousand_calls_leave_memory_where_it_was():
     assert torch.cuda.memory_allocated() <= before
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("ratio", [4, 128])
 def test_32768_tokens_in_one_call(ratio):
     q, swa, extra, meta, chosen, sink = long_step(32768, 1 << 17, 1, ratio)

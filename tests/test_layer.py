@@ -106,6 +106,7 @@ def test_chunkings_agree_token_by_token(ratio):
         torch.testing.assert_close(a.float(), b.float(), rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.large
 @pytest.mark.gpu
 @pytest.mark.parametrize(("ratio", "path"), [(r, p) for r in RATIOS for p in (*paths_of(r), None)])
 @pytest.mark.parametrize("kernel", ["triton", "flash_mla"])

@@ -188,6 +188,23 @@ def test_c128_rows_are_every_visible_entry(extra_page_size, make_step):
         assert row == want + [-1] * (len(row) - count)
 
 
+def test_rows_as_wide_as_the_bound_are_filled_to_their_ends(kernel_device, make_step, monkeypatch):
+    """Once, by the build: a refill leaves alone what stands past the next multiple of 64."""
+    kernel, device = kernel_device
+    monkeypatch.setattr(metadata, "select", lambda problem: registry.select(problem, kernel))
+    step = make_step([(3, 700), (2, 129)], 128, extra_page_size=2, padding=1)
+    table = torch.full((2, 2000), -1, dtype=torch.int32, device=device)
+    table[:, : len(step.extra_table[0])] = int32(step.extra_table)
+    meta = step.build(device, max_seq_len=1 << 18, extra_block_table=table)
+    assert meta.extra_indices.shape == (6, 2048)
+    held = torch.arange(2048, device=device) < meta.extra_lens[:, None]
+    assert ((meta.extra_indices >= 0) == held).all()
+    assert (meta.extra_indices[~held] == -1).all()
+    meta.extra_indices[:, 64:] = 7
+    meta.update(meta.query_start_loc, meta.seq_lens, meta.swa_block_table, table)
+    assert (meta.extra_indices[:, 64:] == (-1 if kernel == "reference" else 7)).all()
+
+
 def test_window_only_layers_have_no_extra_rows(make_step):
     meta = make_step(BATCHES["mixed"], ratio=1).build()
     assert meta.extra_indices is meta.extra_lens is meta.extra_block_table is None

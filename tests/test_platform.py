@@ -224,6 +224,27 @@ def test_a_build_without_its_driver_falls_back_unless_it_was_asked_for(vendor, s
         module.detect()
 
 
+@pytest.mark.parametrize("vendor", ["cuda", None])
+def test_another_build_than_rocms_on_amds_driver_says_what_to_install(vendor, built_for, monkeypatch, caplog):
+    built_for(vendor, driver=False)
+    assert "ROCm" not in module._chosen().reason
+    assert not caplog.records
+    monkeypatch.setattr(module.Path, "exists", lambda self: str(self) == "/dev/kfd")
+    found = module._chosen()
+    assert found.backend == "reference"
+    assert "an AMD driver is there (/dev/kfd): install ROCm's torch first" in found.reason
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("dsv4x", "WARNING")
+    assert found.reason in record.message
+    # What was asked for is no surprise, and a machine with both vendors' drivers runs on the build's.
+    monkeypatch.setenv("DSV4X_BACKEND", "reference")
+    assert "AMD" not in module._chosen().reason
+    built_for("cuda")
+    monkeypatch.delenv("DSV4X_BACKEND")
+    assert module._chosen().backend == "cuda"
+    assert len(caplog.records) == 1
+
+
 @pytest.mark.parametrize(
     ("vendor", "variable"),
     [("cuda", "CUDA_VISIBLE_DEVICES"), ("rocm", "HIP_VISIBLE_DEVICES"), ("rocm", "ROCR_VISIBLE_DEVICES")],

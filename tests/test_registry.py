@@ -545,7 +545,7 @@ def flash_reasons(replaced, monkeypatch):
 
 
 @pytest.mark.parametrize("base", [DECODE, PREFILL])
-@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_103"])
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_103", "sm_107"])
 @pytest.mark.parametrize("heads", [1, 8, 64, 100, 128])
 def test_flash_mla_takes_hopper_and_blackwell_and_any_heads(base, arch, heads, flash_reasons):
     assert flash_reasons(problem(base, arch=arch, heads=heads)) == []
@@ -555,7 +555,7 @@ def test_flash_mla_takes_hopper_and_blackwell_and_any_heads(base, arch, heads, f
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_120", "gfx942"])
 def test_flash_mla_refuses_other_archs(base, arch, flash_reasons):
     reasons = flash_reasons(problem(base, arch=arch))
-    assert reasons[0] == f"arch is {arch}, need sm_90 or sm_100 or sm_103"
+    assert reasons[0] == f"arch is {arch}, need sm_90 or sm_100 or sm_103 or sm_107"
 
 
 @pytest.mark.parametrize("base", [DECODE, PREFILL])
@@ -602,6 +602,29 @@ def test_a_wheel_that_lacks_v4_is_told_apart(module, says, flash_reasons):
 
 def test_the_wheel_before_use_legacy_is_fine(flash_reasons):
     assert flash_reasons(DECODE, fake_module(", extra_k_cache")) == []
+
+
+@pytest.mark.parametrize("base", [DECODE, PREFILL])
+def test_sm_107_needs_the_wheel_that_has_code_for_it(base, flash_reasons):
+    (reason,) = flash_reasons(problem(base, arch="sm_107"), fake_module(", extra_k_cache, out"))
+    assert "no code for sm_107" in reason
+
+
+def test_vllms_copy_kept_the_pages_that_upstream_dropped(flash_reasons):
+    assert flash_reasons(DECODE, fake_module(", extra_k_cache, out, enable_batch_invariant")) == []
+
+
+def test_upstreams_newest_release_still_serves_bf16_rows_on_sm100(flash_reasons):
+    module = fake_module(", extra_k_cache, enable_batch_invariant")
+    rows = CacheSpec("bf16 512", 64, 4, 64 * 1024)
+    for base in (PREFILL, problem(caches=(rows,))):
+        assert flash_reasons(problem(base, arch="sm_100"), module) == []
+        (reason,) = flash_reasons(base, module)
+        assert reason.endswith("2026.09.30 release or later, which dropped SM90")
+        (reason,) = flash_reasons(problem(base, arch="sm_100", head_dim=576), module)
+        assert reason.endswith("dropped head_dim 576, need 512")
+    (reason,) = flash_reasons(problem(arch="sm_100"), module)
+    assert reason.endswith("dropped DSv4 pages")
 
 
 def test_flash_mla_that_does_not_import_is_the_only_reason(flash_reasons):

@@ -854,6 +854,7 @@ def test_blocks_follow_stated_entries_and_else_the_width():
     assert expected_blocks(5, (0, 0), 64) == 0
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("gib", [3, 5])
 def test_pages_past_2_and_4_gib_are_attended_to(gib, attention_kernel_device, on_device, rng):
     kernel, device = attention_kernel_device

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import inspect
 import sys
 
@@ -115,12 +116,86 @@ def test_a_look_alike_is_told_by_its_distribution_and_never_imported(install):
     assert NAME not in sys.modules
 
 
+@pytest.mark.parametrize("version", ["0.1.7.post2.dev18", "0.1.16", "0.0.9+rocm7"])
+def test_a_release_that_is_too_old_is_named_and_never_imported(version, install):
+    install("raise AssertionError('imported')\n", "dsv4x-right", version)
+    old = VendorLibrary(NAME, ("dsv4x-right>=0.1.17",), hint="pip install dsv4x-right")
+    assert old.reason == f"dsv4x-right {version} is too old, need 0.1.17 or later; pip install dsv4x-right"
+    assert NAME not in sys.modules
+
+
+@pytest.mark.parametrize("version", ["0.1.17", "0.1.20.post1+rocm7", "0.2", "1.0.0", "0.1.dev7+gabc", "0.0.0"])
+def test_a_newer_release_and_a_version_that_tells_nothing_are_taken(version, install):
+    install("", "dsv4x-right", version)
+    assert VendorLibrary(NAME, ("dsv4x-right>=0.1.17",), hint="pip install dsv4x-right").reason is None
+
+
 def test_a_look_alike_without_metadata_is_told_by_what_it_lacks(install):
     install("present = 1\n")
     lacking = library(attributes=("present", "absent", "gone"))
     assert "has no absent, gone" in lacking.reason
     assert f"{NAME}.py" in lacking.reason
     assert lacking.reason.endswith("pip install dsv4x-right")
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server package with a copy of the library, and whether it is imported."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "dsv4x_test_server").mkdir()
+    (tmp_path / "dsv4x_test_server" / "__init__.py").write_text("")
+
+    def put(text, imported=True):
+        (tmp_path / "dsv4x_test_server" / "copy.py").write_text(text)
+        if imported:
+            importlib.import_module("dsv4x_test_server")
+
+    yield put
+    for name in ("dsv4x_test_server", "dsv4x_test_server.copy", NAME):
+        sys.modules.pop(name, None)
+
+
+COPY = "dsv4x_test_server.copy"
+
+
+def test_a_servers_copy_is_used_in_that_server_alone(server, install):
+    install("whose = 'own'\n", "dsv4x-right")
+    server("whose = 'copy'\n", imported=False)
+    assert library(before=(COPY,)).load().whose == "own"
+    importlib.import_module("dsv4x_test_server")
+    found = library(before=(COPY,))
+    assert found.load().whose == "copy"
+    assert found.module == found.describe()["module"] == COPY
+    assert found.distribution == ("dsv4x_test_server", None)
+    assert library(after=(COPY,)).load().whose == "own"
+
+
+def test_a_servers_copy_that_does_not_import_leaves_the_library(server, install):
+    install("whose = 'own'\n", "dsv4x-right")
+    server("raise ImportError('built for another machine')\n")
+    found = library(before=(COPY,))
+    assert found.load().whose == "own"
+    assert found.distribution == ("dsv4x-right", "1.0")
+
+
+def test_a_servers_copy_without_the_library_says_why_it_fails(server):
+    server("raise ImportError('built for another machine')\n")
+    assert library(before=(COPY,)).reason == f"import {COPY} failed: ImportError: built for another machine"
+
+
+def test_of_a_library_that_may_load_once_the_imported_build_is_taken(server, install):
+    install("raise AssertionError('a second build')\n", "dsv4x-right")
+    server("whose = 'copy'\n")
+    importlib.import_module(COPY)
+    assert library(after=(COPY,), namespace="dsv4x_nobodys").load().whose == "copy"
+
+
+def test_no_build_is_imported_beside_anothers_operators(install):
+    install("raise AssertionError('a second build')\n", "dsv4x-right")
+    # torch's own operators stand for a build that was loaded under a name nobody knows.
+    reason = library(namespace="aten").reason
+    assert "torch.ops.aten" in reason
+    assert NAME not in sys.modules
 
 
 # FlashMLA.
@@ -138,14 +213,32 @@ class Double:
     """FlashMLA as measured (formats.md, section 5): it takes nothing that the real one would not, and answers right."""
 
     def __init__(self, generation):
-        self.calls, self.metas, self.outs = [], [], []
+        self.calls, self.metas, self.outs, self.prefill_heads = [], [], [], (64, 128)
         if generation == "use_legacy":
             self.flash_mla_with_kvcache = lambda *a, use_legacy=False, **k: self._decode(use_legacy, *a, **k)
             self.flash_mla_sparse_fwd = lambda *a, use_legacy=False, **k: self._prefill(use_legacy, *a, **k)
             self.has_legacy = lambda: True
-        elif generation == "vLLM's":
-            self.flash_mla_with_kvcache = lambda *a, out=None, **k: self._decode(True, *a, out=out, **k)
+        elif generation.startswith("vLLM's"):
+            if generation == "vLLM's 0.33":
+
+                def decode(*a, out=None, enable_batch_invariant=False, **k):
+                    assert not enable_batch_invariant, "SM90 has no unsplit path"
+                    return self._decode(True, *a, out=out, **k)
+
+                self.flash_mla_with_kvcache, self.prefill_heads = decode, (8, 16, 32, 64, 128)
+            else:
+                self.flash_mla_with_kvcache = lambda *a, out=None, **k: self._decode(True, *a, out=out, **k)
             self.flash_mla_sparse_fwd = lambda *a, out=None, **k: self._prefill(True, *a, out=out, **k)
+        elif generation == "upstream 2026.09.30":
+
+            def flash_mla_with_kvcache(q, extra_k_cache=None, enable_batch_invariant=False):
+                pytest.fail("it reads V4.1 pages only")
+
+            def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None):
+                assert q.shape[-1] == 512
+                return self._prefill(True, q, kv, indices, sm_scale, d_v, attn_sink, topk_length)
+
+            self.flash_mla_with_kvcache, self.flash_mla_sparse_fwd = flash_mla_with_kvcache, flash_mla_sparse_fwd
         else:
             self.flash_mla_with_kvcache = lambda *a, **k: self._decode(True, *a, **k)
             self.flash_mla_sparse_fwd = lambda *a, **k: self._prefill(True, *a, **k)
@@ -190,10 +283,10 @@ class Double:
             assert stride > 0
             assert stride * tensor.element_size() % size == 0
 
-    def _heads(self, q, attn_sink):
+    def _heads(self, q, attn_sink, counts=(64, 128)):
         self._steps(q, 16)
         assert q.dtype == torch.bfloat16
-        assert q.shape[-2] in (64, 128)
+        assert q.shape[-2] in counts
         assert q.shape[-1] in (512, 576)
         assert q.stride(-1) == 1
         assert q.shape[0] > 0
@@ -248,14 +341,14 @@ class Double:
         if out is None:
             return values.bfloat16()
         assert out.shape == values.shape
-        assert out.is_contiguous()
+        assert out.is_contiguous() or (out.dim() == 3 and out.shape[1] in (8, 16, 32) and out.stride(2) == 1)
         assert out.data_ptr() % 16 == 0
         self.outs.append(out.data_ptr())
         return out.copy_(values)
 
     def _prefill(self, use_legacy, q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None, out=None):
         assert use_legacy
-        self._heads(q, attn_sink)
+        self._heads(q, attn_sink, self.prefill_heads)
         assert kv.dtype == torch.bfloat16
         assert kv.shape[0] > 0
         assert kv.shape[1:] == (1, q.shape[-1])
@@ -272,7 +365,7 @@ class Double:
         return self._written(values, out), torch.full_like(lse, float("nan")), lse
 
 
-GENERATIONS = ["use_legacy", "before use_legacy", "vLLM's"]
+GENERATIONS = ["use_legacy", "before use_legacy", "vLLM's", "vLLM's 0.33"]
 
 
 @pytest.fixture(params=GENERATIONS)
@@ -295,6 +388,7 @@ def use_double(monkeypatch, generation, max_batch=1000):
             return double
 
     monkeypatch.setattr(flash_mla, "FLASH_MLA", Library())
+    monkeypatch.setattr(flash_mla, "prefill_heads", lambda arch, module: double.prefill_heads)
     # A CPU has no shared memory to bound a batch by.
     monkeypatch.setattr(flash_mla, "max_batch", lambda heads, shared_memory: max_batch)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -383,7 +477,6 @@ def padded(case, wide, garbage=float("nan")):
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("heads", "wide"), [(8, 64), (8, 128), (8, 9), (64, 128), (64, 100), (65, 128), (100, 200)])
 def test_a_padded_q_is_handed_over_as_it_is(heads, wide, double, decode_case, prefill_case, monkeypatch):
-    needed = 64 if heads <= 64 else 128
     for run, oracle, check, name, case in (
         (lambda x: flash_mla.decode(decode_call(**x)), reference.sparse_mla_decode, check_decode,
          "flash_mla_with_kvcache", decode_case(heads=heads, extra_width=64)),
@@ -391,6 +484,8 @@ def test_a_padded_q_is_handed_over_as_it_is(heads, wide, double, decode_case, pr
          "flash_mla_sparse_fwd", prefill_case(heads=heads)),
     ):  # fmt: skip
         seen, inner = [], getattr(double, name)
+        counts = double.prefill_heads if name == "flash_mla_sparse_fwd" else (64, 128)
+        needed = next(count for count in counts if heads <= count)
 
         @functools.wraps(inner)
         def watch(seen=seen, inner=inner, **given):
@@ -466,6 +561,13 @@ def test_alignment_is_told_and_made(shift, strides, base, step, well):
     assert (made is tensor) == well
     assert torch.equal(made, tensor)
     assert is_aligned(made, base, step)
+
+
+@pytest.mark.interpreter
+def test_bf16_rows_go_to_upstreams_newest_release(monkeypatch, prefill_case):
+    double = use_double(monkeypatch, "upstream 2026.09.30")
+    run_prefill(prefill_case(heads=8))
+    assert double.calls == [3]
 
 
 @pytest.mark.interpreter
@@ -715,3 +817,24 @@ def test_the_wiring_is_what_the_registered_kernel_runs(one_double, decode_case, 
     got = dsv4x.sparse_mla_decode(**case, kernel="flash_mla")
     check_decode(*got, *reference.sparse_mla_decode(**case, dtype=torch.float64))
     assert one_double.calls == [2]
+
+
+def test_prefill_heads_are_told_by_signature_and_arch():
+    new, old = Double("vLLM's 0.33"), Double("vLLM's")
+    upstream = Double("before use_legacy")
+    assert flash_mla.prefill_heads("sm_90", new) == (8, 16, 32, 64, 128)
+    for arch, build in (("sm_100", new), ("sm_90", old), ("sm_90", upstream)):
+        assert flash_mla.prefill_heads(arch, build) == (64, 128)
+
+
+@pytest.mark.interpreter
+def test_few_heads_are_prefilled_as_a_slice_of_the_servers_buffer(monkeypatch, prefill_case):
+    double = use_double(monkeypatch, "vLLM's 0.33")
+    case = prefill_case(heads=16)
+    around = torch.full((3, 64, 512), 7.0, dtype=torch.bfloat16)
+    got, _ = flash_mla.prefill(prefill_call(**padded(case, 64), heads=16, out=around))
+    assert got is around
+    assert double.outs == [around.data_ptr()]
+    want = reference.sparse_mla_prefill(**case, dtype=torch.float64)
+    check_prefill(around[:, :16], want[1].float(), *want)
+    assert (around[:, 16:] == 7).all()

@@ -23,10 +23,13 @@ from .kernels.scratch import multiprocessors, partial_bytes, tensor_bytes
 
 # Microseconds a call and FLOP a microsecond. Triton's are an H200's (decode-kernels-h200.json of benchmarks/results,
 # over DSv4 entries); the reference's are a guess that keeps it last on a GPU.
-_TRITON_RATES = {"sparse_mla_decode": (20.0, 80e6)}
+_TRITON_DECODE_RATES = (20.0, 80e6)
+# Gathering bounds few heads, a call and bytes a microsecond: 256 tokens of 640 entries took 121 to 132 us at 16 heads
+# in graphs of an H100 (servers-sglang-h100.json), and 4096 tokens 2172 us at 8.
+_TRITON_DECODE_GATHER = (10.0, 0.75e6)
 # Prefill's (benchmarks/results/prefill-kernels-h200.json): heads a program covers -> a call, the rate.
 _TRITON_PREFILL_RATES = {16: (50.0, 116e6), 64: (50.0, 190e6)}
-_OTHER_TRITON_RATES = (30.0, 1e6)
+_OTHER_TRITON_US = 30.0
 _REFERENCE_RATES = (200.0, 1e6)
 _INTERPRETER_US = 1e6
 
@@ -40,13 +43,22 @@ def _lazy(module: str, name: str) -> Callable[..., Any]:
 
 
 def _triton_us(problem: Problem) -> float:
-    call, rate = _TRITON_RATES.get(problem.op, _OTHER_TRITON_RATES)
-    return call + _flops(problem) / rate + (_INTERPRETER_US if problem.interpreter else 0.0)
+    return _OTHER_TRITON_US + (_INTERPRETER_US if problem.interpreter else 0.0)
 
 
 def _flops(problem: Problem) -> float:
     """What attention multiplies; every other op is predicted by its launch alone."""
     return problem.attention_flops if isinstance(problem, AttentionProblem) else 0.0
+
+
+def _triton_decode_us(problem: AttentionProblem) -> float:
+    """The slower of products and gathers."""
+    call, rate = _TRITON_DECODE_RATES
+    started, gather_rate = _TRITON_DECODE_GATHER
+    entry = max((layouts.by_name(cache.layout).entry_bytes for cache in problem.caches), default=0)
+    gathered = problem.tokens * (problem.entries or problem.width + problem.extra_width) * entry
+    us = max(call + problem.attention_flops / rate, started + gathered / gather_rate)
+    return us + (_INTERPRETER_US if problem.interpreter else 0.0)
 
 
 def _triton_prefill_us(problem: AttentionProblem) -> float:
@@ -206,5 +218,5 @@ def register_portable() -> None:
     _pair("topk_merge", "topk")
     _pair("merge_attention_states", "merge")
     scratch: dict[str, Any] = {"triton_scratch": _triton_scratch, "reference_scratch": _reference_scratch}
-    _pair("sparse_mla_decode", "decode", reference_run=_reference_decode, **scratch)
+    _pair("sparse_mla_decode", "decode", reference_run=_reference_decode, triton_us=_triton_decode_us, **scratch)
     _pair("sparse_mla_prefill", "prefill", reference_run=_reference_prefill, triton_us=_triton_prefill_us, **scratch)

@@ -3,7 +3,8 @@
 Read from the ``sgl-deep-gemm`` wheels 0.1.5.post1, 0.2.3 and 0.2.5 (the headers it compiles, and the assertions in its
 library) and measured on an H200 with the first. Told apart by signature: ``fp8_paged_mqa_logits`` and
 ``fp8_mqa_logits`` are older than ``fp8_fp4_*``, which take q as a pair; the newest have no ``clean_logits``, want
-``max_seqlen_k``, and on SM100 a request number for every row.
+``max_seqlen_k``, and on SM100 a request number for every row, ue8m0 scales of q and K, and bf16 weights, and return
+bf16 logits there. So fp8 K with one float32 scale a row is refused on SM100 by reason: its scales are no powers of two.
 
 What it leaves to its caller, and what is done here: it reads a request's length from its last row, so that every row
 of a request is scored over the longest; it writes whole segments, so that columns past a length hold anything; it
@@ -37,11 +38,17 @@ DEEP_GEMM = VendorLibrary(
     wrong={"deep-gemm": "PyPI's deep-gemm, an old source release with another API"},
     attributes=("get_paged_mqa_logits_metadata",),
     hint="pip install sgl-deep-gemm",
+    # vLLM prefers an installed one to its own as well, so that both use one build.
+    after=("vllm.third_party.deep_gemm",),
+    namespace="deep_gemm",
 )
 
-ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120")
+ARCHS = ("sm_90", "sm_100", "sm_103", "sm_107", "sm_120", "sm_121")
 LAYOUTS = (layouts.INDEXER_FP8.name, layouts.INDEXER_FP4.name)
-PAGE_SIZES = {"sm_90": (64,), "sm_100": (32, 64), "sm_103": (32, 64), "sm_120": (64,)}
+# By arch family: what every build takes, and what its assertions add in later ones.
+PAGE_SIZES = {"sm_9": (64,), "sm_10": (32, 64), "sm_12": (64,)}
+_SINCE_0_2_3 = {"sm_10": (128,)}
+_SINCE_0_2_5 = {"sm_12": (32, 128, 256)}
 SM90_NEXT_N = 2
 
 BY_NAME_ONLY = (
@@ -59,6 +66,19 @@ _TABLE_US = 5.0
 # The host's microseconds of one part: it copies rows of q and of the weights, calls, and copies the logits to their
 # place. A call in two parts took an H200's host 243 us, and its GPU 116.
 _PART_US = 135.0
+
+
+def page_sizes(arch: str, device: str) -> tuple[int, ...]:
+    """The page sizes DeepGEMM takes on ``arch``; of a build's own only where ``device`` could run it."""
+    family = arch[:-1]
+    sizes = PAGE_SIZES.get(family, ()) if arch in ARCHS else ()
+    if not sizes or device != "cuda" or DEEP_GEMM.reason is not None:
+        return sizes
+    if hasattr(DEEP_GEMM.load(), "get_mqa_logits_metadata"):
+        sizes += _SINCE_0_2_3.get(family, ())
+    if _is_newest():
+        sizes += _SINCE_0_2_5.get(family, ())
+    return tuple(sorted(sizes))
 
 
 def schedule_limit(arch: str, shared_memory: int) -> int:
@@ -91,6 +111,13 @@ def _wheel_reasons(problem: LogitsProblem, name: str) -> list[str]:
     if _function(name, packed) is None:
         need = f"fp8_fp4_{name}" if packed else f"fp8_{name} or fp8_fp4_{name}"
         return [f"deep_gemm at {DEEP_GEMM.path} has no {need}"]
+    if problem.arch == "sm_107" and not _is_newest():
+        return [f"deep_gemm at {DEEP_GEMM.path} compiles for no sm_107, need sgl-deep-gemm 0.2.5"]
+    if not packed and _is_mx(problem.arch):
+        return [
+            f"q and K are e4m3fn with float32 scales, and deep_gemm at {DEEP_GEMM.path} takes ue8m0 scales only on "
+            f"SM100, need {layouts.INDEXER_FP4.name}, or sgl-deep-gemm 0.2.3"
+        ]
     return []
 
 
@@ -113,7 +140,7 @@ def _paged_reasons(problem: LogitsProblem) -> list[str]:
     for cache in problem.caches:
         if cache.layout in LAYOUTS:
             reasons += _operand_reasons(problem, layouts.by_name(cache.layout).value_encoding)
-        sizes = PAGE_SIZES.get(problem.arch, ())
+        sizes = page_sizes(problem.arch, problem.device)
         if sizes and cache.page_size not in sizes:
             reasons.append(f"page_size is {cache.page_size}, need {' or '.join(map(str, sizes))}")
         if cache.page_stride > 2**31 - 1:
@@ -128,24 +155,33 @@ def _flat_reasons(problem: LogitsProblem) -> list[str]:
 
 def _schedule_reasons(problem: ScheduleProblem) -> list[str]:
     reasons = []
-    sizes = PAGE_SIZES.get(problem.arch, ())
+    sizes = page_sizes(problem.arch, problem.device)
     if sizes and problem.page_size not in sizes:
         reasons.append(f"page_size is {problem.page_size}, need {' or '.join(map(str, sizes))}")
     if problem.device == "cuda" and sizes:
         limit = schedule_limit(problem.arch, platform.limits().shared_memory)
         if problem.tokens > limit:
             reasons.append(f"{problem.tokens} requests, need <= {limit}: its kernel's shared memory holds no more")
-        if not reasons and DEEP_GEMM.reason is None and _needs_requests(problem.arch):
+        if not reasons and DEEP_GEMM.reason is None and _is_mx(problem.arch):
             reasons.append(
                 "this DeepGEMM schedules rows by their requests on SM100, which paged_mqa_logits does itself"
             )
     return reasons
 
 
-def _needs_requests(arch: str) -> bool:
-    """Whether the paged kernel takes single rows and a request number for each: SM100 since ``clean_logits`` went."""
+def _is_newest() -> bool:
+    """Whether the build is of 0.2.5's generation, which has no ``clean_logits``."""
     function = _function("paged_mqa_logits", packed=False)
-    return arch.startswith("sm_10") and function is not None and "clean_logits" not in _parameters(function)
+    return function is not None and "clean_logits" not in _parameters(function)
+
+
+def _is_mx(arch: str) -> bool:
+    """Whether this is SM100 under a build of the newest generation, whose kernel there is another.
+
+    It takes single rows and a request number for each, ue8m0 scales of q and K, and bf16 weights, and its logits are
+    bf16 (``check_mqa_logits_q_and_weights`` of 0.2.5).
+    """
+    return arch.startswith("sm_10") and _is_newest()
 
 
 def _taken_as_pairs(arch: str, next_n: int) -> bool:
@@ -161,8 +197,14 @@ def next_n_parts(arch: str, next_n: int) -> list[slice]:
 
 
 def _note(problem: LogitsProblem) -> str:
-    if problem.next_n == 1:
-        return ""
+    mx = DEEP_GEMM.reason is None and _is_mx(problem.arch)
+    notes = ["weights and logits rounded to bf16: the kernel has no other on SM100"] if mx else []
+    if problem.op == "paged_mqa_logits" and problem.next_n > 1:
+        notes.append(_next_n_note(problem, mx))
+    return "; ".join(notes)
+
+
+def _next_n_note(problem: LogitsProblem, mx: bool) -> str:
     parts = next_n_parts(problem.arch, problem.next_n)
     if len(parts) > 1:
         sizes = " + ".join(str(part.stop - part.start) for part in parts)
@@ -170,7 +212,7 @@ def _note(problem: LogitsProblem) -> str:
     if _taken_as_pairs(problem.arch, problem.next_n):
         pairs = f"{problem.next_n // SM90_NEXT_N} requests of {SM90_NEXT_N}"
         return f"next_n {problem.next_n} as {pairs}, table rows repeated: SM90's kernel takes <= {SM90_NEXT_N}"
-    if DEEP_GEMM.reason is None and _needs_requests(problem.arch):
+    if mx:
         return f"next_n {problem.next_n} as single rows that name their requests, over a view of the block table"
     return f"next_n {problem.next_n} natively"
 
@@ -186,6 +228,20 @@ def _pair(q: torch.Tensor, q_scale: torch.Tensor | None, function: Any) -> Any:
     if q_scale is not None:
         return _aligned(q).view(torch.int8), _aligned(q_scale).view(torch.int32).squeeze(-1)
     return (_aligned(q), None) if "fp4" in function.__name__ else _aligned(q)
+
+
+def _weights(weights: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return _aligned(weights.bfloat16() if _is_mx(platform.limits(device).arch) else weights)
+
+
+def _widened(logits: torch.Tensor) -> torch.Tensor:
+    """The logits in float32: themselves, or a copy of bf16 ones."""
+    from ..common.kernels.mqa_logits import empty_logits
+
+    if logits.dtype == torch.float32:
+        return logits
+    rows, width = logits.shape
+    return empty_logits(rows, width, logits.device).copy_(logits)
 
 
 def _options(function: Any) -> dict[str, Any]:
@@ -204,7 +260,7 @@ def paged_mqa_logits(call: PagedLogitsCall) -> torch.Tensor:
     batch, next_n = call.q.shape[:2]
     limits = platform.limits(call.q.device)
     step = batch if limits.arch == "sm_90" else schedule_limit(limits.arch, limits.shared_memory)
-    if _needs_requests(limits.arch):
+    if _is_mx(limits.arch):
         step = max(1, step // next_n)
     if step >= batch:
         return _deliver(_paged_batch(call), call)
@@ -226,7 +282,7 @@ def _paged_batch(call: PagedLogitsCall) -> list[torch.Tensor]:
 
     arch, module = platform.limits(call.q.device).arch, DEEP_GEMM.load()
     most = min(call.max_context_len, call.block_table.shape[1] * call.cache.page_size)
-    if _needs_requests(arch):
+    if _is_mx(arch):
         return _paged_rows(call, most)
     if _taken_as_pairs(arch, call.q.shape[1]):
         call = _pairs(call, most)
@@ -280,8 +336,8 @@ def _score(
         q_scale = None if q_scale is None else q_scale.reshape(-1, 1, *q_scale.shape[2:])
         more["indices"] = requests
     return function(
-        _pair(q, q_scale, function), call.cache.servers_view, _aligned(call.weights), lens, call.block_table, plan,
-        call.max_context_len, **more,
+        _pair(q, q_scale, function), call.cache.servers_view, _weights(call.weights, q.device), lens, call.block_table,
+        plan, call.max_context_len, **more,
     )  # fmt: skip
 
 
@@ -338,9 +394,11 @@ def _deliver(parts: list[torch.Tensor], call: PagedLogitsCall) -> torch.Tensor:
     out, width = call.out, call.max_context_len
     batch, next_n = call.context_lens.shape
     if len(parts) == 1 and out is None and not call.clean_logits:
-        return parts[0]
+        return _widened(parts[0])
     if out is None:
-        out = parts[0] if len(parts) == 1 else empty_logits(batch * next_n, width, call.q.device)
+        # The pass that cleans widens too, where it copies.
+        own = len(parts) == 1 and parts[0].dtype == torch.float32
+        out = parts[0] if own else empty_logits(batch * next_n, width, call.q.device)
     first = 0
     for part in parts:
         rows = slice(first, first + part.shape[0] // batch)
@@ -367,15 +425,15 @@ def mqa_logits(call: FlatLogitsCall) -> torch.Tensor:
     if q_scale is not None:
         kv = (kv[0].view(torch.int8), kv[1].view(torch.int32).squeeze(-1))
     logits = function(
-        _pair(q, q_scale, function), kv, _aligned(call.weights), starts, ends,
+        _pair(q, q_scale, function), kv, _weights(call.weights, q.device), starts, ends,
         max_seqlen_k=width if relative else 0, **_options(function),
     )[:, :width]  # fmt: skip
     shifted = relative and max_seqlen_k is None
     if out is None and not shifted:
         if not call.clean_logits:
-            return logits
-        out = logits
-    elif out is None:
+            return _widened(logits)
+        out = logits if logits.dtype == torch.float32 else None
+    if out is None:
         out = kernels.empty_logits(q.shape[0], width, q.device)
     if max_seqlen_k is None:
         kernels.clean_logits(logits, ends[:, None], out, width, starts=starts, shifted=shifted)
@@ -445,6 +503,7 @@ def register_kernels() -> None:
         library=DEEP_GEMM,
         archs=ARCHS,
         further_reasons=_flat_reasons,
+        note=_note,
     )
     schedule = Kernel(
         "get_paged_mqa_logits_metadata",

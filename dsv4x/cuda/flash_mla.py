@@ -1,10 +1,14 @@
 """FlashMLA on SM90 and SM100: its limits met here, so that they never reach the caller.
 
-Read from FlashMLA 9241ae3 and the ``sgl-flash-mla`` 1.0.0 wheel, and measured on an H200:
+Read from FlashMLA 9241ae3, the ``sgl-flash-mla`` 1.0.0 wheel and the copy in vLLM 0.33.0, and measured on an H200:
 64 or 128 heads; index widths in multiples of 64 (decode) and 128 (prefill); int32 indices of which only -1 is invalid
 (decode); at least one token, page and row; a scheduler kernel whose shared memory grows with the batch. DSv3.2 pages
 are read without lengths and without an extra cache. bf16 pages are rows to the prefill kernel. q, workspace rows and
 pages begin on 16 bytes, and so do their strides; index rows on 32 (SM100). What else comes is copied, pages refused.
+
+vLLM's copy has ``out``, which upstream lacks, and from 0.33 on prefill kernels for fewer heads on SM90, whose out may
+be a slice of heads. It kept the pages of DSv4 that upstream dropped with its 2026.09.30 release, of which the prefill
+kernel of bf16 rows is used: SM100 and 512 values alone.
 """
 
 from __future__ import annotations
@@ -31,10 +35,13 @@ FLASH_MLA = VendorLibrary(
     ("sgl-flash-mla", "flash-mla", "flash_mla"),
     attributes=("flash_mla_with_kvcache", "flash_mla_sparse_fwd", "get_mla_metadata"),
     hint="pip install sgl-flash-mla",
+    before=("vllm.third_party.flashmla.flash_mla_interface",),
 )
 
-ARCHS = ("sm_90", "sm_100", "sm_103")
+ARCHS = ("sm_90", "sm_100", "sm_103", "sm_107")
 HEADS = (64, 128)
+# What vLLM's copy adds for prefill on SM90.
+SMALL_HEADS = (8, 16, 32)
 # The address and the row stride of indices, in bytes: SM90 loads two at a time, SM100 eight.
 INDEX_ALIGNMENT = 32
 DECODE_WIDTH = 64
@@ -69,9 +76,11 @@ def _options(function: Callable[..., Any]) -> dict[str, bool]:
 def _out(function: Callable[..., Any], call: AttentionCall, heads: int, *middle: int) -> dict[str, torch.Tensor]:
     """The caller's buffer, where the build takes one (vLLM's does) and FlashMLA would write nothing else into it."""
     out = call.out
-    if out is None or not call.heads == heads == out.shape[1] or "out" not in parameters(function):
+    if out is None or call.heads != heads or "out" not in parameters(function):
         return {}
-    if not (out.is_contiguous() and is_aligned(out)):
+    if heads in SMALL_HEADS and is_aligned(out):
+        return {"out": out[:, :heads]}
+    if out.shape[1] != heads or not (out.is_contiguous() and is_aligned(out)):
         return {}
     return {"out": out.view(out.shape[0], *middle, heads, VALUE_DIM)}
 
@@ -84,12 +93,29 @@ def _wheel_reasons(problem: AttentionProblem) -> list[str]:
     takes = parameters(module.flash_mla_with_kvcache)
     if "extra_k_cache" not in takes:
         return [f"flash_mla at {FLASH_MLA.path} has no extra_k_cache: it predates DeepSeek-V4"]
+    if problem.arch == "sm_107" and "use_legacy" not in takes:
+        # Every build's dispatch takes any SM100, but only this wheel was seen to carry code for it.
+        return [f"flash_mla at {FLASH_MLA.path} may have no code for sm_107, need sgl-flash-mla 1.0.0"]
     if "use_legacy" in takes:
         if not module.has_legacy():
             return [f"flash_mla at {FLASH_MLA.path} was built without its legacy kernels, which read DSv4 pages"]
-    elif "enable_batch_invariant" in takes:
-        return [f"flash_mla at {FLASH_MLA.path} is upstream's 2026.09.30 release or later, which dropped DSv4 pages"]
+    elif "enable_batch_invariant" in takes and "out" not in takes:
+        return _dropped(problem)
     return []
+
+
+def _dropped(problem: AttentionProblem) -> list[str]:
+    """What upstream left out with its 2026.09.30 release: every page but V4.1's, SM90, and rows of 576 values."""
+    build = f"flash_mla at {FLASH_MLA.path} is upstream's 2026.09.30 release or later, which dropped"
+    rows = problem.op == "sparse_mla_prefill"
+    if not rows and any(cache.layout not in BF16_LAYOUTS for cache in problem.caches):
+        return [f"{build} DSv4 pages"]
+    reasons = []
+    if problem.arch == "sm_90":
+        reasons.append(f"{build} SM90")
+    if problem.head_dim != VALUE_DIM:
+        reasons.append(f"{build} head_dim {problem.head_dim}, need {VALUE_DIM}")
+    return reasons
 
 
 def _decode_reasons(problem: AttentionProblem) -> list[str]:
@@ -120,14 +146,21 @@ def _prefill_reasons(problem: AttentionProblem) -> list[str]:
     return _wheel_reasons(problem) + needs_triton("its index pass")
 
 
-def _padded_heads(heads: int) -> int:
-    return next(h for h in HEADS if heads <= h)
+def _padded_heads(heads: int, counts: tuple[int, ...] = HEADS) -> int:
+    return next(h for h in counts if heads <= h)
 
 
-def _padded(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+def prefill_heads(arch: str, module: Any) -> tuple[int, ...]:
+    """The head counts that prefill takes: vLLM's copy has more on SM90 since both entry points tell it."""
+    newer = "enable_batch_invariant" in parameters(module.flash_mla_with_kvcache)
+    small = arch == "sm_90" and newer and "out" in parameters(module.flash_mla_sparse_fwd)
+    return SMALL_HEADS + HEADS if small else HEADS
+
+
+def _padded(call: AttentionCall, counts: tuple[int, ...] = HEADS) -> tuple[torch.Tensor, torch.Tensor | None]:
     """q and sink of a head count FlashMLA has: a view where q is as wide, whatever its other heads hold."""
     q, sink = call.q, call.attn_sink
-    padded = _padded_heads(call.heads)
+    padded = _padded_heads(call.heads, counts)
     if q.shape[1] > padded:
         q = q[:, :padded]
     elif q.shape[1] < padded:
@@ -235,8 +268,9 @@ def _scheduler(schedule: dict[Any, Any] | None, device: torch.device, shapes: tu
 
 def prefill(call: PrefillCall) -> Result:
     """``flash_mla_sparse_fwd``."""
-    function = FLASH_MLA.load().flash_mla_sparse_fwd
-    q, attn_sink = _padded(call)
+    module = FLASH_MLA.load()
+    function = module.flash_mla_sparse_fwd
+    q, attn_sink = _padded(call, prefill_heads(platform.limits(call.q.device).arch, module))
     kv = call.kv
     indices, lens = _indices_for(call.indices, call.lens, kv.shape[0], PREFILL_WIDTH, call.trusted)
     kv = aligned(kv) if kv.shape[0] else kv.new_zeros(1, kv.shape[1])

@@ -47,10 +47,10 @@ from ..common.ops.sparse_mla import problem_of
 
 AITER = VendorLibrary(
     "aiter",
-    ("amd-aiter",),
+    ("amd-aiter>=0.1.17",),
     wrong={"aiter": "PyPI's aiter, an asyncio package that has nothing to do with AMD"},
     attributes=("ops",),
-    hint="AMD ships amd-aiter as wheels and source, PyPI does not have it; see docs/dependencies.md",
+    hint="AMD attaches amd-aiter's wheels to the releases of ROCm/aiter; see docs/dependencies.md",
 )
 
 # AITER has kernels for gfx1250 too; each entry point says what keeps dsv4x from them.
@@ -371,6 +371,15 @@ def _rows_bytes(problem: AttentionProblem) -> int:
     return problem.rows * problem.head_dim * 2
 
 
+def _need_pages_of_two(problem: AttentionProblem) -> list[str]:
+    return [
+        f"page_size is {cache.page_size}, need a power of two: newer builds find an entry of a {cache.layout} page by "
+        "a shift"
+        for cache in problem.caches
+        if problem.arch == "gfx950" and cache.layout == layouts.DSV4.name and cache.page_size & (cache.page_size - 1)
+    ]
+
+
 _NAN_BEHIND_ROWS = "there it reads slot 0 for what stands behind a row, and a NaN in it spoils the row"
 
 
@@ -378,6 +387,7 @@ def _decode_sparse_limits(problem: AttentionProblem) -> Iterable[str]:
     yield from _need_512(problem)
     if problem.arch == "gfx950":
         yield from _need_layouts(problem, (layouts.DSV4.name, BF16_512))
+        yield from _need_pages_of_two(problem)
         return
     if problem.arch != "gfx942":
         yield f"arch is {problem.arch}, need gfx942 or gfx950: {_NAN_BEHIND_ROWS}"
@@ -419,6 +429,7 @@ def _mla_fwd_limits(problem: AttentionProblem) -> Iterable[str]:
             yield f"two caches of {' and '.join(names)}, need {pairs}{' or '.join(scalar)} for both"
     if paged:
         yield from _need_no_lse(problem, " for these caches")
+    yield from _need_pages_of_two(problem)
 
 
 def _mla_fwd_build(problem: AttentionProblem) -> Iterable[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -125,6 +126,16 @@ def _torch_build() -> tuple[str, str]:
     return "reference", f"torch {torch.__version__} is a CPU build"
 
 
+def _wrong_build(built_for: str) -> str:
+    """What to do where a GPU of AMD's is there and torch is not built for it; nothing elsewhere.
+
+    PyPI's torch is a CUDA build, which pip installs on such a machine without a word. /dev/dxg is any vendor's.
+    """
+    if built_for == "rocm" or not Path("/dev/kfd").exists():
+        return ""
+    return "; an AMD driver is there (/dev/kfd): install ROCm's torch first, see docs/dependencies.md"
+
+
 def detect(requested: str | None = None) -> Platform:
     """Choose the backend. Raises BackendUnavailable when one is asked for that cannot be.
 
@@ -143,7 +154,9 @@ def detect(requested: str | None = None) -> Platform:
             raise BackendUnavailable(f"DSV4X_BACKEND={requested}, but {missing}")
         return Platform(requested, f"DSV4X_BACKEND={requested}; {build}", True)
     if missing:
-        return Platform("reference", f"{build}, but {missing}", False)
+        return Platform("reference", f"{build}, but {missing}{_wrong_build(built_for)}", False)
+    if built_for == "reference":
+        build += _wrong_build(built_for)
     return Platform(built_for, build, False)
 
 
@@ -156,11 +169,14 @@ def _is_command() -> bool:
 
 def _chosen() -> Platform:
     try:
-        return detect()
+        found = detect()
     except BackendUnavailable as error:
         if not _is_command():
             raise
         return dataclasses.replace(detect(""), failure=error)
+    if found.backend == "reference" and not found.forced and _wrong_build(_torch_build()[0]):
+        logging.getLogger("dsv4x").warning("the torch reference runs everything: %s", found.reason)
+    return found
 
 
 platform = _chosen()

@@ -20,7 +20,8 @@ class KindRows(NamedTuple):
         visible: int32 ``[T]``, written: compressed entries a token may see.
         lens: int32 ``[T]``, written: ``min(visible, most)``.
         rows: int32 ``[T, width]``, written: slots of the first ``lens`` entries, then -1 up to the next multiple of 64;
-            what stands past that is left as it is. None where an indexer selects, or rows are made later.
+            what stands past that is left as it is, or becomes -1 in a fresh step. None where an indexer selects, or
+            rows are made later.
     """
 
     block_table: torch.Tensor
@@ -47,7 +48,8 @@ class StepCall(NamedTuple):
             where its rows are not made here.
         swa_lens: int32 ``[T]``, written: spans of these rows.
         clamped: int32 ``[1]``: the number of requests with queries and a length past ``max_seq_len`` is added.
-        fresh: whether that number replaces what ``clamped`` held before.
+        fresh: whether nothing was filled before: that number replaces what ``clamped`` held, and rows are written to
+            their end.
         kinds: of the layers with compressed entries.
     """
 

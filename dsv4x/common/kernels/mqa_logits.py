@@ -467,7 +467,7 @@ def clean_logits(
     """Launch over a vendor's logits, which become rows of ``out``, or their own, clean.
 
     Args:
-        logits: float32 ``[B * part, >= width]``, columns contiguous.
+        logits: float32 or bf16 ``[B * part, >= width]``, columns contiguous.
         ends: ``[B, n]``, the column behind each row's last entry.
         out: float32 ``[B * n, >= width]``, rows contiguous; ``logits`` for in place.
         width: columns.

@@ -54,8 +54,8 @@ def _count_clamped(
 
 @triton.jit
 def _fill_kind(
-    token, tile, request, position, table_ptr, visible_ptr, lens_ptr, rows_ptr, ratio, most, table_stride, columns,
-    page_size, pages, width, KIND: tl.constexpr, TILE: tl.constexpr,
+    token, tile, request, position, fresh, table_ptr, visible_ptr, lens_ptr, rows_ptr, ratio, most, table_stride,
+    columns, page_size, pages, width, KIND: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One token's share of a kind: its numbers by the first program, a tile of its row by each of the others."""
     visible = (position + 1) // ratio
@@ -65,7 +65,7 @@ def _fill_kind(
         tl.store(lens_ptr + token, span)
     elif KIND == _ROWS:
         offset = (tile - 1) * TILE + tl.arange(0, TILE)
-        written = tl.minimum((span + 63) // 64 * 64, width)
+        written = tl.where(fresh != 0, width, tl.minimum((span + 63) // 64 * 64, width))
         if (tile - 1) * TILE < written:
             table = table_ptr + tl.maximum(request, 0).to(tl.int64) * table_stride
             slots = slots_of(offset, offset < span, table, columns, page_size, pages)
@@ -117,13 +117,13 @@ def step_kernel(
             tl.store(swa_lens_ptr + token, span)
     if A != _NONE:
         _fill_kind(
-            token, tile, request, position, a_table_ptr, a_visible_ptr, a_lens_ptr, a_rows_ptr, a_ratio, a_most,
-            a_table_stride, a_columns, a_page_size, a_pages, a_width, A, TILE,
+            token, tile, request, position, fresh, a_table_ptr, a_visible_ptr, a_lens_ptr, a_rows_ptr, a_ratio,
+            a_most, a_table_stride, a_columns, a_page_size, a_pages, a_width, A, TILE,
         )  # fmt: skip
     if B != _NONE:
         _fill_kind(
-            token, tile, request, position, b_table_ptr, b_visible_ptr, b_lens_ptr, b_rows_ptr, b_ratio, b_most,
-            b_table_stride, b_columns, b_page_size, b_pages, b_width, B, TILE,
+            token, tile, request, position, fresh, b_table_ptr, b_visible_ptr, b_lens_ptr, b_rows_ptr, b_ratio,
+            b_most, b_table_stride, b_columns, b_page_size, b_pages, b_width, B, TILE,
         )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ MAX_SLOT_ROW_BYTES = 32 << 20
 _ROW_ALIGNMENT = 64
 """Widths of slot rows are multiples of this, which every decode kernel takes as it is."""
 
-_ASSUMED_LEN = 32768
+ASSUMED_LEN = 32768
 """Raw tokens a request is taken to have, as far as prediction goes, where only a bound is known."""
 
 
@@ -172,8 +172,8 @@ class StepMetadata:
         for at, (ratio, pages) in enumerate(extra.items()):
             width, rows = _row_width(pages, ratio, bound), None
             if not kinds[ratio].selects and 4 * num_tokens * width <= MAX_SLOT_ROW_BYTES:
-                # Kernels that look further than a row's length find no entry there.
-                rows = torch.full((num_tokens, width), -1, dtype=torch.int32, device=device)
+                # Filled to their ends: kernels that look further than a row's length find no entry there.
+                rows = torch.empty(num_tokens, width, dtype=torch.int32, device=device)
             step.kinds[ratio] = AttentionMetadata(
                 step, kinds[ratio], others[2 * at], pages.topk, pages.block_table, pages.page_size, pages.pages,
                 others[2 * at + 1], rows, width, pages.entries,
@@ -562,7 +562,7 @@ class AttentionMetadata:
             return self.entries
         host, window = self.step.host, self.window_size
         if host is None:
-            length = min(self.step.max_seq_len, _ASSUMED_LEN)
+            length = min(self.step.max_seq_len, ASSUMED_LEN)
             compressed = min(length // self.compress_ratio, extra_width) if self.compressed else 0
             return min(length, window) + compressed
         total = 0
