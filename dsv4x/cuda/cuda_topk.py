@@ -1,0 +1,107 @@
+"""Selection of a row's largest logits in CUDA C++, for archs with clusters: ``topk.cu`` has how."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..common.core.spaces import TopkMethod
+from . import nvrtc
+
+K_MAX = 2048
+THREADS = 512
+TOPK = nvrtc.Function(Path(__file__).with_name("topk.cu"), "topk")
+
+_PARAMS = struct.Struct("<8q4q13i4x")
+_LENGTHS64, _STARTS64, _BASES64, _REQUESTS64, _ALIGNED = 1, 2, 4, 8, 16
+# Of shared memory: what the kernel keeps beside a slice's keys, and the keys that a thread loads at once.
+_SHARED = 16384 + 16384 + 2048 + 4096 + 512 + 1024 + 2048 + 2048 + 256
+_LOAD = 16 * THREADS
+
+
+class Shape(NamedTuple):
+    """How rows are spread over blocks.
+
+    Attributes:
+        cluster: blocks of a cluster.
+        solo_columns: the longest row that one block has to itself, where there are clusters.
+        blocks: of the grid.
+        resident: loads of a thread whose keys stay in shared memory.
+    """
+
+    cluster: int
+    solo_columns: int
+    blocks: int
+    resident: int
+
+
+@functools.cache
+def _limits(device: int) -> tuple[int, int]:
+    """(multiprocessors, shared memory that a block may have so that two fit)."""
+    found = torch.cuda.get_device_properties(device)
+    each = min(found.shared_memory_per_block_optin, found.shared_memory_per_multiprocessor // 2 - 1024)
+    return found.multi_processor_count, each
+
+
+_FORCED: dict[str, int] = {}
+
+
+@functools.lru_cache(4096)
+def shape(device: int, rows: int, width: int) -> Shape:
+    """The spread of ``rows`` rows of at most ``width`` columns, which are all that the host knows."""
+    multiprocessors, memory = _limits(device)
+    resident = (memory - _SHARED) // _LOAD
+    solo = _FORCED.get("solo", 8192 if rows <= 32 else 16384 if rows < 128 else 40960)
+    cluster = _FORCED.get("cluster", 8 if rows <= 16 else 4)
+    if width <= solo:
+        return Shape(1, solo, min(rows, 2 * multiprocessors), 0 if width <= 8192 else resident)
+    launch = nvrtc.Launch(cluster, THREADS, cluster, _SHARED + resident * _LOAD)
+    most = TOPK.most_clusters(device, launch)
+    return Shape(cluster, solo, min(rows, most) * cluster, resident)
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def topk_transform(
+    logits: torch.Tensor,
+    lengths: torch.Tensor | None,
+    k: int,
+    method: TopkMethod,
+    row_starts: torch.Tensor | None,
+    space: dict[str, Any],
+    out: torch.Tensor,
+    out_local: torch.Tensor | None = None,
+) -> None:
+    """One launch over rows > 0."""
+    rows, width = logits.shape
+    device = logits.get_device()
+    bases, requests, table = space.get("bases"), space.get("requests"), space.get("block_table")
+    address, stride = logits.data_ptr(), logits.stride(0)
+    flags = 0
+    for tensor, flag in ((lengths, 1), (row_starts, 2), (bases, 4), (requests, 8)):
+        if tensor is not None and tensor.dtype is torch.int64:
+            flags |= flag
+    if row_starts is None and not (width | stride) % 4 and not address % 16:
+        flags |= _ALIGNED
+    page_size = space.get("page_size", 1)
+    num_requests, table_width = (0, 0) if table is None else table.shape
+    spread = shape(device, rows, width)
+    arguments = ctypes.create_string_buffer(_PARAMS.size)
+    _PARAMS.pack_into(
+        arguments, 0,
+        address, _address(lengths), _address(row_starts), _address(bases), _address(requests), _address(table),
+        out.data_ptr(), _address(out_local),
+        stride, 0 if table is None else table.stride(0), out.stride(0), 0 if out_local is None else out_local.stride(0),
+        rows, width, k, method.value, flags, spread.solo_columns, spread.resident,
+        space.get("next_n", 1), num_requests, table_width, page_size,
+        page_size.bit_length() - 1 if page_size & (page_size - 1) == 0 else -1, space.get("pages", 0),
+    )  # fmt: skip
+    launch = nvrtc.Launch(spread.blocks, THREADS, spread.cluster, _SHARED + spread.resident * _LOAD)
+    TOPK(device, launch, torch.cuda.current_stream(device).cuda_stream, arguments)

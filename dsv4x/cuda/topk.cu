@@ -1,0 +1,730 @@
+// Selection of each row's k largest logits, equal ones by the smaller index, in the order of their indices.
+//
+// A row's way follows from its length, which the device reads. No more than k entries: all of them, without logits. Up
+// to solo_columns: one block. Longer: the blocks of a cluster, a contiguous slice each. A slice is read from global
+// memory once; its keys stay in registers, or in shared memory as far as that reaches.
+//
+// Keys are counted in 4096 bins, of which one holds the k-th. While that bin holds too many keys to be compared with
+// each other, its range is cut into 4096 bins again. The range is exact in integers, so nothing depends on the values.
+// In the last bin the keys are ranked by (key, column); or all are wanted, or all are equal and the first are taken.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#ifndef THREADS
+#define THREADS 512
+#endif
+#ifndef BLOCKS
+#define BLOCKS 2  // of a multiprocessor
+#endif
+
+namespace {
+
+constexpr int kWarps = THREADS / 32;
+constexpr int kBins = 4096;
+constexpr int kSegments = kBins / 32;
+constexpr int kHeld = 4;      // loads of four columns that a thread's registers hold
+constexpr int kChunk = 128;   // columns that a warp loads at once
+constexpr int kStaged = 2048; // of all blocks of a cluster
+constexpr int kRanked = 256;  // most keys that are compared with each other
+constexpr int kCluster = 16;  // most blocks of a cluster
+constexpr int kPages = 512;   // of a slice, kept at hand
+constexpr u32 kAll = 0xffffffffu;
+// Bins of 1/64 of a power of two from 2^-16 to 2^16; the first and the last of either sign take what is beyond.
+constexpr int kLeast = (127 - 16) * 64;
+constexpr int kInfinity = 0x7f800000;
+
+enum Flags { kLengths64 = 1, kStarts64 = 2, kBases64 = 4, kRequests64 = 8, kAligned = 16 };
+
+}  // namespace
+
+struct Params {
+  const float* logits;
+  const void* lengths;   // null: every row is as long as the buffer is wide
+  const void* starts;    // null: 0
+  const void* bases;
+  const void* requests;  // null: row / next_n
+  const int* table;
+  int* out;
+  int* local;            // may be null
+  i64 logits_stride, table_stride, out_stride, local_stride;
+  int rows, width, k, method, flags, solo_columns, resident;
+  int next_n, num_requests, table_width, page_size, page_shift, pages;
+};
+
+namespace {
+
+struct Shared {
+  u32 bins[kBins];
+  u64 staged[kStaged];
+  u64 ranked[kRanked];
+  u32 sums[kBins / 4];
+  u32 segments[kSegments];
+  u32 counts[kCluster * kWarps];
+  int pages[kPages];
+  int rows[THREADS];
+  u32 warps[kWarps];
+  u64 threshold;
+  u32 stage_size;
+  int range[2];  // of the places that this block fills
+};
+
+struct Slice {
+  int begin, end;  // of the row's entries
+  int loads;       // of four columns, a thread
+  int warp_begin;
+  int column;      // this thread's first
+};
+
+struct Row {
+  i64 offset;
+  const int* table;
+  i64 base;
+  int first, length, table_limit;
+};
+
+struct Crossing {
+  u32 bin, before, count;
+};
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
+__device__ __forceinline__ int warp_id() { return threadIdx.x >> 5; }
+
+__device__ __forceinline__ u32 cluster_rank() {
+  u32 x;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(x));
+  return x;
+}
+
+__device__ __forceinline__ u32 cluster_size() {
+  u32 x;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(x));
+  return x;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+  return (u32)__cvta_generic_to_shared(pointer);
+}
+
+__device__ __forceinline__ u32 remote(const void* pointer, int rank) {
+  u32 address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
+  return address;
+}
+
+__device__ __forceinline__ u32 load_remote(u32 address) {
+  u32 x;
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+
+__device__ __forceinline__ void store_remote(u32 address, u32 x) {
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void store_remote(u32 address, u64 x) {
+  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(x) : "memory");
+}
+
+__device__ __forceinline__ u32 warp_sum(u32 x) { return __reduce_add_sync(kAll, x); }
+
+__device__ __forceinline__ u32 warp_scan(u32 x) {
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    u32 y = __shfl_up_sync(kAll, x, d);
+    if (lane_id() >= d) x += y;
+  }
+  return x;
+}
+
+// Past the first level's cache: it may hold what was there before the kernels in front ended.
+__device__ __forceinline__ i64 load_integer(const void* pointer, i64 at, bool wide) {
+  i64 x;
+  if (wide) {
+    asm volatile("ld.global.cg.s64 %0, [%1];" : "=l"(x) : "l"((const i64*)pointer + at) : "memory");
+    return x;
+  }
+  int y;
+  asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(y) : "l"((const int*)pointer + at) : "memory");
+  return y;
+}
+
+__device__ __forceinline__ int clamped(i64 x, int most) { return (int)(x < 0 ? 0 : x > most ? (i64)most : x); }
+
+__device__ __forceinline__ int row_length(const Params& p, int row, int first) {
+  int most = p.width - first;
+  return p.lengths ? clamped(load_integer(p.lengths, row, p.flags & kLengths64), most) : most;
+}
+
+__device__ __forceinline__ int row_first(const Params& p, int row) {
+  return p.starts ? clamped(load_integer(p.starts, row, p.flags & kStarts64), p.width) : 0;
+}
+
+// Keys are unsigned and ordered as the values; NaN is -inf, -0 is 0. No value has key 0.
+__device__ __forceinline__ u32 key_of(float x) {
+  x = fmaxf(x, __int_as_float(0xff800000)) + 0.0f;
+  int bits = __float_as_int(x);
+  return (u32)bits ^ ((u32)(bits >> 31) | 0x80000000u);
+}
+
+// Bins are in descending order of the keys.
+__device__ __forceinline__ u32 bin_of(u32 key) {
+  int y = (int)(key >> 17) - 16384;
+  int sign = y >> 31;
+  int q = min(max((y ^ sign) - kLeast, 0), 2047);
+  return (u32)((2047 - q) ^ (sign & 4095));
+}
+
+__device__ __forceinline__ void bin_range(u32 bin, u32& low, u32& high) {
+  int q = bin < 2048 ? 2047 - (int)bin : (int)bin - 2048;
+  u32 least = q == 0 ? 0 : (u32)(q + kLeast) << 17;
+  u32 most = q == 2047 ? (u32)kInfinity : ((u32)(q + 1 + kLeast) << 17) - 1;
+  low = bin < 2048 ? least | 0x80000000u : ~most;
+  high = bin < 2048 ? most | 0x80000000u : ~least;
+}
+
+__device__ __forceinline__ Slice make_slice(int length, int rank, int size) {
+  Slice s;
+  int share = ((length + size - 1) / size + 3) & ~3;
+  s.begin = min(rank * share, length);
+  s.end = min(s.begin + share, length);
+  s.loads = (s.end - s.begin + kChunk * kWarps - 1) / (kChunk * kWarps);
+  s.warp_begin = s.begin + warp_id() * s.loads * kChunk;
+  s.column = s.warp_begin + lane_id() * 4;
+  return s;
+}
+
+// Four columns from `column` on; those at `end` or past it are anything.
+__device__ __forceinline__ float4 load_columns(const Params& p, const float* row, int column, int end) {
+  float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
+  if (column < end) {
+    if (p.flags & kAligned) {
+      x = *(const float4*)(row + column);
+    } else {
+      x.x = row[column];
+      if (column + 1 < end) x.y = row[column + 1];
+      if (column + 2 < end) x.z = row[column + 2];
+      if (column + 3 < end) x.w = row[column + 3];
+    }
+  }
+  return x;
+}
+
+__device__ __forceinline__ uint4 keys_of(float4 x, int column, int end) {
+  uint4 keys;
+  keys.x = column < end ? key_of(x.x) : 0;
+  keys.y = column + 1 < end ? key_of(x.y) : 0;
+  keys.z = column + 2 < end ? key_of(x.z) : 0;
+  keys.w = column + 3 < end ? key_of(x.w) : 0;
+  return keys;
+}
+
+__device__ __forceinline__ u32 part(const uint4& keys, int j) {
+  return j == 0 ? keys.x : j == 1 ? keys.y : j == 2 ? keys.z : keys.w;
+}
+
+// A slice's keys: where they are depends on how many there are.
+template <bool HELD>
+struct Keys {
+  uint4 held[HELD ? kHeld : 1];
+  uint4* kept;
+  const float* row;
+
+  __device__ __forceinline__ uint4 again(const Params& p, const Slice& s, int i) const {
+    int column = s.column + i * kChunk;
+    if (i < p.resident) return kept[i * THREADS + threadIdx.x];
+    return keys_of(load_columns(p, row, column, s.end), column, s.end);
+  }
+
+  // Calls f(keys, column) for this thread's columns, in order.
+  template <class F>
+  __device__ __forceinline__ void each(const Params& p, const Slice& s, F f) const {
+    if constexpr (HELD) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i)
+        if (i < s.loads) f(held[i], s.column + i * kChunk);
+    } else {
+#pragma unroll 2
+      for (int i = 0; i < s.loads; ++i) f(again(p, s, i), s.column + i * kChunk);
+    }
+  }
+};
+
+__device__ __forceinline__ void reset(Shared& s) {
+  for (int i = threadIdx.x; i < kBins / 4; i += THREADS) ((uint4*)s.bins)[i] = make_uint4(0, 0, 0, 0);
+  if (threadIdx.x == 0) s.stage_size = 0;
+  __syncthreads();
+}
+
+template <bool GROUPED>
+__device__ __forceinline__ void synchronize() {
+  if constexpr (GROUPED) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
+}
+
+// The bin that holds the wanted-th key of those counted, by all threads of all blocks.
+template <bool GROUPED>
+__device__ __forceinline__ Crossing find(Shared& s, u32 wanted, int rank, int size) {
+  int lane = lane_id();
+  synchronize<GROUPED>();
+  int share = kSegments / size;
+  for (int segment = warp_id(); segment < share; segment += kWarps) {
+    u32 sum = 0;
+    if constexpr (GROUPED) {
+      const u32* bin = &s.bins[(rank * share + segment) * 32 + lane];
+#pragma unroll 8
+      for (int q = 0; q < size; ++q) sum += load_remote(remote(bin, q));
+      s.sums[segment * 32 + lane] = sum;
+    } else {
+      sum = s.bins[segment * 32 + lane];
+    }
+    sum = warp_sum(sum);
+    if constexpr (GROUPED) {
+      if (lane < size) store_remote(remote(&s.segments[rank * share + segment], lane), sum);
+    } else {
+      if (lane == 0) s.segments[segment] = sum;
+    }
+  }
+  synchronize<GROUPED>();
+  uint4 four = ((const uint4*)s.segments)[lane];
+  u32 own = four.x + four.y + four.z + four.w;
+  u32 end = warp_scan(own);
+  int source = __ffs(__ballot_sync(kAll, end >= wanted)) - 1;
+  u32 before = end - own;
+  int segment = 4 * lane;
+  if (before + four.x < wanted) {
+    before += four.x;
+    ++segment;
+    if (before + four.y < wanted) {
+      before += four.y;
+      ++segment;
+      if (before + four.z < wanted) {
+        before += four.z;
+        ++segment;
+      }
+    }
+  }
+  before = __shfl_sync(kAll, before, source);
+  segment = __shfl_sync(kAll, segment, source);
+  u32 count;
+  if constexpr (GROUPED) {
+    count = load_remote(remote(&s.sums[(segment & (share - 1)) * 32 + lane], segment / share));
+  } else {
+    count = s.bins[segment * 32 + lane];
+  }
+  end = before + warp_scan(count);
+  source = __ffs(__ballot_sync(kAll, end >= wanted)) - 1;
+  Crossing c;
+  c.bin = segment * 32 + source;
+  c.count = __shfl_sync(kAll, count, source);
+  c.before = __shfl_sync(kAll, end, source) - c.count;
+  return c;
+}
+
+__device__ __forceinline__ u64 composite(u32 key, int column) { return (u64)key << 32 | (u32)~column; }
+
+__device__ __forceinline__ int page_number(const Params& p, int column) {
+  return p.page_shift >= 0 ? column >> p.page_shift : (int)((u32)column / (u32)p.page_size);
+}
+
+__device__ __forceinline__ int load_page(const Params& p, const Row& row, int number) {
+  int page = number < row.table_limit ? (int)load_integer(row.table, number, false) : -1;
+  return page < p.pages ? page : -1;
+}
+
+__device__ __forceinline__ int in_space(const Params& p, const Row& row, int column, int page, int number) {
+  if (p.method == 1) {
+    i64 moved = row.base + column;
+    return row.base >= 0 && moved <= 0x7fffffff ? (int)moved : -1;
+  }
+  if (p.method == 2) return page < 0 ? -1 : page * p.page_size + (column - number * p.page_size);
+  return column;
+}
+
+__device__ __forceinline__ Row make_row(const Params& p, int number, int first, int length) {
+  Row row;
+  row.first = first;
+  row.length = length;
+  row.offset = number * p.logits_stride + first;
+  row.base = 0;
+  row.table = p.table;
+  row.table_limit = 0;
+  if (p.method == 1) row.base = load_integer(p.bases, number, p.flags & kBases64);
+  if (p.method == 2) {
+    i64 request = p.requests ? load_integer(p.requests, number, p.flags & kRequests64) : number / p.next_n;
+    if (request >= 0 && request < p.num_requests) {
+      row.table += request * p.table_stride;
+      row.table_limit = p.table_width;
+    }
+  }
+  return row;
+}
+
+// Writes a row of no more than k entries.
+__device__ __forceinline__ void select_all(const Params& p, const Row& row, int number) {
+  int* out = p.out + number * p.out_stride;
+  for (int place = threadIdx.x; place < p.k; place += THREADS) {
+    int index = -1, moved = -1;
+    if (place < row.length) {
+      index = place;
+      int page = 0, page_at = 0;
+      if (p.method == 2) {
+        page_at = page_number(p, place);
+        page = load_page(p, row, page_at);
+      }
+      moved = in_space(p, row, place, page, page_at);
+    }
+    out[place] = moved;
+    if (p.local) p.local[number * p.local_stride + place] = index;
+  }
+}
+
+// What is where among a slice's keys.
+struct Selected {
+  u32 low, high;   // keys above `high` are selected, those from `low` to `high` may be
+  u64 least;       // of the composites selected among those
+  u32 wanted;      // how many of those, where that goes by their order
+  bool ranked;     // by `least`, else by their order
+};
+
+// Ranks `size` composites; the wanted-th is left in s.threshold.
+__device__ __forceinline__ void rank(Shared& s, const u64* list, u32 size, u32 wanted) {
+  int lane = lane_id();
+  for (u32 i = warp_id(); i < size; i += kWarps) {
+    u64 x = list[i];
+    u32 above = 0;
+    for (u32 at = lane; at < size; at += 32) above += list[at] > x;
+    if (warp_sum(above) == wanted - 1 && lane == 0) s.threshold = x;
+  }
+}
+
+// Packs the lists that a cluster's blocks staged.
+__device__ __forceinline__ void pack(Shared& s, int size) {
+  int lane = lane_id(), room = kStaged / size;
+  u32 count = 0;
+  if (lane < size)
+    for (int w = 0; w < kWarps; ++w) count += s.counts[lane * kWarps + w] >> 12;
+  u32 end = warp_scan(count);
+  for (int at = threadIdx.x; at < kStaged; at += THREADS) {
+    int block = at / room;
+    u32 held = __shfl_sync(kAll, count, block), last = __shfl_sync(kAll, end, block);
+    u32 place = at - block * room;
+    if (place < held) s.ranked[last - held + place] = s.staged[at];
+  }
+}
+
+// Writes the slice's selected columns in their order; bases are what the warps in front have.
+template <bool GROUPED, bool HELD>
+__device__ __forceinline__ void emit(
+    const Params& p, Shared& s, const Row& row, int number, const Slice& slice, const Keys<HELD>& keys,
+    const Selected& x, u32 above_base, u32 tie_base, int first_page, bool cached) {
+  // No block counts in its bins any more.
+  u32* chosen = s.bins;
+  if (threadIdx.x == 0) s.range[0] = above_base + min(tie_base, x.wanted);
+  keys.each(p, slice, [&](const uint4& four, int column) {
+    u32 above = 0, tie = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      u32 key = part(four, j);
+      bool higher = key > x.high, within = key >= x.low && !higher;
+      if (x.ranked) {
+        higher = higher || (within && composite(key, column + j) >= x.least);
+        within = false;
+      }
+      above |= (u32)higher << j;
+      tie |= (u32)within << j;
+    }
+    if (!__any_sync(kAll, above | tie)) return;
+    // A warp has 128 columns here: either count fits in half a word.
+    u32 own = __popc(above) | __popc(tie) << 16;
+    u32 end = warp_scan(own);
+    u32 all = __shfl_sync(kAll, end, 31);
+    u32 taken = above_base + ((end - own) & 0xffff), ties = tie_base + ((end - own) >> 16);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      bool higher = above >> j & 1, within = tie >> j & 1;
+      if (higher || (within && ties < x.wanted)) chosen[taken + min(ties, x.wanted)] = column + j;
+      taken += higher;
+      ties += within;
+    }
+    above_base += all & 0xffff;
+    tie_base += all >> 16;
+  });
+  if (threadIdx.x == THREADS - 1) s.range[1] = above_base + min(tie_base, x.wanted);
+  __syncthreads();
+  int* out = p.out + number * p.out_stride;
+  int* local = p.local ? p.local + number * p.local_stride : nullptr;
+  for (int place = s.range[0] + threadIdx.x; place < s.range[1]; place += THREADS) {
+    int column = chosen[place], page = 0, at = 0;
+    if (p.method == 2) {
+      at = page_number(p, column);
+      page = cached ? s.pages[at - first_page] : load_page(p, row, at);
+    }
+    out[place] = in_space(p, row, column, page, at);
+    if (local) local[place] = column;
+  }
+}
+
+// Selects from a row of more than k entries; s.bins are zero.
+template <bool GROUPED, bool HELD>
+__device__ __forceinline__ void select_row(
+    const Params& p, Shared& s, uint4* kept, const Row& row, int number, int block, int blocks, const Slice& slice,
+    const float4* loaded) {
+  int lane = lane_id(), warp = warp_id();
+  Keys<HELD> keys;
+  keys.kept = kept;
+  keys.row = p.logits + row.offset;
+  auto count = [&](u32 key) {
+    if (key) atomicAdd(&s.bins[bin_of(key)], 1u);
+  };
+  auto count_four = [&](const uint4& four) {
+    count(four.x);
+    count(four.y);
+    count(four.z);
+    count(four.w);
+  };
+  // The slice's part of the page table comes with its keys.
+  int first_page = 0;
+  bool cached = false;
+  if (p.method == 2) {
+    first_page = page_number(p, slice.begin);
+    int pages = page_number(p, max(slice.end - 1, slice.begin)) - first_page + 1;
+    cached = pages <= kPages;
+    if (cached)
+      for (int i = threadIdx.x; i < pages; i += THREADS) s.pages[i] = load_page(p, row, first_page + i);
+  }
+  if constexpr (HELD) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      int column = slice.column + i * kChunk;
+      keys.held[i] = keys_of(loaded[i], column, slice.end);
+      if (i < slice.loads) count_four(keys.held[i]);
+    }
+  } else {
+    float4 next[kHeld];
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) next[i] = load_columns(p, keys.row, slice.column + i * kChunk, i < slice.loads ? slice.end : 0);
+    for (int at = 0; at < slice.loads; at += kHeld) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        int column = slice.column + (at + i) * kChunk;
+        uint4 four = keys_of(next[i], column, at + i < slice.loads ? slice.end : 0);
+        int later = at + i + kHeld;
+        next[i] = load_columns(p, keys.row, column + kHeld * kChunk, later < slice.loads ? slice.end : 0);
+        if (at + i < p.resident) kept[(at + i) * THREADS + threadIdx.x] = four;
+        count_four(four);
+      }
+    }
+  }
+
+  Selected x;
+  x.wanted = p.k;
+  Crossing c = find<GROUPED>(s, x.wanted, block, blocks);
+  bin_range(c.bin, x.low, x.high);
+  x.wanted -= c.before;
+  u32 most = min(kRanked, kStaged / blocks);
+  while (c.count != x.wanted && c.count > most && x.low != x.high) {
+    int shift = max(0, 20 - __clz(x.high - x.low));
+    __syncthreads();
+    reset(s);
+    keys.each(p, slice, [&](const uint4& four, int) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        u32 key = part(four, j);
+        if (key >= x.low && key <= x.high) atomicAdd(&s.bins[(x.high - key) >> shift], 1u);
+      }
+    });
+    c = find<GROUPED>(s, x.wanted, block, blocks);
+    x.high -= c.bin << shift;
+    x.low = max(x.low, x.high - ((1u << shift) - 1));
+    x.wanted -= c.before;
+  }
+  x.ranked = c.count != x.wanted && x.low != x.high;
+
+  u32 own = 0;
+  keys.each(p, slice, [&](const uint4& four, int column) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      u32 key = part(four, j);
+      if (key > x.high) {
+        own += 1;
+      } else if (key >= x.low) {
+        own += 1 << 12;
+        if (x.ranked) {
+          u64 item = composite(key, column + j);
+          u32 place = atomicAdd(&s.stage_size, 1u);
+          if constexpr (GROUPED) {
+            u64* there = &s.staged[block * (kStaged / blocks) + place];
+            for (int q = 0; q < blocks; ++q) store_remote(remote(there, q), item);
+          } else {
+            s.staged[place] = item;
+          }
+        }
+      }
+    }
+  });
+  // Fewer than k <= 2048 keys are above the bin.
+  own = warp_sum(own);
+  if constexpr (GROUPED) {
+    if (lane < blocks) store_remote(remote(&s.counts[block * kWarps + warp], lane), own);
+  } else {
+    if (lane == 0) s.counts[warp] = own;
+  }
+  synchronize<GROUPED>();
+
+  u32 above = 0, ties = 0;
+  for (int i = lane; i < block * kWarps + warp; i += 32) {
+    above += s.counts[i] & 0xfff;
+    ties += s.counts[i] >> 12;
+  }
+  above = warp_sum(above);
+  ties = warp_sum(ties);
+  x.least = 0;
+  if (x.ranked) {
+    const u64* list = s.staged;
+    if constexpr (GROUPED) {
+      pack(s, blocks);
+      __syncthreads();
+      list = s.ranked;
+    }
+    rank(s, list, c.count, x.wanted);
+    __syncthreads();
+    x.least = s.threshold;
+    u32 before = 0;
+    for (u32 i = lane; i < c.count; i += 32) before += list[i] >= x.least && (int)~(u32)list[i] < slice.warp_begin;
+    above += warp_sum(before);
+    ties = 0;
+    x.wanted = 0;
+  }
+  emit<GROUPED, HELD>(p, s, row, number, slice, keys, x, above, ties, first_page, cached);
+}
+
+// Loads of four columns a thread for the widest slice of a row.
+__device__ __forceinline__ int loads_of(int length, int blocks) {
+  return ((length + blocks - 1) / blocks + 3 + kChunk * kWarps - 1) / (kChunk * kWarps);
+}
+
+__device__ __forceinline__ bool is_shared(const Params& p, int length, int size) {
+  return size > 1 && length > p.solo_columns && length > p.k;
+}
+
+// Lists the rows from `at` to `at` + THREADS that a cluster shares, in their order, in s.rows; returns how many.
+__device__ __forceinline__ int list_shared(const Params& p, Shared& s, int at, int size) {
+  int candidate = at + (int)threadIdx.x;
+  bool mine = candidate < p.rows && is_shared(p, row_length(p, candidate, row_first(p, candidate)), size);
+  u32 votes = __ballot_sync(kAll, mine);
+  __syncthreads();
+  if (lane_id() == 0) s.warps[warp_id()] = __popc(votes);
+  __syncthreads();
+  int before = 0, found = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    before += w < warp_id() ? s.warps[w] : 0;
+    found += s.warps[w];
+  }
+  if (mine) s.rows[before + __popc(votes & ((1u << lane_id()) - 1))] = candidate;
+  __syncthreads();
+  return found;
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) topk(const __grid_constant__ Params p) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  Shared& s = *(Shared*)memory;
+  uint4* kept = (uint4*)(memory + ((sizeof(Shared) + 15) & ~15));
+  int size = (int)cluster_size(), rank = (int)cluster_rank();
+  int clusters = gridDim.x / size, cluster = blockIdx.x / size;
+  // Few rows have a cluster each. Of many, each block takes its share of the short ones, then each cluster of the long.
+  bool few = p.rows <= clusters;
+  int number = few ? cluster : blockIdx.x;
+  bool dealing = !few && number >= p.rows;
+  if (few && number >= p.rows) return;
+
+  // What the kernels in front may still write is only guessed at before the wait.
+  int guess = number < p.rows ? row_length(p, number, 0) : 0;
+  reset(s);
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+
+  float4 loaded[kHeld];
+  bool ready = !p.starts && guess > p.k && (few || !is_shared(p, guess, size));
+  int at = -THREADS, found = 0, next = 0, turn = 0;  // of dealing
+  bool dirty = false;
+  if (ready) {
+    int blocks = is_shared(p, guess, size) ? size : 1;
+    Slice slice = make_slice(guess, blocks > 1 ? rank : 0, blocks);
+    ready = loads_of(guess, blocks) <= kHeld;
+    if (ready) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i)
+        loaded[i] = load_columns(
+            p, p.logits + number * p.logits_stride, slice.column + i * kChunk, i < slice.loads ? slice.end : 0);
+    }
+  }
+  for (;;) {
+    if (dealing) {
+      if (size == 1) return;
+      while (next >= found || turn % clusters != cluster) {
+        if (next < found) {
+          ++next;
+          ++turn;
+          continue;
+        }
+        at += THREADS;
+        if (at >= p.rows) return;
+        found = list_shared(p, s, at, size);
+        next = 0;
+      }
+      number = s.rows[next];
+      ++next;
+      ++turn;
+    }
+    int first = row_first(p, number), length = row_length(p, number, first);
+    bool grouped = is_shared(p, length, size);
+    Row row = make_row(p, number, first, length);
+    if (grouped ? dealing || few : !few || rank == 0) {
+      if (length <= p.k) {
+        select_all(p, row, number);
+      } else {
+        if (dirty) {
+          __syncthreads();
+          reset(s);
+        }
+        dirty = true;
+        int blocks = grouped ? size : 1, block = grouped ? rank : 0;
+        Slice slice = make_slice(length, block, blocks);
+        if (loads_of(length, blocks) <= kHeld) {
+          if (!ready || guess != length) {
+#pragma unroll
+            for (int i = 0; i < kHeld; ++i)
+              loaded[i] = load_columns(
+                  p, p.logits + row.offset, slice.column + i * kChunk, i < slice.loads ? slice.end : 0);
+          }
+          if (grouped) {
+            select_row<true, true>(p, s, kept, row, number, block, blocks, slice, loaded);
+          } else {
+            select_row<false, true>(p, s, kept, row, number, block, blocks, slice, loaded);
+          }
+        } else if (grouped) {
+          select_row<true, false>(p, s, kept, row, number, block, blocks, slice, nullptr);
+        } else {
+          select_row<false, false>(p, s, kept, row, number, block, blocks, slice, nullptr);
+        }
+      }
+    }
+    if (few) return;
+    ready = false;
+    if (!dealing) {
+      number += gridDim.x;
+      dealing = number >= p.rows;
+    }
+  }
+}
