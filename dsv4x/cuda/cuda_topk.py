@@ -69,6 +69,38 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def pack_arguments(
+    spread: Shape,
+    source: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    selected: tuple[int, TopkMethod, dict[str, Any]],
+    outs: tuple[torch.Tensor, torch.Tensor | None],
+) -> ctypes.Array[ctypes.c_char]:
+    """The kernel's struct of ``(logits, lengths, row_starts)``, ``(k, method, space)`` and ``(out, out_local)``."""
+    (logits, lengths, starts), (k, method, space), (out, local) = source, selected, outs
+    rows, width = logits.shape
+    bases, requests, table = space.get("bases"), space.get("requests"), space.get("block_table")
+    address, stride = logits.data_ptr(), logits.stride(0)
+    flags = 0
+    for tensor, flag in ((lengths, _LENGTHS64), (starts, _STARTS64), (bases, _BASES64), (requests, _REQUESTS64)):
+        if tensor is not None and tensor.dtype is torch.int64:
+            flags |= flag
+    if starts is None and not (width | stride) % 4 and not address % 16:
+        flags |= _ALIGNED
+    page_size = space.get("page_size", 1)
+    num_requests, table_width = (0, 0) if table is None else table.shape
+    arguments = ctypes.create_string_buffer(_PARAMS.size)
+    _PARAMS.pack_into(
+        arguments, 0,
+        address, _address(lengths), _address(starts), _address(bases), _address(requests), _address(table),
+        out.data_ptr(), _address(local),
+        stride, 0 if table is None else table.stride(0), out.stride(0), 0 if local is None else local.stride(0),
+        rows, width, k, method.value, flags, spread.solo_columns, spread.resident,
+        space.get("next_n", 1), num_requests, table_width, page_size,
+        page_size.bit_length() - 1 if page_size & (page_size - 1) == 0 else -1, space.get("pages", 0),
+    )  # fmt: skip
+    return arguments
+
+
 def topk_transform(
     logits: torch.Tensor,
     lengths: torch.Tensor | None,
@@ -80,28 +112,8 @@ def topk_transform(
     out_local: torch.Tensor | None = None,
 ) -> None:
     """One launch over rows > 0."""
-    rows, width = logits.shape
     device = logits.get_device()
-    bases, requests, table = space.get("bases"), space.get("requests"), space.get("block_table")
-    address, stride = logits.data_ptr(), logits.stride(0)
-    flags = 0
-    for tensor, flag in ((lengths, 1), (row_starts, 2), (bases, 4), (requests, 8)):
-        if tensor is not None and tensor.dtype is torch.int64:
-            flags |= flag
-    if row_starts is None and not (width | stride) % 4 and not address % 16:
-        flags |= _ALIGNED
-    page_size = space.get("page_size", 1)
-    num_requests, table_width = (0, 0) if table is None else table.shape
-    spread = shape(device, rows, width)
-    arguments = ctypes.create_string_buffer(_PARAMS.size)
-    _PARAMS.pack_into(
-        arguments, 0,
-        address, _address(lengths), _address(row_starts), _address(bases), _address(requests), _address(table),
-        out.data_ptr(), _address(out_local),
-        stride, 0 if table is None else table.stride(0), out.stride(0), 0 if out_local is None else out_local.stride(0),
-        rows, width, k, method.value, flags, spread.solo_columns, spread.resident,
-        space.get("next_n", 1), num_requests, table_width, page_size,
-        page_size.bit_length() - 1 if page_size & (page_size - 1) == 0 else -1, space.get("pages", 0),
-    )  # fmt: skip
+    spread = shape(device, *logits.shape)
+    arguments = pack_arguments(spread, (logits, lengths, row_starts), (k, method, space), (out, out_local))
     launch = nvrtc.Launch(spread.blocks, THREADS, spread.cluster, _SHARED + spread.resident * _LOAD)
     TOPK(device, launch, torch.cuda.current_stream(device).cuda_stream, arguments)

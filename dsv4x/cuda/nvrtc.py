@@ -215,6 +215,7 @@ class Function:
         self.options = ("--std=c++17", *options)
         self._functions: dict[int, ctypes.c_void_p] = {}
         self._launch_of: dict[tuple[int, Launch], _Config] = {}
+        self._shared_bytes: dict[int, int] = {}
         self._lock = threading.Lock()
 
     def options_for(self, arch: str) -> tuple[str, ...]:
@@ -264,7 +265,10 @@ class Function:
         if key not in self._launch_of:
             function = self._function(device)
             driver = _driver()
-            _check(driver.cuFuncSetAttribute(function, _SHARED_BYTES, launch.shared_bytes), "shared memory")
+            # Of all launches of the function, not of one.
+            if launch.shared_bytes > self._shared_bytes.get(device, 0):
+                _check(driver.cuFuncSetAttribute(function, _SHARED_BYTES, launch.shared_bytes), "shared memory")
+                self._shared_bytes[device] = launch.shared_bytes
             if launch.cluster > _LARGEST_PORTABLE:
                 _check(driver.cuFuncSetAttribute(function, _LARGE_CLUSTERS, 1), "large clusters")
             attributes = (_Attribute * 2)()

@@ -91,6 +91,12 @@ struct Crossing {
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x >> 5; }
 
+#ifndef EMULATED  // by tests, on a CPU
+
+extern __shared__ __align__(16) unsigned char dynamic_memory[];
+
+__device__ __forceinline__ unsigned char* block_memory() { return dynamic_memory; }
+
 __device__ __forceinline__ u32 cluster_rank() {
   u32 x;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(x));
@@ -131,17 +137,6 @@ __device__ __forceinline__ void store_remote(u32 address, u64 x) {
   asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(x) : "memory");
 }
 
-__device__ __forceinline__ u32 warp_sum(u32 x) { return __reduce_add_sync(kAll, x); }
-
-__device__ __forceinline__ u32 warp_scan(u32 x) {
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    u32 y = __shfl_up_sync(kAll, x, d);
-    if (lane_id() >= d) x += y;
-  }
-  return x;
-}
-
 // Past the first level's cache: it may hold what was there before the kernels in front ended.
 __device__ __forceinline__ i64 load_integer(const void* pointer, i64 at, bool wide) {
   i64 x;
@@ -152,6 +147,24 @@ __device__ __forceinline__ i64 load_integer(const void* pointer, i64 at, bool wi
   int y;
   asm volatile("ld.global.cg.s32 %0, [%1];" : "=r"(y) : "l"((const int*)pointer + at) : "memory");
   return y;
+}
+
+// Waits until the kernels in front have ended, and lets the next one start: it waits for this one in its turn.
+__device__ __forceinline__ void wait_for_kernels_in_front() {
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+}
+
+#endif
+
+__device__ __forceinline__ u32 warp_sum(u32 x) { return __reduce_add_sync(kAll, x); }
+
+__device__ __forceinline__ u32 warp_scan(u32 x) {
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    u32 y = __shfl_up_sync(kAll, x, d);
+    if (lane_id() >= d) x += y;
+  }
+  return x;
 }
 
 __device__ __forceinline__ int clamped(i64 x, int most) { return (int)(x < 0 ? 0 : x > most ? (i64)most : x); }
@@ -184,8 +197,8 @@ __device__ __forceinline__ void bin_range(u32 bin, u32& low, u32& high) {
   int q = bin < 2048 ? 2047 - (int)bin : (int)bin - 2048;
   u32 least = q == 0 ? 0 : (u32)(q + kLeast) << 17;
   u32 most = q == 2047 ? (u32)kInfinity : ((u32)(q + 1 + kLeast) << 17) - 1;
-  low = bin < 2048 ? least | 0x80000000u : ~most;
-  high = bin < 2048 ? most | 0x80000000u : ~least;
+  low = bin < 2048 ? least | 0x80000000u : most ^ 0x7fffffffu;
+  high = bin < 2048 ? most | 0x80000000u : least ^ 0x7fffffffu;
 }
 
 __device__ __forceinline__ Slice make_slice(int length, int rank, int size) {
@@ -194,7 +207,7 @@ __device__ __forceinline__ Slice make_slice(int length, int rank, int size) {
   s.begin = min(rank * share, length);
   s.end = min(s.begin + share, length);
   s.loads = (s.end - s.begin + kChunk * kWarps - 1) / (kChunk * kWarps);
-  s.warp_begin = s.begin + warp_id() * s.loads * kChunk;
+  s.warp_begin = min(s.begin + warp_id() * s.loads * kChunk, s.end);
   s.column = s.warp_begin + lane_id() * 4;
   return s;
 }
@@ -637,7 +650,7 @@ __device__ __forceinline__ int list_shared(const Params& p, Shared& s, int at, i
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) topk(const __grid_constant__ Params p) {
-  extern __shared__ __align__(16) unsigned char memory[];
+  unsigned char* memory = block_memory();
   Shared& s = *(Shared*)memory;
   uint4* kept = (uint4*)(memory + ((sizeof(Shared) + 15) & ~15));
   int size = (int)cluster_size(), rank = (int)cluster_rank();
@@ -651,8 +664,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) topk(const __grid_
   // What the kernels in front may still write is only guessed at before the wait.
   int guess = number < p.rows ? row_length(p, number, 0) : 0;
   reset(s);
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  wait_for_kernels_in_front();
 
   float4 loaded[kHeld];
   bool ready = !p.starts && guess > p.k && (few || !is_shared(p, guess, size));
