@@ -62,6 +62,7 @@ struct Shared {
   u32 sums[kBins / 4];
   u32 segments[kSegments];
   u32 counts[kCluster * kWarps];
+  u32 lists[kCluster];
   int pages[kPages];
   int rows[THREADS];
   u32 warps[kWarps];
@@ -81,7 +82,7 @@ struct Row {
   i64 offset;
   const int* table;
   i64 base;
-  int first, length, table_limit;
+  int length, table_limit;
 };
 
 struct Crossing {
@@ -201,9 +202,14 @@ __device__ __forceinline__ void bin_range(u32 bin, u32& low, u32& high) {
   high = bin < 2048 ? most | 0x80000000u : least ^ 0x7fffffffu;
 }
 
+// A row's columns for each of its blocks, a power of two of them.
+__device__ __forceinline__ int share_of(int length, int blocks) {
+  return (((length + blocks - 1) >> (__ffs(blocks) - 1)) + 3) & ~3;
+}
+
 __device__ __forceinline__ Slice make_slice(int length, int rank, int size) {
   Slice s;
-  int share = ((length + size - 1) / size + 3) & ~3;
+  int share = share_of(length, size);
   s.begin = min(rank * share, length);
   s.end = min(s.begin + share, length);
   s.loads = (s.end - s.begin + kChunk * kWarps - 1) / (kChunk * kWarps);
@@ -212,19 +218,18 @@ __device__ __forceinline__ Slice make_slice(int length, int rank, int size) {
   return s;
 }
 
-// Four columns from `column` on; those at `end` or past it are anything.
+// Four columns from `column` on, of an aligned row; those at `end` or past it are anything.
+__device__ __forceinline__ float4 load_four(const float* row, int column, int end) {
+  return column < end ? *(const float4*)(row + column) : make_float4(0.f, 0.f, 0.f, 0.f);
+}
+
 __device__ __forceinline__ float4 load_columns(const Params& p, const float* row, int column, int end) {
+  if (p.flags & kAligned) return load_four(row, column, end);
   float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-  if (column < end) {
-    if (p.flags & kAligned) {
-      x = *(const float4*)(row + column);
-    } else {
-      x.x = row[column];
-      if (column + 1 < end) x.y = row[column + 1];
-      if (column + 2 < end) x.z = row[column + 2];
-      if (column + 3 < end) x.w = row[column + 3];
-    }
-  }
+  if (column < end) x.x = row[column];
+  if (column + 1 < end) x.y = row[column + 1];
+  if (column + 2 < end) x.z = row[column + 2];
+  if (column + 3 < end) x.w = row[column + 3];
   return x;
 }
 
@@ -262,51 +267,53 @@ struct Keys {
       for (int i = 0; i < kHeld; ++i)
         if (i < s.loads) f(held[i], s.column + i * kChunk);
     } else {
-#pragma unroll 2
+#pragma unroll 1
       for (int i = 0; i < s.loads; ++i) f(again(p, s, i), s.column + i * kChunk);
     }
   }
 };
 
 __device__ __forceinline__ void reset(Shared& s) {
+#pragma unroll 2
   for (int i = threadIdx.x; i < kBins / 4; i += THREADS) ((uint4*)s.bins)[i] = make_uint4(0, 0, 0, 0);
   if (threadIdx.x == 0) s.stage_size = 0;
   __syncthreads();
 }
 
-template <bool GROUPED>
-__device__ __forceinline__ void synchronize() {
-  if constexpr (GROUPED) {
+__device__ __forceinline__ void synchronize(int blocks) {
+  if (blocks > 1) {
     cluster_sync();
   } else {
     __syncthreads();
   }
 }
 
-// The bin that holds the wanted-th key of those counted, by all threads of all blocks.
-template <bool GROUPED>
-__device__ __forceinline__ Crossing find(Shared& s, u32 wanted, int rank, int size) {
+// The bin that holds the wanted-th key of those counted, by all threads of the row's blocks, a power of two.
+__device__ __forceinline__ Crossing find(Shared& s, u32 wanted, int block, int blocks) {
   int lane = lane_id();
-  synchronize<GROUPED>();
-  int share = kSegments / size;
+  bool grouped = blocks > 1;
+  synchronize(blocks);
+  int shift = __ffs(kSegments) - __ffs(blocks), share = 1 << shift;
+#pragma unroll 1
   for (int segment = warp_id(); segment < share; segment += kWarps) {
+    const u32* bin = &s.bins[(block * share + segment) * 32 + lane];
     u32 sum = 0;
-    if constexpr (GROUPED) {
-      const u32* bin = &s.bins[(rank * share + segment) * 32 + lane];
-#pragma unroll 8
-      for (int q = 0; q < size; ++q) sum += load_remote(remote(bin, q));
+    if (grouped) {
+#pragma unroll 4
+      for (int q = 0; q < blocks; ++q) sum += load_remote(remote(bin, q));
       s.sums[segment * 32 + lane] = sum;
     } else {
-      sum = s.bins[segment * 32 + lane];
+      sum = *bin;
     }
     sum = warp_sum(sum);
-    if constexpr (GROUPED) {
-      if (lane < size) store_remote(remote(&s.segments[rank * share + segment], lane), sum);
+    u32* total = &s.segments[block * share + segment];
+    if (grouped) {
+      if (lane < blocks) store_remote(remote(total, lane), sum);
     } else {
-      if (lane == 0) s.segments[segment] = sum;
+      if (lane == 0) *total = sum;
     }
   }
-  synchronize<GROUPED>();
+  synchronize(blocks);
   uint4 four = ((const uint4*)s.segments)[lane];
   u32 own = four.x + four.y + four.z + four.w;
   u32 end = warp_scan(own);
@@ -327,12 +334,8 @@ __device__ __forceinline__ Crossing find(Shared& s, u32 wanted, int rank, int si
   }
   before = __shfl_sync(kAll, before, source);
   segment = __shfl_sync(kAll, segment, source);
-  u32 count;
-  if constexpr (GROUPED) {
-    count = load_remote(remote(&s.sums[(segment & (share - 1)) * 32 + lane], segment / share));
-  } else {
-    count = s.bins[segment * 32 + lane];
-  }
+  u32 count = grouped ? load_remote(remote(&s.sums[(segment & (share - 1)) * 32 + lane], segment >> shift))
+                      : s.bins[segment * 32 + lane];
   end = before + warp_scan(count);
   source = __ffs(__ballot_sync(kAll, end >= wanted)) - 1;
   Crossing c;
@@ -362,10 +365,9 @@ __device__ __forceinline__ int in_space(const Params& p, const Row& row, int col
   return column;
 }
 
-__device__ __forceinline__ Row make_row(const Params& p, int number, int first, int length) {
+__device__ __forceinline__ Row make_row(const Params& p, int number, int first) {
   Row row;
-  row.first = first;
-  row.length = length;
+  row.length = 0;
   row.offset = number * p.logits_stride + first;
   row.base = 0;
   row.table = p.table;
@@ -381,17 +383,35 @@ __device__ __forceinline__ Row make_row(const Params& p, int number, int first, 
   return row;
 }
 
+// The pages of this thread's first places, where a row of no more than k entries is expected.
+struct Pages {
+  int held[kHeld];
+};
+
+__device__ __forceinline__ Pages pages_ahead(const Params& p, const Row& row) {
+  Pages pages;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    int place = threadIdx.x + i * THREADS;
+    pages.held[i] = place < p.k ? load_page(p, row, page_number(p, place)) : -1;
+  }
+  return pages;
+}
+
 // Writes a row of no more than k entries.
-__device__ __forceinline__ void select_all(const Params& p, const Row& row, int number) {
+__device__ __forceinline__ void select_all(const Params& p, const Row& row, int number, const Pages& pages, bool ahead) {
   int* out = p.out + number * p.out_stride;
-  for (int place = threadIdx.x; place < p.k; place += THREADS) {
+#pragma unroll
+  for (int i = 0; i < (2048 + THREADS - 1) / THREADS; ++i) {
+    int place = threadIdx.x + i * THREADS;
+    if (place >= p.k) break;
     int index = -1, moved = -1;
     if (place < row.length) {
       index = place;
       int page = 0, page_at = 0;
       if (p.method == 2) {
         page_at = page_number(p, place);
-        page = load_page(p, row, page_at);
+        page = ahead && i < kHeld ? pages.held[i < kHeld ? i : 0] : load_page(p, row, page_at);
       }
       moved = in_space(p, row, place, page, page_at);
     }
@@ -411,31 +431,32 @@ struct Selected {
 // Ranks `size` composites; the wanted-th is left in s.threshold.
 __device__ __forceinline__ void rank(Shared& s, const u64* list, u32 size, u32 wanted) {
   int lane = lane_id();
+#pragma unroll 1
   for (u32 i = warp_id(); i < size; i += kWarps) {
     u64 x = list[i];
     u32 above = 0;
+#pragma unroll 1
     for (u32 at = lane; at < size; at += 32) above += list[at] > x;
     if (warp_sum(above) == wanted - 1 && lane == 0) s.threshold = x;
   }
 }
 
-// Packs the lists that a cluster's blocks staged.
-__device__ __forceinline__ void pack(Shared& s, int size) {
-  int lane = lane_id(), room = kStaged / size;
-  u32 count = 0;
-  if (lane < size)
-    for (int w = 0; w < kWarps; ++w) count += s.counts[lane * kWarps + w] >> 12;
+// Packs the lists that the blocks of a row left in s.staged.
+__device__ __forceinline__ void pack(Shared& s, int blocks) {
+  int lane = lane_id(), shift = __ffs(kStaged) - __ffs(blocks);
+  u32 count = lane < blocks ? s.lists[lane] : 0;
   u32 end = warp_scan(count);
+#pragma unroll 1
   for (int at = threadIdx.x; at < kStaged; at += THREADS) {
-    int block = at / room;
+    int block = at >> shift;
     u32 held = __shfl_sync(kAll, count, block), last = __shfl_sync(kAll, end, block);
-    u32 place = at - block * room;
+    u32 place = at - (block << shift);
     if (place < held) s.ranked[last - held + place] = s.staged[at];
   }
 }
 
 // Writes the slice's selected columns in their order; bases are what the warps in front have.
-template <bool GROUPED, bool HELD>
+template <bool HELD>
 __device__ __forceinline__ void emit(
     const Params& p, Shared& s, const Row& row, int number, const Slice& slice, const Keys<HELD>& keys,
     const Selected& x, u32 above_base, u32 tie_base, int first_page, bool cached) {
@@ -475,6 +496,7 @@ __device__ __forceinline__ void emit(
   __syncthreads();
   int* out = p.out + number * p.out_stride;
   int* local = p.local ? p.local + number * p.local_stride : nullptr;
+#pragma unroll 1
   for (int place = s.range[0] + threadIdx.x; place < s.range[1]; place += THREADS) {
     int column = chosen[place], page = 0, at = 0;
     if (p.method == 2) {
@@ -487,7 +509,7 @@ __device__ __forceinline__ void emit(
 }
 
 // Selects from a row of more than k entries; s.bins are zero.
-template <bool GROUPED, bool HELD>
+template <bool HELD>
 __device__ __forceinline__ void select_row(
     const Params& p, Shared& s, uint4* kept, const Row& row, int number, int block, int blocks, const Slice& slice,
     const float4* loaded) {
@@ -512,6 +534,7 @@ __device__ __forceinline__ void select_row(
     int pages = page_number(p, max(slice.end - 1, slice.begin)) - first_page + 1;
     cached = pages <= kPages;
     if (cached)
+#pragma unroll 1
       for (int i = threadIdx.x; i < pages; i += THREADS) s.pages[i] = load_page(p, row, first_page + i);
   }
   if constexpr (HELD) {
@@ -525,6 +548,7 @@ __device__ __forceinline__ void select_row(
     float4 next[kHeld];
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) next[i] = load_columns(p, keys.row, slice.column + i * kChunk, i < slice.loads ? slice.end : 0);
+#pragma unroll 1
     for (int at = 0; at < slice.loads; at += kHeld) {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
@@ -540,12 +564,21 @@ __device__ __forceinline__ void select_row(
 
   Selected x;
   x.wanted = p.k;
-  Crossing c = find<GROUPED>(s, x.wanted, block, blocks);
-  bin_range(c.bin, x.low, x.high);
-  x.wanted -= c.before;
-  u32 most = min(kRanked, kStaged / blocks);
-  while (c.count != x.wanted && c.count > most && x.low != x.high) {
-    int shift = max(0, 20 - __clz(x.high - x.low));
+  u32 most = min((u32)kRanked, (u32)kStaged >> (__ffs(blocks) - 1));
+  Crossing c;
+  int shift = -1;
+#pragma unroll 1
+  for (;;) {
+    c = find(s, x.wanted, block, blocks);
+    x.wanted -= c.before;
+    if (shift < 0) {
+      bin_range(c.bin, x.low, x.high);
+    } else {
+      x.high -= c.bin << shift;
+      x.low = max(x.low, x.high - ((1u << shift) - 1));
+    }
+    if (c.count == x.wanted || c.count <= most || x.low == x.high) break;
+    shift = max(0, 20 - __clz(x.high - x.low));
     __syncthreads();
     reset(s);
     keys.each(p, slice, [&](const uint4& four, int) {
@@ -555,45 +588,43 @@ __device__ __forceinline__ void select_row(
         if (key >= x.low && key <= x.high) atomicAdd(&s.bins[(x.high - key) >> shift], 1u);
       }
     });
-    c = find<GROUPED>(s, x.wanted, block, blocks);
-    x.high -= c.bin << shift;
-    x.low = max(x.low, x.high - ((1u << shift) - 1));
-    x.wanted -= c.before;
   }
   x.ranked = c.count != x.wanted && x.low != x.high;
 
   u32 own = 0;
+  u64* list = blocks > 1 ? s.ranked : s.staged;
   keys.each(p, slice, [&](const uint4& four, int column) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       u32 key = part(four, j);
-      if (key > x.high) {
-        own += 1;
-      } else if (key >= x.low) {
+      own += key > x.high;
+      if (key >= x.low && key <= x.high) {
         own += 1 << 12;
-        if (x.ranked) {
-          u64 item = composite(key, column + j);
-          u32 place = atomicAdd(&s.stage_size, 1u);
-          if constexpr (GROUPED) {
-            u64* there = &s.staged[block * (kStaged / blocks) + place];
-            for (int q = 0; q < blocks; ++q) store_remote(remote(there, q), item);
-          } else {
-            s.staged[place] = item;
-          }
-        }
+        if (x.ranked) list[atomicAdd(&s.stage_size, 1u)] = composite(key, column + j);
       }
     }
   });
   // Fewer than k <= 2048 keys are above the bin.
   own = warp_sum(own);
-  if constexpr (GROUPED) {
+  if (blocks > 1) {
     if (lane < blocks) store_remote(remote(&s.counts[block * kWarps + warp], lane), own);
+    if (x.ranked) {
+      __syncthreads();
+      u32 size = s.stage_size;
+      if (threadIdx.x < blocks) store_remote(remote(&s.lists[block], threadIdx.x), size);
+      u64* there = &s.staged[block * (kStaged >> (__ffs(blocks) - 1))];
+#pragma unroll 1
+      for (u32 at = warp; at < blocks; at += kWarps)
+#pragma unroll 1
+        for (u32 i = lane; i < size; i += 32) store_remote(remote(there + i, at), s.ranked[i]);
+    }
   } else {
     if (lane == 0) s.counts[warp] = own;
   }
-  synchronize<GROUPED>();
+  synchronize(blocks);
 
   u32 above = 0, ties = 0;
+#pragma unroll 1
   for (int i = lane; i < block * kWarps + warp; i += 32) {
     above += s.counts[i] & 0xfff;
     ties += s.counts[i] >> 12;
@@ -602,27 +633,26 @@ __device__ __forceinline__ void select_row(
   ties = warp_sum(ties);
   x.least = 0;
   if (x.ranked) {
-    const u64* list = s.staged;
-    if constexpr (GROUPED) {
+    if (blocks > 1) {
       pack(s, blocks);
       __syncthreads();
-      list = s.ranked;
     }
     rank(s, list, c.count, x.wanted);
     __syncthreads();
     x.least = s.threshold;
     u32 before = 0;
+#pragma unroll 1
     for (u32 i = lane; i < c.count; i += 32) before += list[i] >= x.least && (int)~(u32)list[i] < slice.warp_begin;
     above += warp_sum(before);
     ties = 0;
     x.wanted = 0;
   }
-  emit<GROUPED, HELD>(p, s, row, number, slice, keys, x, above, ties, first_page, cached);
+  emit<HELD>(p, s, row, number, slice, keys, x, above, ties, first_page, cached);
 }
 
 // Loads of four columns a thread for the widest slice of a row.
 __device__ __forceinline__ int loads_of(int length, int blocks) {
-  return ((length + blocks - 1) / blocks + 3 + kChunk * kWarps - 1) / (kChunk * kWarps);
+  return (share_of(length, blocks) + kChunk * kWarps - 1) / (kChunk * kWarps);
 }
 
 __device__ __forceinline__ bool is_shared(const Params& p, int length, int size) {
@@ -638,6 +668,7 @@ __device__ __forceinline__ int list_shared(const Params& p, Shared& s, int at, i
   if (lane_id() == 0) s.warps[warp_id()] = __popc(votes);
   __syncthreads();
   int before = 0, found = 0;
+#pragma unroll 1
   for (int w = 0; w < kWarps; ++w) {
     before += w < warp_id() ? s.warps[w] : 0;
     found += s.warps[w];
@@ -654,7 +685,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) topk(const __grid_
   Shared& s = *(Shared*)memory;
   uint4* kept = (uint4*)(memory + ((sizeof(Shared) + 15) & ~15));
   int size = (int)cluster_size(), rank = (int)cluster_rank();
-  int clusters = gridDim.x / size, cluster = blockIdx.x / size;
+  int log = __ffs(size) - 1, clusters = gridDim.x >> log, cluster = blockIdx.x >> log;
   // Few rows have a cluster each. Of many, each block takes its share of the short ones, then each cluster of the long.
   bool few = p.rows <= clusters;
   int number = few ? cluster : blockIdx.x;
@@ -667,7 +698,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) topk(const __grid_
   wait_for_kernels_in_front();
 
   float4 loaded[kHeld];
-  bool ready = !p.starts && guess > p.k && (few || !is_shared(p, guess, size));
+  bool ready = p.flags & kAligned && guess > p.k && (few || !is_shared(p, guess, size));
   int at = -THREADS, found = 0, next = 0, turn = 0;  // of dealing
   bool dirty = false;
   if (ready) {
@@ -677,8 +708,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) topk(const __grid_
     if (ready) {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i)
-        loaded[i] = load_columns(
-            p, p.logits + number * p.logits_stride, slice.column + i * kChunk, i < slice.loads ? slice.end : 0);
+        loaded[i] = load_four(
+            p.logits + number * p.logits_stride, slice.column + i * kChunk, i < slice.loads ? slice.end : 0);
     }
   }
   for (;;) {
@@ -699,12 +730,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) topk(const __grid_
       ++next;
       ++turn;
     }
-    int first = row_first(p, number), length = row_length(p, number, first);
+    int first = row_first(p, number);
+    Row row = make_row(p, number, first);
+    Pages pages;
+    bool ahead = p.method == 2 && guess <= p.k && (few ? rank == 0 : !dealing);
+    if (ahead) pages = pages_ahead(p, row);
+    int length = row_length(p, number, first);
+    row.length = length;
     bool grouped = is_shared(p, length, size);
-    Row row = make_row(p, number, first, length);
     if (grouped ? dealing || few : !few || rank == 0) {
       if (length <= p.k) {
-        select_all(p, row, number);
+        select_all(p, row, number, pages, ahead);
       } else {
         if (dirty) {
           __syncthreads();
@@ -713,27 +749,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) topk(const __grid_
         dirty = true;
         int blocks = grouped ? size : 1, block = grouped ? rank : 0;
         Slice slice = make_slice(length, block, blocks);
-        if (loads_of(length, blocks) <= kHeld) {
+        if (p.flags & kAligned && loads_of(length, blocks) <= kHeld) {
           if (!ready || guess != length) {
 #pragma unroll
             for (int i = 0; i < kHeld; ++i)
-              loaded[i] = load_columns(
-                  p, p.logits + row.offset, slice.column + i * kChunk, i < slice.loads ? slice.end : 0);
+              loaded[i] = load_four(
+                  p.logits + row.offset, slice.column + i * kChunk, i < slice.loads ? slice.end : 0);
           }
-          if (grouped) {
-            select_row<true, true>(p, s, kept, row, number, block, blocks, slice, loaded);
-          } else {
-            select_row<false, true>(p, s, kept, row, number, block, blocks, slice, loaded);
-          }
-        } else if (grouped) {
-          select_row<true, false>(p, s, kept, row, number, block, blocks, slice, nullptr);
+          select_row<true>(p, s, kept, row, number, block, blocks, slice, loaded);
         } else {
-          select_row<false, false>(p, s, kept, row, number, block, blocks, slice, nullptr);
+          select_row<false>(p, s, kept, row, number, block, blocks, slice, nullptr);
         }
       }
     }
     if (few) return;
     ready = false;
+    guess = 0x7fffffff;
     if (!dealing) {
       number += gridDim.x;
       dealing = number >= p.rows;
