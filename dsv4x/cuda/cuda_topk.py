@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ..common.core.spaces import TopkMethod
+from ..common.dispatch.problem import SelectionProblem
+from ..common.dispatch.registry import Kernel, register
 from . import nvrtc
 
+ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 K_MAX = 2048
 THREADS = 512
 TOPK = nvrtc.Function(Path(__file__).with_name("topk.cu"), "topk")
@@ -117,3 +120,35 @@ def topk_transform(
     arguments = pack_arguments(spread, (logits, lengths, row_starts), (k, method, space), (out, out_local))
     launch = nvrtc.Launch(spread.blocks, THREADS, spread.cluster, _SHARED + spread.resident * _LOAD)
     TOPK(device, launch, torch.cuda.current_stream(device).cuda_stream, arguments)
+
+
+_HOST_US = 25.0
+
+
+def _predicted_us(problem: SelectionProblem) -> float:
+    return 5.0
+
+
+def _reasons(problem: SelectionProblem) -> list[str]:
+    reasons = [] if problem.k <= K_MAX else [f"k is {problem.k}, need <= {K_MAX}: a block's lists hold no more"]
+    if problem.device == "cuda" and not reasons and (why := nvrtc.unavailable()):
+        reasons.append(why)
+    return reasons
+
+
+def record() -> Kernel:
+    """The selection kernel's record."""
+    return Kernel(
+        "topk_transform",
+        "cuda",
+        topk_transform,
+        _predicted_us,
+        archs=ARCHS,
+        host_us=lambda problem: _HOST_US,
+        further_reasons=_reasons,
+    )
+
+
+def register_kernels() -> None:
+    """Add the selection kernel."""
+    register(record())
