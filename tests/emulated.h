@@ -28,7 +28,9 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 
 struct Barrier {
   int size = 0, arrived = 0, turn = 0;
-  void wait();
+  int arrive();
+  void wait_for(int turn);
+  void wait() { wait_for(arrive()); }
 };
 
 struct Warp {
@@ -50,6 +52,7 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   Block* block;
   Index thread, block_index;
+  int turn;
   bool done = false;
 };
 
@@ -63,13 +66,16 @@ static Index grid;
 #define blockIdx (running->block_index)
 #define gridDim grid
 
-void Barrier::wait() {
+int Barrier::arrive() {
   int mine = turn;
   if (++arrived == size) {
     arrived = 0;
     ++turn;
-    return;
   }
+  return mine;
+}
+
+void Barrier::wait_for(int mine) {
   while (turn == mine) swapcontext(&running->context, &scheduler);
 }
 
@@ -110,6 +116,11 @@ T __shfl_up_sync(unsigned, T x, int d) {
   int lane = running->thread.x % 32;
   return exchange((uint64_t)x, [=](uint64_t* v) { return (T)v[lane >= d ? lane - d : lane]; });
 }
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int d) {
+  int lane = running->thread.x % 32;
+  return exchange((uint64_t)x, [=](uint64_t* v) { return (T)v[lane ^ d]; });
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(x); }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
@@ -120,12 +131,13 @@ inline unsigned atomicAdd(unsigned* p, unsigned x) { unsigned old = *p; *p += x;
 static unsigned char* block_memory() { return running->block->memory.data(); }
 static unsigned cluster_rank() { return running->block->rank; }
 static unsigned cluster_size() { return blocks.size(); }
-static void cluster_sync() { cluster_barrier.wait(); }
+static void cluster_arrive() { running->turn = cluster_barrier.arrive(); }
+static void cluster_wait() { cluster_barrier.wait_for(running->turn); }
 static unsigned remote(const void* p, int rank) { return (unsigned)rank << 24 | (unsigned)((unsigned char*)p - block_memory()); }
 static unsigned char* place(unsigned address) { return blocks.at(address >> 24).memory.data() + (address & 0xffffff); }
 static unsigned load_remote(unsigned address) { return *(unsigned*)place(address); }
-template <class T>
-void store_remote(unsigned address, T x) { *(T*)place(address) = x; }
+static uint64_t load_remote_u64(unsigned address) { return *(uint64_t*)place(address); }
+static uint4 load_remote_four(unsigned address) { return *(uint4*)place(address); }
 static long long load_integer(const void* p, long long at, bool wide) {
   return wide ? ((const long long*)p)[at] : ((const int*)p)[at];
 }

@@ -23,7 +23,7 @@ TOPK = nvrtc.Function(Path(__file__).with_name("topk.cu"), "topk")
 _PARAMS = struct.Struct("<8q4q13i4x")
 _LENGTHS64, _STARTS64, _BASES64, _REQUESTS64, _ALIGNED = 1, 2, 4, 8, 16
 # Of shared memory: what the kernel keeps beside a slice's keys, and the keys that a thread loads at once.
-_SHARED = 16384 + 16384 + 2048 + 4096 + 512 + 1024 + 2048 + 2048 + 256
+_SHARED = 30 * 1024
 _LOAD = 16 * THREADS
 
 

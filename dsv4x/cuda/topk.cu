@@ -26,9 +26,8 @@ constexpr int kBins = 4096;
 constexpr int kSegments = kBins / 32;
 constexpr int kHeld = 4;      // loads of four columns that a thread's registers hold
 constexpr int kChunk = 128;   // columns that a warp loads at once
-constexpr int kStaged = 2048; // of all blocks of a cluster
-constexpr int kRanked = 256;  // most keys that are compared with each other
-constexpr int kCluster = 16;  // most blocks of a cluster
+constexpr int kRanked = 256;  // most keys that are compared with each other, of all blocks
+constexpr int kPlaces = (2048 + THREADS - 1) / THREADS;  // of a row, a thread's
 constexpr int kPages = 512;   // of a slice, kept at hand
 constexpr u32 kAll = 0xffffffffu;
 // Bins of 1/64 of a power of two from 2^-16 to 2^16; the first and the last of either sign take what is beyond.
@@ -55,22 +54,6 @@ struct Params {
 
 namespace {
 
-struct Shared {
-  u32 bins[kBins];
-  u64 staged[kStaged];
-  u64 ranked[kRanked];
-  u32 sums[kBins / 4];
-  u32 segments[kSegments];
-  u32 counts[kCluster * kWarps];
-  u32 lists[kCluster];
-  int pages[kPages];
-  int rows[THREADS];
-  u32 warps[kWarps];
-  u64 threshold;
-  u32 stage_size;
-  int range[2];  // of the places that this block fills
-};
-
 struct Slice {
   int begin, end;  // of the row's entries
   int loads;       // of four columns, a thread
@@ -83,6 +66,23 @@ struct Row {
   const int* table;
   i64 base;
   int length, table_limit;
+};
+
+struct Shared {
+  u32 bins[kBins];
+  u64 staged[kRanked];
+  u64 ranked[kRanked];
+  u32 sums[kBins / 4];
+  u32 segments[kSegments];
+  u32 counts[kWarps];
+  int pages[kPages];
+  int rows[THREADS];
+  u32 warps[kWarps];
+  u64 threshold;
+  Row row;
+  u32 stage_size;
+  int guess;
+  int range[2];  // of the places that this block fills
 };
 
 struct Crossing {
@@ -110,9 +110,17 @@ __device__ __forceinline__ u32 cluster_size() {
   return x;
 }
 
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+// A barrier of the cluster that makes known what its blocks wrote to their own shared memory, and nothing else: a
+// release of all memory would wait for global memory.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1207
+  asm volatile("fence.release.sync_restrict::shared::cta.cluster;\nbarrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#else
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
 }
+
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
   return (u32)__cvta_generic_to_shared(pointer);
@@ -130,12 +138,19 @@ __device__ __forceinline__ u32 load_remote(u32 address) {
   return x;
 }
 
-__device__ __forceinline__ void store_remote(u32 address, u32 x) {
-  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+__device__ __forceinline__ u64 load_remote_u64(u32 address) {
+  u64 x;
+  asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(x) : "r"(address) : "memory");
+  return x;
 }
 
-__device__ __forceinline__ void store_remote(u32 address, u64 x) {
-  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(x) : "memory");
+__device__ __forceinline__ uint4 load_remote_four(u32 address) {
+  uint4 x;
+  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
 }
 
 // Past the first level's cache: it may hold what was there before the kernels in front ended.
@@ -235,11 +250,22 @@ __device__ __forceinline__ float4 load_columns(const Params& p, const float* row
 
 __device__ __forceinline__ uint4 keys_of(float4 x, int column, int end) {
   uint4 keys;
+  if (column + 4 <= end) {
+    keys.x = key_of(x.x);
+    keys.y = key_of(x.y);
+    keys.z = key_of(x.z);
+    keys.w = key_of(x.w);
+    return keys;
+  }
   keys.x = column < end ? key_of(x.x) : 0;
   keys.y = column + 1 < end ? key_of(x.y) : 0;
   keys.z = column + 2 < end ? key_of(x.z) : 0;
   keys.w = column + 3 < end ? key_of(x.w) : 0;
   return keys;
+}
+
+__device__ __forceinline__ bool any_from(u32 low, const uint4& keys) {
+  return __any_sync(kAll, max(max(keys.x, keys.y), max(keys.z, keys.w)) >= low);
 }
 
 __device__ __forceinline__ u32 part(const uint4& keys, int j) {
@@ -253,11 +279,6 @@ struct Keys {
   uint4* kept;
   const float* row;
 
-  __device__ __forceinline__ uint4 again(const Params& p, const Slice& s, int i) const {
-    int column = s.column + i * kChunk;
-    if (i < p.resident) return kept[i * THREADS + threadIdx.x];
-    return keys_of(load_columns(p, row, column, s.end), column, s.end);
-  }
 
   // Calls f(keys, column) for this thread's columns, in order.
   template <class F>
@@ -267,8 +288,21 @@ struct Keys {
       for (int i = 0; i < kHeld; ++i)
         if (i < s.loads) f(held[i], s.column + i * kChunk);
     } else {
+      int resident = min(p.resident, s.loads);
+#pragma unroll 2
+      for (int i = 0; i < resident; ++i) f(kept[i * THREADS + threadIdx.x], s.column + i * kChunk);
 #pragma unroll 1
-      for (int i = 0; i < s.loads; ++i) f(again(p, s, i), s.column + i * kChunk);
+      for (int at = resident; at < s.loads; at += kHeld) {
+        float4 some[kHeld];
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i)
+          some[i] = load_columns(p, row, s.column + (at + i) * kChunk, at + i < s.loads ? s.end : 0);
+#pragma unroll
+        for (int i = 0; i < kHeld; ++i) {
+          int column = s.column + (at + i) * kChunk;
+          if (at + i < s.loads) f(keys_of(some[i], column, s.end), column);
+        }
+      }
     }
   }
 };
@@ -280,41 +314,49 @@ __device__ __forceinline__ void reset(Shared& s) {
   __syncthreads();
 }
 
-__device__ __forceinline__ void synchronize(int blocks) {
-  if (blocks > 1) {
-    cluster_sync();
-  } else {
-    __syncthreads();
-  }
-}
-
 // The bin that holds the wanted-th key of those counted, by all threads of the row's blocks, a power of two.
+template <bool GROUPED>
 __device__ __forceinline__ Crossing find(Shared& s, u32 wanted, int block, int blocks) {
   int lane = lane_id();
-  bool grouped = blocks > 1;
-  synchronize(blocks);
-  int shift = __ffs(kSegments) - __ffs(blocks), share = 1 << shift;
+  int shift = GROUPED ? __ffs(kSegments) - __ffs(blocks) : 0, share = 1 << shift;
+  uint4 four;
+  if constexpr (GROUPED) {
+    cluster_arrive();
+    cluster_wait();
 #pragma unroll 1
-  for (int segment = warp_id(); segment < share; segment += kWarps) {
-    const u32* bin = &s.bins[(block * share + segment) * 32 + lane];
-    u32 sum = 0;
-    if (grouped) {
+    for (int segment = warp_id(); segment < share; segment += kWarps) {
+      const u32* bin = &s.bins[(block * share + segment) * 32 + lane];
+      u32 sum = 0;
 #pragma unroll 4
       for (int q = 0; q < blocks; ++q) sum += load_remote(remote(bin, q));
       s.sums[segment * 32 + lane] = sum;
-    } else {
-      sum = *bin;
+      sum = warp_sum(sum);
+      if (lane == 0) s.segments[segment] = sum;
     }
-    sum = warp_sum(sum);
-    u32* total = &s.segments[block * share + segment];
-    if (grouped) {
-      if (lane < blocks) store_remote(remote(total, lane), sum);
+    cluster_arrive();
+    cluster_wait();
+    four = load_remote_four(remote(&s.segments[(4 * lane) & (share - 1)], (4 * lane) >> shift));
+  } else {
+    __syncthreads();
+    constexpr int kOwn = kBins / THREADS;
+    if constexpr (kOwn < 32) {
+      const uint4* bins = (const uint4*)&s.bins[kOwn * threadIdx.x];
+      u32 sum = 0;
+#pragma unroll
+      for (int i = 0; i < kOwn / 4; ++i) sum += bins[i].x + bins[i].y + bins[i].z + bins[i].w;
+#pragma unroll
+      for (int d = 1; d < 32 / kOwn; d *= 2) sum += __shfl_xor_sync(kAll, sum, d);
+      if (lane % (32 / kOwn) == 0) s.segments[kOwn * threadIdx.x / 32] = sum;
     } else {
-      if (lane == 0) *total = sum;
+      for (int segment = threadIdx.x; segment < kSegments; segment += THREADS) {
+        u32 sum = 0;
+        for (int i = 0; i < 32; ++i) sum += s.bins[segment * 32 + i];
+        s.segments[segment] = sum;
+      }
     }
+    __syncthreads();
+    four = ((const uint4*)s.segments)[lane];
   }
-  synchronize(blocks);
-  uint4 four = ((const uint4*)s.segments)[lane];
   u32 own = four.x + four.y + four.z + four.w;
   u32 end = warp_scan(own);
   int source = __ffs(__ballot_sync(kAll, end >= wanted)) - 1;
@@ -334,8 +376,12 @@ __device__ __forceinline__ Crossing find(Shared& s, u32 wanted, int block, int b
   }
   before = __shfl_sync(kAll, before, source);
   segment = __shfl_sync(kAll, segment, source);
-  u32 count = grouped ? load_remote(remote(&s.sums[(segment & (share - 1)) * 32 + lane], segment >> shift))
-                      : s.bins[segment * 32 + lane];
+  u32 count;
+  if constexpr (GROUPED) {
+    count = load_remote(remote(&s.sums[(segment & (share - 1)) * 32 + lane], segment >> shift));
+  } else {
+    count = s.bins[segment * 32 + lane];
+  }
   end = before + warp_scan(count);
   source = __ffs(__ballot_sync(kAll, end >= wanted)) - 1;
   Crossing c;
@@ -374,7 +420,9 @@ __device__ __forceinline__ Row make_row(const Params& p, int number, int first) 
   row.table_limit = 0;
   if (p.method == 1) row.base = load_integer(p.bases, number, p.flags & kBases64);
   if (p.method == 2) {
-    i64 request = p.requests ? load_integer(p.requests, number, p.flags & kRequests64) : number / p.next_n;
+    i64 request = p.requests      ? load_integer(p.requests, number, p.flags & kRequests64)
+                  : p.next_n == 1 ? number
+                                  : number / p.next_n;
     if (request >= 0 && request < p.num_requests) {
       row.table += request * p.table_stride;
       row.table_limit = p.table_width;
@@ -383,15 +431,15 @@ __device__ __forceinline__ Row make_row(const Params& p, int number, int first) 
   return row;
 }
 
-// The pages of this thread's first places, where a row of no more than k entries is expected.
+// The pages of this thread's places in a row of no more than k entries.
 struct Pages {
-  int held[kHeld];
+  int held[kPlaces];
 };
 
 __device__ __forceinline__ Pages pages_ahead(const Params& p, const Row& row) {
   Pages pages;
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
+  for (int i = 0; i < kPlaces; ++i) {
     int place = threadIdx.x + i * THREADS;
     pages.held[i] = place < p.k ? load_page(p, row, page_number(p, place)) : -1;
   }
@@ -399,10 +447,10 @@ __device__ __forceinline__ Pages pages_ahead(const Params& p, const Row& row) {
 }
 
 // Writes a row of no more than k entries.
-__device__ __forceinline__ void select_all(const Params& p, const Row& row, int number, const Pages& pages, bool ahead) {
+__device__ __forceinline__ void select_all(const Params& p, const Row& row, int number, const Pages& pages) {
   int* out = p.out + number * p.out_stride;
 #pragma unroll
-  for (int i = 0; i < (2048 + THREADS - 1) / THREADS; ++i) {
+  for (int i = 0; i < kPlaces; ++i) {
     int place = threadIdx.x + i * THREADS;
     if (place >= p.k) break;
     int index = -1, moved = -1;
@@ -411,7 +459,7 @@ __device__ __forceinline__ void select_all(const Params& p, const Row& row, int 
       int page = 0, page_at = 0;
       if (p.method == 2) {
         page_at = page_number(p, place);
-        page = ahead && i < kHeld ? pages.held[i < kHeld ? i : 0] : load_page(p, row, page_at);
+        page = pages.held[i];
       }
       moved = in_space(p, row, place, page, page_at);
     }
@@ -441,29 +489,29 @@ __device__ __forceinline__ void rank(Shared& s, const u64* list, u32 size, u32 w
   }
 }
 
-// Packs the lists that the blocks of a row left in s.staged.
+// Packs the lists of the row's blocks in s.ranked.
 __device__ __forceinline__ void pack(Shared& s, int blocks) {
-  int lane = lane_id(), shift = __ffs(kStaged) - __ffs(blocks);
-  u32 count = lane < blocks ? s.lists[lane] : 0;
+  int lane = lane_id();
+  u32 count = lane < blocks ? load_remote(remote(&s.stage_size, lane)) : 0;
   u32 end = warp_scan(count);
 #pragma unroll 1
-  for (int at = threadIdx.x; at < kStaged; at += THREADS) {
-    int block = at >> shift;
+  for (int block = warp_id(); block < blocks; block += kWarps) {
     u32 held = __shfl_sync(kAll, count, block), last = __shfl_sync(kAll, end, block);
-    u32 place = at - (block << shift);
-    if (place < held) s.ranked[last - held + place] = s.staged[at];
+#pragma unroll 1
+    for (u32 i = lane; i < held; i += 32) s.ranked[last - held + i] = load_remote_u64(remote(&s.staged[i], block));
   }
 }
 
 // Writes the slice's selected columns in their order; bases are what the warps in front have.
 template <bool HELD>
 __device__ __forceinline__ void emit(
-    const Params& p, Shared& s, const Row& row, int number, const Slice& slice, const Keys<HELD>& keys,
-    const Selected& x, u32 above_base, u32 tie_base, int first_page, bool cached) {
+    const Params& p, Shared& s, int number, const Slice& slice, const Keys<HELD>& keys, const Selected& x,
+     u32 above_base, u32 tie_base, int first_page, bool cached) {
   // No block counts in its bins any more.
   u32* chosen = s.bins;
   if (threadIdx.x == 0) s.range[0] = above_base + min(tie_base, x.wanted);
   keys.each(p, slice, [&](const uint4& four, int column) {
+    if (!any_from(x.low, four)) return;
     u32 above = 0, tie = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -476,7 +524,6 @@ __device__ __forceinline__ void emit(
       above |= (u32)higher << j;
       tie |= (u32)within << j;
     }
-    if (!__any_sync(kAll, above | tie)) return;
     // A warp has 128 columns here: either count fits in half a word.
     u32 own = __popc(above) | __popc(tie) << 16;
     u32 end = warp_scan(own);
@@ -494,6 +541,7 @@ __device__ __forceinline__ void emit(
   });
   if (threadIdx.x == THREADS - 1) s.range[1] = above_base + min(tie_base, x.wanted);
   __syncthreads();
+  const Row& row = s.row;
   int* out = p.out + number * p.out_stride;
   int* local = p.local ? p.local + number * p.local_stride : nullptr;
 #pragma unroll 1
@@ -508,11 +556,12 @@ __device__ __forceinline__ void emit(
   }
 }
 
-// Selects from a row of more than k entries; s.bins are zero.
+// Selects from a row of more than k entries; s.bins are zero. False where the row's length is not `length`, which is
+// known only after its keys have been counted.
 template <bool HELD>
-__device__ __forceinline__ void select_row(
+__device__ __forceinline__ bool select_row(
     const Params& p, Shared& s, uint4* kept, const Row& row, int number, int block, int blocks, const Slice& slice,
-    const float4* loaded) {
+    const float4* loaded, int length) {
   int lane = lane_id(), warp = warp_id();
   Keys<HELD> keys;
   keys.kept = kept;
@@ -526,6 +575,7 @@ __device__ __forceinline__ void select_row(
     count(four.z);
     count(four.w);
   };
+  if (threadIdx.x == 0) s.row = row;
   // The slice's part of the page table comes with its keys.
   int first_page = 0;
   bool cached = false;
@@ -562,14 +612,15 @@ __device__ __forceinline__ void select_row(
     }
   }
 
+  if (length != row.length) return false;
+  bool grouped = blocks > 1;
   Selected x;
   x.wanted = p.k;
-  u32 most = min((u32)kRanked, (u32)kStaged >> (__ffs(blocks) - 1));
   Crossing c;
   int shift = -1;
 #pragma unroll 1
   for (;;) {
-    c = find(s, x.wanted, block, blocks);
+    c = grouped ? find<true>(s, x.wanted, block, blocks) : find<false>(s, x.wanted, block, blocks);
     x.wanted -= c.before;
     if (shift < 0) {
       bin_range(c.bin, x.low, x.high);
@@ -577,7 +628,7 @@ __device__ __forceinline__ void select_row(
       x.high -= c.bin << shift;
       x.low = max(x.low, x.high - ((1u << shift) - 1));
     }
-    if (c.count == x.wanted || c.count <= most || x.low == x.high) break;
+    if (c.count == x.wanted || c.count <= kRanked || x.low == x.high) break;
     shift = max(0, 20 - __clz(x.high - x.low));
     __syncthreads();
     reset(s);
@@ -592,51 +643,44 @@ __device__ __forceinline__ void select_row(
   x.ranked = c.count != x.wanted && x.low != x.high;
 
   u32 own = 0;
-  u64* list = blocks > 1 ? s.ranked : s.staged;
   keys.each(p, slice, [&](const uint4& four, int column) {
+    if (!any_from(x.low, four)) return;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       u32 key = part(four, j);
       own += key > x.high;
       if (key >= x.low && key <= x.high) {
         own += 1 << 12;
-        if (x.ranked) list[atomicAdd(&s.stage_size, 1u)] = composite(key, column + j);
+        if (x.ranked) s.staged[atomicAdd(&s.stage_size, 1u)] = composite(key, column + j);
       }
     }
   });
   // Fewer than k <= 2048 keys are above the bin.
   own = warp_sum(own);
-  if (blocks > 1) {
-    if (lane < blocks) store_remote(remote(&s.counts[block * kWarps + warp], lane), own);
-    if (x.ranked) {
-      __syncthreads();
-      u32 size = s.stage_size;
-      if (threadIdx.x < blocks) store_remote(remote(&s.lists[block], threadIdx.x), size);
-      u64* there = &s.staged[block * (kStaged >> (__ffs(blocks) - 1))];
-#pragma unroll 1
-      for (u32 at = warp; at < blocks; at += kWarps)
-#pragma unroll 1
-        for (u32 i = lane; i < size; i += 32) store_remote(remote(there + i, at), s.ranked[i]);
-    }
-  } else {
-    if (lane == 0) s.counts[warp] = own;
-  }
-  synchronize(blocks);
-
+  if (lane == 0) s.counts[warp] = own;
   u32 above = 0, ties = 0;
-#pragma unroll 1
-  for (int i = lane; i < block * kWarps + warp; i += 32) {
-    above += s.counts[i] & 0xfff;
-    ties += s.counts[i] >> 12;
+  auto add = [&](u32 counts) {
+    above += counts & 0xfff;
+    ties += counts >> 12;
+  };
+  if (grouped) {
+    cluster_arrive();
+    cluster_wait();
+#pragma unroll 4
+    for (int i = lane; i < block * kWarps + warp; i += 32) add(load_remote(remote(&s.counts[i % kWarps], i / kWarps)));
+    if (x.ranked) pack(s, blocks);
+  } else {
+    __syncthreads();
+    if (lane < warp) add(s.counts[lane]);
   }
   above = warp_sum(above);
   ties = warp_sum(ties);
+  // No block ends while another reads its memory.
+  if (grouped) cluster_arrive();
   x.least = 0;
   if (x.ranked) {
-    if (blocks > 1) {
-      pack(s, blocks);
-      __syncthreads();
-    }
+    const u64* list = grouped ? s.ranked : s.staged;
+    if (grouped) __syncthreads();
     rank(s, list, c.count, x.wanted);
     __syncthreads();
     x.least = s.threshold;
@@ -647,7 +691,9 @@ __device__ __forceinline__ void select_row(
     ties = 0;
     x.wanted = 0;
   }
-  emit<HELD>(p, s, row, number, slice, keys, x, above, ties, first_page, cached);
+  emit<HELD>(p, s, number, slice, keys, x, above, ties, first_page, cached);
+  if (grouped) cluster_wait();
+  return true;
 }
 
 // Loads of four columns a thread for the widest slice of a row.
@@ -692,26 +738,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) topk(const __grid_
   bool dealing = !few && number >= p.rows;
   if (few && number >= p.rows) return;
 
-  // What the kernels in front may still write is only guessed at before the wait.
-  int guess = number < p.rows ? row_length(p, number, 0) : 0;
+  // A kernel in front may still write the length: what is read before the wait is a guess, the same for all threads.
+  if (threadIdx.x == 0 && number < p.rows) s.guess = row_length(p, number, 0);
   reset(s);
+  bool guessed = !p.starts && !dealing;
+  int guess = guessed ? s.guess : 0;
   wait_for_kernels_in_front();
 
-  float4 loaded[kHeld];
-  bool ready = p.flags & kAligned && guess > p.k && (few || !is_shared(p, guess, size));
   int at = -THREADS, found = 0, next = 0, turn = 0;  // of dealing
   bool dirty = false;
-  if (ready) {
-    int blocks = is_shared(p, guess, size) ? size : 1;
-    Slice slice = make_slice(guess, blocks > 1 ? rank : 0, blocks);
-    ready = loads_of(guess, blocks) <= kHeld;
-    if (ready) {
-#pragma unroll
-      for (int i = 0; i < kHeld; ++i)
-        loaded[i] = load_four(
-            p.logits + number * p.logits_stride, slice.column + i * kChunk, i < slice.loads ? slice.end : 0);
-    }
-  }
   for (;;) {
     if (dealing) {
       if (size == 1) return;
@@ -732,15 +767,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) topk(const __grid_
     }
     int first = row_first(p, number);
     Row row = make_row(p, number, first);
-    Pages pages;
-    bool ahead = p.method == 2 && guess <= p.k && (few ? rank == 0 : !dealing);
-    if (ahead) pages = pages_ahead(p, row);
     int length = row_length(p, number, first);
-    row.length = length;
-    bool grouped = is_shared(p, length, size);
-    if (grouped ? dealing || few : !few || rank == 0) {
-      if (length <= p.k) {
-        select_all(p, row, number, pages, ahead);
+    row.length = guessed ? guess : length;
+    for (;;) {
+      bool grouped = is_shared(p, row.length, size);
+      if (grouped ? !dealing && !few : few && rank != 0) {
+        if (length == row.length) break;
+      } else if (row.length <= p.k) {
+        Pages pages;
+        if (p.method == 2) pages = pages_ahead(p, row);
+        if (length == row.length) {
+          select_all(p, row, number, pages);
+          break;
+        }
       } else {
         if (dirty) {
           __syncthreads();
@@ -748,23 +787,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) topk(const __grid_
         }
         dirty = true;
         int blocks = grouped ? size : 1, block = grouped ? rank : 0;
-        Slice slice = make_slice(length, block, blocks);
-        if (p.flags & kAligned && loads_of(length, blocks) <= kHeld) {
-          if (!ready || guess != length) {
+        Slice slice = make_slice(row.length, block, blocks);
+        bool done;
+        if (p.flags & kAligned && loads_of(row.length, blocks) <= kHeld) {
+          float4 loaded[kHeld];
 #pragma unroll
-            for (int i = 0; i < kHeld; ++i)
-              loaded[i] = load_four(
-                  p.logits + row.offset, slice.column + i * kChunk, i < slice.loads ? slice.end : 0);
-          }
-          select_row<true>(p, s, kept, row, number, block, blocks, slice, loaded);
+          for (int i = 0; i < kHeld; ++i)
+            loaded[i] = load_four(
+                p.logits + row.offset, slice.column + i * kChunk, i < slice.loads ? slice.end : 0);
+          done = select_row<true>(p, s, kept, row, number, block, blocks, slice, loaded, length);
         } else {
-          select_row<false>(p, s, kept, row, number, block, blocks, slice, nullptr);
+          done = select_row<false>(p, s, kept, row, number, block, blocks, slice, nullptr, length);
         }
+        if (done) break;
       }
+      row.length = length;
     }
     if (few) return;
-    ready = false;
-    guess = 0x7fffffff;
+    guessed = false;
     if (!dealing) {
       number += gridDim.x;
       dealing = number >= p.rows;
