@@ -141,7 +141,19 @@ static uint4 load_remote_four(unsigned address) { return *(uint4*)place(address)
 static long long load_integer(const void* p, long long at, bool wide) {
   return wide ? ((const long long*)p)[at] : ((const int*)p)[at];
 }
-static void wait_for_kernels_in_front() {}
+
+// What a kernel in front writes while this one waits for it.
+static void* late_target;
+static const void* late_source;
+static size_t late_bytes;
+extern "C" void write_late(void* target, const void* source, size_t bytes) {
+  late_target = target;
+  late_source = source;
+  late_bytes = bytes;
+}
+static void wait_for_kernels_in_front() {
+  if (late_bytes) memcpy(late_target, late_source, late_bytes);
+}
 
 #include KERNEL_SOURCE
 

@@ -32,10 +32,15 @@ def emulate(tmp_path_factory):
         + ["-o", library],
         check=True,
     )
-    run = ctypes.CDLL(str(library)).emulate
+    library = ctypes.CDLL(str(library))
+    run, write_late = library.emulate, library.write_late
     run.restype = ctypes.c_bool
 
-    def launch(spread, source, selected, outs):
+    def launch(spread, source, selected, outs, late=None):
+        """``late``: the lengths that a kernel in front writes while this one waits for it."""
+        size = 0 if late is None else late.numel() * late.element_size()
+        addresses = [ctypes.c_void_p(0 if x is None else x.data_ptr()) for x in (source[1], late)]
+        write_late(*addresses, ctypes.c_size_t(size))
         arguments = cuda_topk.pack_arguments(spread, source, selected, outs)
         shared_bytes = cuda_topk._SHARED + spread.resident * THREADS * 16
         assert run(arguments, spread.blocks, spread.cluster, shared_bytes), "threads wait for each other"
@@ -119,9 +124,25 @@ def test_emulated_spaces_starts_and_hostile_numbers(wide, spread, emulate, rng):
                 assert torch.equal(got, want)
 
 
-def test_what_the_kernel_keeps_has_room():
+@pytest.mark.parametrize("spread", SPREADS)
+def test_emulated_lengths_written_by_the_kernel_in_front(spread, emulate, rng):
+    cluster, solo, clusters, resident = spread
+    spread = cuda_topk.Shape(cluster, solo, cluster * clusters, resident)
+    torch.manual_seed(2)
+    logits, k = torch.randn(1, 2500), 100
+    table = torch.randint(0, 50, (1, 40)).int()
+    paged = {"block_table": table, "page_size": 64, "pages": 50, "next_n": 1, "requests": None}
+    for guess in (-1, 0, 99, 100, 260, 2500, 9999):
+        for length in (0, 50, 101, 255, 257, 2499):
+            lens, late = torch.tensor([guess]).int(), torch.tensor([length]).int()
+            want, got = (torch.full((1, k), -7, dtype=torch.int32) for _ in range(2))
+            reference.topk_transform(logits, late, k, TopkMethod.PAGED, None, paged, want)
+            emulate(spread, (logits, lens, None), (k, TopkMethod.PAGED, paged), (got, None), late)
+            assert torch.equal(got, want), (guess, length)
+
+
+def test_the_host_knows_the_kernels_threads():
     source = cuda_topk.TOPK.path.read_text()
-    assert int(re.search(r"kStaged = (\d+)", source)[1]) == cuda_topk.K_MAX
     assert int(re.search(r"define THREADS (\d+)", source)[1]) == cuda_topk.THREADS
 
 

@@ -237,7 +237,9 @@ class Function:
                 _check(driver.cuModuleLoadData(ctypes.byref(module), cubin), f"cuModuleLoadData of {self.path.name}")
             finally:
                 driver.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
-            _check(driver.cuModuleGetFunction(ctypes.byref(function), module, self.name.encode()), "cuModuleGetFunction")
+            _check(
+                driver.cuModuleGetFunction(ctypes.byref(function), module, self.name.encode()), "cuModuleGetFunction"
+            )
             self._functions[device] = function
         return self._functions[device]
 

@@ -174,15 +174,11 @@ def _sampled_least(logits_ptr, length, k, SAMPLE: tl.constexpr):
 
 
 @triton.jit
-def _keep(key, column, least, list_ptr, count, ROOM: tl.constexpr, WIDE: tl.constexpr):
+def _keep(key, column, least, list_ptr, count, ROOM: tl.constexpr):
     """Write down the keys of a block that are at least ``least``, and their columns, behind ``count`` others."""
     kept = (key >= least).to(tl.int32)
     ends = tl.cumsum(kept, 0)
     place = count + ends - kept
-    # These are no runs of four. Triton lays a block out by what it knows of the pointers that are stored to, and would
-    # scan what was loaded in fours once for either layout. A mask of no known runs keeps the stores single.
-    if WIDE:
-        place = tl.max_contiguous(tl.multiple_of(place, 4), 4)
     fits = (kept == 1) & (place < ROOM)
     tl.store(list_ptr + place, key, mask=fits)
     tl.store(list_ptr + ROOM + place, column, mask=fits)
@@ -199,14 +195,14 @@ def _list_part(
     # On its way while the sample is looked at.
     ahead = _load_keys(logits_ptr, logits_ptr, column, last, False, ALIGNED)
     least = _sampled_least(logits_ptr, length, k, SAMPLE)
-    count = _keep(ahead, column, least, list_ptr, tl.zeros((), tl.int32), ROOM, ALIGNED)
+    count = _keep(ahead, column, least, list_ptr, tl.zeros((), tl.int32), ROOM)
     for at in tl.range(first + BLOCK, last, BLOCK, num_stages=STAGES):
         column = at + tl.arange(0, BLOCK)
         if ALIGNED:
             at = tl.multiple_of(at, 4)
             column = tl.max_contiguous(tl.multiple_of(column, 4), 4)
         key = _load_keys(logits_ptr, logits_ptr, column, last, False, ALIGNED)
-        count = _keep(key, column, least, list_ptr, count, ROOM, ALIGNED)
+        count = _keep(key, column, least, list_ptr, count, ROOM)
     return count
 
 
@@ -234,8 +230,7 @@ def _listed(list_ptr, ends_ptr, place, count, parts, ROOM: tl.constexpr):
 
 @triton.jit
 def _emit(
-    x, index, value_ptr, threshold, wanted, taken, equal_before, chosen_ptr, values_ptr,
-    HAS_VALUES: tl.constexpr, WIDE: tl.constexpr,
+    x, index, value_ptr, threshold, wanted, taken, equal_before, chosen_ptr, values_ptr, HAS_VALUES: tl.constexpr
 ):  # fmt: skip
     """Write a block's selected columns behind those of the blocks before; returns the counts up to here."""
     above = (x > threshold).to(tl.int32)
@@ -245,9 +240,6 @@ def _emit(
     equal_rank = equal_before + (counted >> 16) - equal
     kept = (above == 1) | ((equal == 1) & (equal_rank < wanted))
     place = taken + (counted & 0xFFFF) - above + tl.minimum(equal_rank, wanted)
-    # As in ``_keep``.
-    if WIDE:
-        place = tl.max_contiguous(tl.multiple_of(place, 4), 4)
     tl.store(chosen_ptr + place, index, mask=kept)
     if HAS_VALUES:
         tl.store(values_ptr + place, tl.load(value_ptr, mask=kept), mask=kept)
@@ -307,9 +299,8 @@ def _select_block(
     x, threshold, equals = _threshold(key, count, k)
     zero = tl.zeros((), tl.int32)
     taken, equal = _emit(
-        x, index, logits_ptr + place, threshold, equals, zero, zero, chosen_ptr, values_ptr,
-        HAS_VALUES, ALIGNED and not LISTED,
-    )  # fmt: skip
+        x, index, logits_ptr + place, threshold, equals, zero, zero, chosen_ptr, values_ptr, HAS_VALUES
+    )
     return taken + tl.minimum(equal, equals)
 
 
@@ -363,7 +354,7 @@ def _select_by_passes(
         if HAS_IDS:
             index = tl.load(ids_ptr + column, mask=column < length, other=-1)
         taken, equal = _emit(
-            key, index, logits_ptr + column, threshold, wanted, taken, equal, chosen_ptr, values_ptr, HAS_VALUES, False
+            key, index, logits_ptr + column, threshold, wanted, taken, equal, chosen_ptr, values_ptr, HAS_VALUES
         )  # fmt: skip
     return taken + tl.minimum(equal, wanted)
 
