@@ -27,11 +27,8 @@ def emulate(tmp_path_factory):
     library = tmp_path_factory.mktemp("emulated") / "topk.so"
     source = f'-DKERNEL_SOURCE="{cuda_topk.TOPK.path}"'
     header = Path(__file__).with_name("emulated.h")
-    subprocess.run(
-        [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", f"-DTHREADS={THREADS}", source, "-x", "c++", header]
-        + ["-o", library],
-        check=True,
-    )
+    options = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-DTHREADS={THREADS}", source]
+    subprocess.run([COMPILER, *options, "-x", "c++", header, "-o", library], check=True)
     library = ctypes.CDLL(str(library))
     run, write_late = library.emulate, library.write_late
     run.restype = ctypes.c_bool

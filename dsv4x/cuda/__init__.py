@@ -1,4 +1,4 @@
-"""NVIDIA: FlashMLA, DeepGEMM, FlashInfer, Gluon and CUDA C++ kernels beside the portable ones, where CUDA is the backend."""
+"""NVIDIA: FlashMLA, DeepGEMM, FlashInfer, Gluon and CUDA C++ beside the portable kernels, where CUDA is the backend."""
 
 from pathlib import Path
 
