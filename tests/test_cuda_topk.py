@@ -12,6 +12,7 @@ import torch
 import dsv4x
 from dsv4x import Problem, TopkMethod
 from dsv4x.common import reference
+from dsv4x.common.dispatch import registry
 from dsv4x.cuda import cuda_topk, nvrtc
 
 THREADS = 64
@@ -27,7 +28,7 @@ def emulate(tmp_path_factory):
     library = tmp_path_factory.mktemp("emulated") / "topk.so"
     source = f'-DKERNEL_SOURCE="{cuda_topk.TOPK.path}"'
     header = Path(__file__).with_name("emulated.h")
-    options = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-DTHREADS={THREADS}", source]
+    options = ["-std=c++17", "-O2", "-shared", "-fPIC", f"-DTHREADS={THREADS}", source]
     subprocess.run([COMPILER, *options, "-x", "c++", header, "-o", library], check=True)
     library = ctypes.CDLL(str(library))
     run, write_late = library.emulate, library.write_late
@@ -79,8 +80,8 @@ SPREADS = [(1, 0, 1, 0), (1, 0, 3, 5), (4, 256, 3, 0), (4, 1024, 1, 2), (8, 300,
 def test_emulated_selection_is_the_references(kind, spread, emulate, rng):
     cluster, solo, clusters, resident = spread
     torch.manual_seed(hash((kind, spread)) % 2**31)
-    for width, k, pad in ((300, 100, 0), (1024, 1, 0), (2311, 512, 3), (4100, 2048, 4)):
-        rows = 3
+    rows = 3
+    for width, k, pad in ((300, 100, 0), (2311, 512, 3)) if solo else ((1024, 1, 0), (4100, 2048, 4)):
         logits = torch.full((rows, width + pad), torch.nan)[:, :width]
         logits[:] = values_of(kind, rows, width)
         spread = cuda_topk.Shape(cluster, solo, cluster * clusters, resident)
@@ -153,7 +154,7 @@ def test_it_compiles_within_its_registers(arch):
         cuda_topk.TOPK.path.read_text(), "topk.cu", (*cuda_topk.TOPK.options_for(arch), "--ptxas-options=-v")
     ).log
     assert int(re.search(r"Used (\d+) registers", log)[1]) <= 65536 // (2 * cuda_topk.THREADS)
-    assert int(re.search(r"(\d+) bytes spill stores", log)[1]) <= 64, log
+    assert int(re.search(r"(\d+) bytes spill stores", log)[1]) <= 192, log
 
 
 def test_a_source_that_does_not_compile_says_why():
@@ -185,7 +186,7 @@ def test_cubins_come_from_disk_the_second_time(monkeypatch, tmp_path):
 
 
 def refusals(monkeypatch, missing="", **change):
-    monkeypatch.setattr(nvrtc, "unavailable", lambda: missing)
+    monkeypatch.setattr(nvrtc, "unavailable", lambda arch: missing)
     record = cuda_topk.record()
     return record.not_supported_reasons(
         Problem("topk_transform", "cuda", **{"arch": "sm_90", "tokens": 4, "width": 4096, "k": 512, **change})
@@ -197,3 +198,23 @@ def test_what_it_refuses(monkeypatch):
     assert "k is 2049, need <= 2048" in refusals(monkeypatch, k=2049)[0]
     assert "arch is sm_80" in refusals(monkeypatch, arch="sm_80")[0]
     assert refusals(monkeypatch, missing="no NVRTC") == ["no NVRTC"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "k", "ahead"),
+    [
+        (1, 2048, 512, True),
+        (16, 262_144, 1024, True),
+        (64, 8192, 512, True),
+        (64, 131_072, 512, False),
+        (300, 262_144, 512, False),
+    ],
+)
+def test_it_is_picked_where_it_was_measured_ahead(rows, width, k, ahead):
+    problem = Problem("topk_transform", "cuda", "sm_90", tokens=rows, width=width, k=k)
+    assert (cuda_topk.record().call_us(problem) < registry.find("topk_transform", "triton").call_us(problem)) is ahead
+
+
+def test_it_is_not_picked_unasked_where_it_was_never_run():
+    problem = Problem("topk_transform", "cuda", "sm_100", tokens=1, width=2048, k=512)
+    assert cuda_topk.record().call_us(problem) == INF

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..common.core.spaces import TopkMethod
+from ..common.dispatch import costs
 from ..common.dispatch.problem import SelectionProblem
 from ..common.dispatch.registry import Kernel, register
 from . import nvrtc
@@ -19,6 +20,15 @@ ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 K_MAX = 2048
 THREADS = 512
 TOPK = nvrtc.Function(Path(__file__).with_name("topk.cu"), "topk")
+
+# Of an H100 (benchmarks/results/selection-h100.json, k 1024, narrow buffers): rows -> us at costs.SELECTION_WIDTHS.
+_TOPK_US = {
+    1: (5.1, 8.7, 10.0, 17.2),
+    4: (5.2, 8.9, 10.1, 17.5),
+    16: (5.5, 9.1, 13.6, 25.0),
+    64: (5.7, 9.4, 44.6, 80.8),
+    256: (8.2, 14.6, 42.8, 256.1),
+}
 
 _PARAMS = struct.Struct("<8q4q13i4x")
 _LENGTHS64, _STARTS64, _BASES64, _REQUESTS64, _ALIGNED = 1, 2, 4, 8, 16
@@ -47,11 +57,9 @@ class Shape(NamedTuple):
 def _limits(device: int) -> tuple[int, int]:
     """(multiprocessors, shared memory that a block may have so that two fit)."""
     found = torch.cuda.get_device_properties(device)
-    each = min(found.shared_memory_per_block_optin, found.shared_memory_per_multiprocessor // 2 - 1024)
+    optin: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    each = min(optin, found.shared_memory_per_multiprocessor // 2 - 1024)
     return found.multi_processor_count, each
-
-
-_FORCED: dict[str, int] = {}
 
 
 @functools.lru_cache(4096)
@@ -59,8 +67,8 @@ def shape(device: int, rows: int, width: int) -> Shape:
     """The spread of ``rows`` rows of at most ``width`` columns, which are all that the host knows."""
     multiprocessors, memory = _limits(device)
     resident = (memory - _SHARED) // _LOAD
-    solo = _FORCED.get("solo", 8192 if rows <= 32 else 16384 if rows < 128 else 40960)
-    cluster = _FORCED.get("cluster", 8 if rows <= 16 else 4)
+    solo = 8192 if rows <= 32 else 16384 if rows < 128 else 40960
+    cluster = 8 if rows <= 16 else 4
     if width <= solo:
         return Shape(1, solo, min(rows, 2 * multiprocessors), 0 if width <= 8192 else resident)
     launch = nvrtc.Launch(cluster, THREADS, cluster, _SHARED + resident * _LOAD)
@@ -122,16 +130,14 @@ def topk_transform(
     TOPK(device, launch, torch.cuda.current_stream(device).cuda_stream, arguments)
 
 
-_HOST_US = 25.0
-
-
 def _predicted_us(problem: SelectionProblem) -> float:
-    return 5.0
+    """Infinite where it was never run, so that it is not picked there unasked."""
+    return costs.selection_us(_TOPK_US, problem) if problem.arch == "sm_90" else float("inf")
 
 
 def _reasons(problem: SelectionProblem) -> list[str]:
     reasons = [] if problem.k <= K_MAX else [f"k is {problem.k}, need <= {K_MAX}: a block's lists hold no more"]
-    if problem.device == "cuda" and not reasons and (why := nvrtc.unavailable()):
+    if problem.device == "cuda" and not reasons and (why := nvrtc.unavailable(problem.arch)):
         reasons.append(why)
     return reasons
 
@@ -144,7 +150,6 @@ def record() -> Kernel:
         topk_transform,
         _predicted_us,
         archs=ARCHS,
-        host_us=lambda problem: _HOST_US,
         further_reasons=_reasons,
     )
 

@@ -86,13 +86,25 @@ def _driver() -> ctypes.CDLL:
     return library
 
 
-def unavailable() -> str:
-    """Why kernels can be neither compiled nor launched here; empty where they can."""
+@functools.cache
+def _archs() -> list[int]:
+    """What NVRTC compiles for, such as 90."""
+    count = ctypes.c_int()
+    _nvrtc().nvrtcGetNumSupportedArchs(ctypes.byref(count))
+    archs = (ctypes.c_int * count.value)()
+    _nvrtc().nvrtcGetSupportedArchs(archs)
+    return list(archs)
+
+
+def unavailable(arch: str) -> str:
+    """Why kernels can be neither compiled nor launched here for an arch such as ``"sm_90"``; empty where they can."""
     try:
         _driver()
         _nvrtc()
     except BackendUnavailable as error:
         return str(error)
+    if int(arch.removeprefix("sm_")) not in _archs():
+        return f"NVRTC {version()} does not compile for {arch}"
     return ""
 
 
@@ -133,9 +145,9 @@ def compile_source(source: str, name: str, options: tuple[str, ...]) -> Compiled
 
 def _bytes(program: ctypes.c_void_p, what: str) -> bytes:
     size = ctypes.c_size_t()
-    for failed in (getattr(_nvrtc(), f"nvrtcGet{what}Size")(program, ctypes.byref(size)),):
-        if failed:
-            raise RuntimeError(f"nvrtcGet{what}Size: error {failed}")
+    failed = getattr(_nvrtc(), f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    if failed:
+        raise RuntimeError(f"nvrtcGet{what}Size: error {failed}")
     held = ctypes.create_string_buffer(size.value)
     failed = getattr(_nvrtc(), f"nvrtcGet{what}")(program, held)
     if failed:
