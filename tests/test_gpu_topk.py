@@ -12,8 +12,12 @@ def expected(logits, lens, k):
     return dsv4x.topk_transform(logits, lens, k, kernel="reference")
 
 
-def select(logits, lens, k, **given):
-    return dsv4x.topk_transform(logits, lens, k, kernel="triton", **given)
+@pytest.fixture(params=["triton", "cuda"])
+def select(request):
+    def run(logits, lens, k, **given):
+        return dsv4x.topk_transform(logits, lens, k, kernel=request.param, **given)
+
+    return run
 
 
 def rows_of(kind, rows, width):
@@ -35,7 +39,7 @@ def rows_of(kind, rows, width):
 @pytest.mark.parametrize(
     "kind", ["normal", "rounded", "equal", "nan", "tiny", "spread", "ascending", "infinite", "few finite"]
 )
-def test_every_way_through_the_kernel(kind, k):
+def test_every_way_through_the_kernel(kind, k, select):
     torch.manual_seed(0)
     for rows, width in ((3, 3000), (2, 4096), (2, 4097), (2, 8193), (1, 32769), (140, 20_000), (300, 9000)):
         logits = rows_of(kind, rows, width)
@@ -44,7 +48,7 @@ def test_every_way_through_the_kernel(kind, k):
 
 
 @pytest.mark.parametrize("length", [0, 1, 511, 512, 513, 2048, 2049, 4095, 4096, 4097, 8191, 8192, 8193, 65_537])
-def test_lengths_at_every_edge_in_buffers_of_any_width(length):
+def test_lengths_at_every_edge_in_buffers_of_any_width(length, select):
     torch.manual_seed(1)
     for width in (max(length, 4), 65_540, 65_541):
         if width >= length:
@@ -54,7 +58,7 @@ def test_lengths_at_every_edge_in_buffers_of_any_width(length):
             assert torch.equal(select(logits, lens, 512), expected(logits, lens, 512))
 
 
-def test_the_same_bits_fifty_times_and_at_any_place_in_a_batch():
+def test_the_same_bits_fifty_times_and_at_any_place_in_a_batch(select):
     torch.manual_seed(2)
     logits = torch.randn(16, 131_072, device="cuda").mul(4).round()
     want = expected(logits, None, 1024)
@@ -64,7 +68,7 @@ def test_the_same_bits_fifty_times_and_at_any_place_in_a_batch():
         assert torch.equal(select(logits, None, 1024), want)
 
 
-def test_a_graph_follows_its_lengths():
+def test_a_graph_follows_its_lengths(select):
     torch.manual_seed(3)
     logits = torch.randn(8, 65_536, device="cuda")
     lens = torch.full((8,), 65_536, dtype=torch.int32, device="cuda")
@@ -84,7 +88,7 @@ def test_a_graph_follows_its_lengths():
         assert torch.equal(out, dsv4x.topk_transform(logits, lens, 512, **paged, kernel="reference"))
 
 
-def test_two_streams_and_two_graphs_side_by_side():
+def test_two_streams_and_two_graphs_side_by_side(select):
     torch.manual_seed(4)
     logits = [torch.randn(4, 131_072, device="cuda") for _ in range(2)]
     want = [expected(x, None, 512) for x in logits]
