@@ -192,12 +192,12 @@ def selection_rows():
     at = {}
     for file, ours in (("selection-h100", "cuda"), ("selection-triton-h100", "dsv4x")):
         for row in measured(file):
-            wide = row["columns"] > row["entries"]
-            at[file, row["k"], row["rows"], row["entries"], wide] = row[ours], row["sglang_v2"]
-    for file, k, count, entries, wide in at:
-        if (file, k, wide) == ("selection-h100", 1024, False):
-            place = (k, count, entries)
-            times = [*at[file, *place, False], *at[file, *place, True], at["selection-triton-h100", *place, False][0]]
+            if row["k"] == 1024:
+                wide = row["columns"] > row["entries"]
+                at[file, row["rows"], row["entries"], wide] = row[ours], row["sglang_v2"]
+    for (file, count, entries, wide), narrow in at.items():
+        if file == "selection-h100" and not wide:
+            times = [*narrow, *at[file, count, entries, True], at["selection-triton-h100", count, entries, False][0]]
             rows.add(f"| {count} x {entries} | " + " | ".join(f"{us:.1f}" for us in times) + " |")
     return rows
 
