@@ -287,14 +287,17 @@ def logits_cases(arch: str) -> list[Case]:
         found.append(Case(schedule.schedule_kernel, constants, types={} if one else sums, label=label))
     found.append(Case(schedule.limit_lens_kernel, {"BLOCK": 256}))
     values = {"logits_ptr": "*fp32", "values_ptr": "*fp32"}
-    for method, ids, capacity, warps in ((0, False, 2048, 8), (1, True, 4096, 16), (2, False, 4096, 16)):
+    sizes = topk._SIZES
+    for method, ids, aligned in ((0, False, True), (1, True, False), (2, False, False), (2, False, True)):
         constants = {
-            "METHOD": method, "HAS_IDS": ids, "HAS_STARTS": not ids, "HAS_LENS": not ids, "HAS_REQUESTS": method == 2,
-            "HAS_VALUES": ids, "BLOCK": 1024, "CAPACITY": capacity, "SAMPLE": capacity // 2, "STAGES": 3,
-            "ALIGNED": ids,
+            "METHOD": method, "HAS_IDS": ids, "HAS_STARTS": not (ids or aligned), "HAS_LENS": not ids,
+            "HAS_REQUESTS": method == 2 and not aligned, "HAS_LOCAL": method == 2, "HAS_VALUES": ids,
+            "ALIGNED": aligned, "LISTS": not ids, "EARLY": decode.depends_early(arch), "SMALL": sizes.small,
+            "LARGE": sizes.large, "ROOM": sizes.large, "SAMPLE": sizes.sample, "BLOCK": sizes.block,
+            "STAGES": sizes.stages,
         }  # fmt: skip
-        label = f"[{method},{capacity}]"
-        found.append(Case(topk.topk_kernel, constants, {"num_warps": warps}, values, label=label))
+        label = f"[{method},{ids},{aligned}]"
+        found.append(Case(topk.topk_kernel, constants, {"num_warps": topk.num_warps(arch)}, values, label=label))
     return found
 
 

@@ -1,5 +1,6 @@
 """Every Triton kernel compiles for every arch dsv4x names, without that GPU, and fits it."""
 
+import dataclasses
 import re
 
 import compiling
@@ -77,6 +78,18 @@ def test_the_splits_let_the_reduction_be_launched_before_they_end():
             early = case.constants["SPLIT"] and arch == "sm_90"
             assert ("griddepcontrol.launch_dependents" in ptx) == early
             assert "ld.global" not in ptx.split("griddepcontrol.launch_dependents")[0] or not early
+
+
+def test_selection_spills_only_where_it_holds_most_candidates(tmp_path):
+    """Past k = 512 a program may hold twice as many, 16 a thread; spills there take no more than they do now."""
+    for arch in ("sm_90", "gfx942"):
+        case = next(c for at, c in CASES if at == arch and c.name == "topk_kernel[2,False,True]")
+        more = dataclasses.replace(case, constants={**case.constants, "ROOM": 2 * case.constants["ROOM"]})
+        compiled = compiling.compile_case(more, arch)
+        if arch == "sm_90":
+            assert compiling.nvidia_report(compiled, tmp_path / "kernel.cubin")["stack"] <= 128
+        else:
+            assert compiling.amd_report(compiled)["spills"] <= 64
 
 
 @pytest.mark.parametrize(("arch", "flavour"), [("gfx942", "e4m3fnuz"), ("gfx950", "e4m3fn")])

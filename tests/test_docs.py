@@ -181,8 +181,25 @@ def test_the_tables_of_performance_are_their_files():
             times = [round(row[x]) for x in ("chosen", "peer_direct", "peer_gathered")]
             rows.add("| " + " | ".join(map(str, [row["tokens"], row["prefix"], row["heads"], *times])) + " |")
     rows |= step_rows(json.loads((ROOT / "benchmarks/results/step-h100.json").read_text()))
-    assert len(shown) == 14 + 6 + 6 + 4
+    rows |= selection_rows()
+    assert len(shown) == 14 + 6 + 6 + 4 + 16
     assert shown - rows == set()
+
+
+def selection_rows():
+    """The rows of the selection's table, of k 1024."""
+    rows = set()
+    at = {}
+    for file, ours in (("selection-h100", "cuda"), ("selection-triton-h100", "dsv4x")):
+        for row in measured(file):
+            if row["k"] == 1024:
+                wide = row["columns"] > row["entries"]
+                at[file, row["rows"], row["entries"], wide] = row[ours], row["sglang_v2"]
+    for (file, count, entries, wide), narrow in at.items():
+        if file == "selection-h100" and not wide:
+            times = [*narrow, *at[file, count, entries, True], at["selection-triton-h100", count, entries, False][0]]
+            rows.add(f"| {count} x {entries} | " + " | ".join(f"{us:.1f}" for us in times) + " |")
+    return rows
 
 
 def step_rows(measured):

@@ -25,10 +25,8 @@ def sizes(request, kernel_device, monkeypatch):
     """
     if request.param == "small":
         room = 64 if kernel_device[1] == "cpu" else 512
-        monkeypatch.setattr(kernels, "_CAPACITIES", (room, 2 * room))
-        monkeypatch.setattr(kernels, "_SAMPLE", room // 2)
-        monkeypatch.setattr(kernels, "_BLOCK", 128 if room == 64 else 512)
-        monkeypatch.setattr(kernels, "least_part", lambda k: max(200, 4 * k))
+        made = kernels._Sizes(small=room, large=2 * room, sample=2 * room, block=2 * room, part=room)
+        monkeypatch.setattr(kernels, "_SIZES", made)
 
 
 def defined_local(row, length, k, start=0):
@@ -141,23 +139,87 @@ def test_paged_goes_through_the_rows_own_table(named, sizes, kernel_device, rng)
     assert got == want
 
 
-@pytest.mark.parametrize(("width", "aligned"), [(512, True), (504, False), (4096, True), (4090, False)])
-def test_only_parts_of_whole_sixteens_are_loaded_wide(width, aligned, monkeypatch):
+@pytest.mark.parametrize(
+    ("rows", "width", "change", "wide", "programs"),
+    [
+        (2, 2048, {}, True, 2),
+        (2, 8192, {}, True, 8),
+        (2, 262_144, {}, True, 8),
+        (8, 262_144, {}, True, 8),
+        (9, 262_144, {}, True, 9),
+        (40, 262_144, {}, True, 16),
+        (2, 8192, {"starts": True}, False, 8),
+        (2, 8190, {}, False, 8),
+    ],
+)
+def test_programs_follow_the_rows_and_loads_the_alignment(rows, width, change, wide, programs, monkeypatch):
     """The interpreter takes any promise; a GPU would drop columns."""
     launches = []
-    monkeypatch.setattr(kernels, "least_part", lambda k: 200)
-    monkeypatch.setattr(kernels, "platform", SimpleNamespace(limits=lambda device: SimpleNamespace(multiprocessors=4)))
+    limits = SimpleNamespace(multiprocessors=8, arch="sm_90")
+    monkeypatch.setattr(kernels, "platform", SimpleNamespace(limits=lambda device: limits))
+    monkeypatch.setattr(kernels, "depends_early", lambda arch: False)
     monkeypatch.setattr(kernels, "_launch_topk", lambda *given, num_warps: launches.append(given))
-    logits, lens = torch.zeros(1, width), torch.zeros(1, dtype=torch.int32)
-    for lengths, starts, promised in ((None, None, aligned), (lens, None, False), (None, lens, False)):
-        launches.clear()
-        kernels.topk_transform(logits, lengths, 8, TopkMethod.LOCAL, starts, {}, torch.empty(1, 8, dtype=torch.int32))
-        programs, _, numbers, constexprs = launches[0]
-        assert constexprs[-1] is promised
-        assert numbers[0] == width
-        assert numbers[2] == programs == min(8, width // 200)
-        assert numbers[3] * programs >= width
-        assert numbers[3] % 16 == 0
+    starts = torch.zeros(rows, dtype=torch.int32) if change else None
+    out = torch.empty(rows, 8, dtype=torch.int32)
+    kernels.topk_transform(torch.empty(rows, width), None, 8, TopkMethod.LOCAL, starts, {}, out)
+    ((grid, _, numbers, constexprs),) = launches
+    names = dict(zip(kernels.topk_kernel.arg_names[-len(constexprs) :], constexprs))
+    assert (grid, names["ALIGNED"], names["LISTS"]) == (programs, wide, width > 4096)
+    assert numbers[3] == (max(1, 8 // rows) if width > 4096 else 1)
+
+
+def hostile(kind, width, k, rng):
+    """A row that a sample of it says nothing about, or whose keys are hard to tell apart."""
+    x = torch.randn(width, generator=rng)
+    at = torch.arange(width)
+    return {
+        "best at the sampled columns": torch.where(at % 16 < 4, x + 100, x),
+        "best between them": torch.where(at % 16 >= 12, x + 100, x),
+        "best in one place": torch.where((at > width // 2) & (at < width // 2 + k + 3), x + 100, x),
+        "falling": -x.sort().values,
+        "two values": (at % 3 == 0).float(),
+        "k of the larger": (at < k).float(),
+        "k + 1 of the larger": (at >= width - k - 1).float(),
+        "neighbours": (1000 + at % 7).int().view(torch.float32),
+        "one large": torch.where(at == width - 1, 3e38, x),
+        "both ends of float32": torch.where(at % 2 == 0, 3e38, -3e38) * torch.rand(width, generator=rng),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["best at the sampled columns", "best between them", "best in one place", "falling", "two values",
+     "k of the larger", "k + 1 of the larger", "neighbours", "one large", "both ends of float32"],
+)  # fmt: skip
+def test_rows_made_to_mislead(kind, sizes, kernel_device, rng):
+    kernel, device = kernel_device
+    for width, k in ((600, 20), (129, 32), (2500, 40)):
+        row = hostile(kind, width, k, rng)
+        got = topk_transform(row[None].to(device), None, k, kernel=kernel)
+        assert got.tolist() == [defined_local(row.tolist(), width, k)]
+
+
+@pytest.mark.parametrize("method", list(TopkMethod))
+def test_local_entries_beside_the_selection(method, sizes, kernel_device, rng):
+    """From the same selection, and where the space has no index too."""
+    kernel, device = kernel_device
+    logits = torch.randn(3, 700, generator=rng)
+    lens = torch.tensor([700, 12, 300])
+    table = torch.randint(-1, 9, (3, 40), generator=rng).int()
+    given = {
+        TopkMethod.LOCAL: {},
+        TopkMethod.RAGGED: {"bases": torch.tensor([5, -1, 2**31 - 100]).to(device)},
+        TopkMethod.PAGED: {"block_table": table.to(device), "page_size": 16, "pages": 9},
+    }[method]
+    local = torch.full((3, 20), -7, dtype=torch.int32, device=device)
+    got = topk_transform(logits.to(device), lens.to(device), 20, method, **given, out_local=local, kernel=kernel)
+    want = [defined_local(row, n, 20) for row, n in zip(logits.tolist(), lens.tolist())]
+    assert local.tolist() == padded(want, 20)
+    assert torch.equal(got, topk_transform(logits.to(device), lens.to(device), 20, method, **given, kernel=kernel))
+    if method is TopkMethod.LOCAL:
+        assert torch.equal(got, local)
+    else:
+        assert (got == -1).sum() > (local == -1).sum()
 
 
 def test_each_entry_point_has_its_space():
@@ -185,6 +247,7 @@ def test_each_entry_point_has_its_space():
             "block_table: 1 requests, need >= 2 for 2 rows",
         ),
         ({"out": torch.zeros(2, 2).int()}, ValueError, r"out: shape is \(2, 2\), need \(2, 1\)"),
+        ({"out_local": torch.zeros(2, 1)}, TypeError, "out_local: dtype is float32, need int32"),
         ({"kernel": "aiter"}, dsv4x.KernelNotSupported, "cannot run topk_transform"),
     ],
 )

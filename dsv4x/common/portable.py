@@ -16,7 +16,7 @@ from .core.calls import DecodeCall, PrefillCall, Result, deliver, queries, sinks
 from .core.platform import platform
 from .core.vendor import TRITON
 from .dispatch import costs
-from .dispatch.problem import AttentionProblem, LogitsProblem, Problem
+from .dispatch.problem import AttentionProblem, LogitsProblem, Problem, SelectionProblem
 from .dispatch.registry import Kernel, refuse, register
 from .kernels.decode_shapes import decode_config, most_splits
 from .kernels.scratch import multiprocessors, partial_bytes, tensor_bytes
@@ -31,6 +31,21 @@ _TRITON_DECODE_GATHER = (10.0, 0.75e6)
 # Prefill's (benchmarks/results/prefill-kernels-h200.json): heads a program covers -> a call, the rate.
 _TRITON_PREFILL_RATES = {16: (50.0, 116e6), 64: (50.0, 190e6)}
 _OTHER_TRITON_US = 30.0
+# Selection on an H100 (benchmarks/results/selection-triton-h100.json, narrow buffers): up to k 1024, and above.
+_TRITON_TOPK = {
+    1: (8.2, 16.6, 17.9, 26.3),
+    4: (9.1, 17.6, 18.6, 29.9),
+    16: (9.7, 18.0, 19.7, 37.6),
+    64: (10.8, 19.5, 26.2, 56.3),
+    256: (19.2, 36.3, 60.1, 146.0),
+}
+_TRITON_LARGE_TOPK = {
+    1: (8.2, 30.8, 29.2, 28.9),
+    4: (9.1, 31.4, 29.9, 31.5),
+    16: (9.7, 32.9, 34.2, 38.0),
+    64: (10.8, 34.3, 40.8, 57.2),
+    256: (19.2, 57.6, 81.6, 148.9),
+}
 # A guess that keeps the reference last on a GPU.
 _REFERENCE_RATES = (200.0, 1e6)
 _INTERPRETER_US = 1e6
@@ -51,6 +66,11 @@ def _triton_us(problem: Problem) -> float:
 def _flops(problem: Problem) -> float:
     """What attention multiplies; every other op is predicted by its launch alone."""
     return problem.attention_flops if isinstance(problem, AttentionProblem) else 0.0
+
+
+def _topk_triton_us(problem: SelectionProblem) -> float:
+    us = costs.selection_us(_TRITON_TOPK if problem.k <= 1024 else _TRITON_LARGE_TOPK, problem)
+    return us + (_INTERPRETER_US if problem.interpreter else 0.0)
 
 
 def _triton_decode_us(problem: AttentionProblem) -> float:
@@ -218,7 +238,7 @@ def register_portable() -> None:
         _pair(op, "mqa_logits", triton_us=_logits_triton_us, reference_us=_logits_reference_us, unpacked=True)
     _pair("gather_indexer_k", "mqa_logits")
     _pair("get_paged_mqa_logits_metadata", "schedule")
-    _pair("topk_transform", "topk")
+    _pair("topk_transform", "topk", triton_us=_topk_triton_us)
     _pair("topk_merge", "topk")
     _pair("merge_attention_states", "merge")
     scratch: dict[str, Any] = {"triton_scratch": _triton_scratch, "reference_scratch": _reference_scratch}

@@ -689,6 +689,7 @@ def topk_transform(
     row_starts: torch.Tensor | None,
     space: dict[str, Any],
     out: torch.Tensor,
+    out_local: torch.Tensor | None = None,
 ) -> None:
     """:func:`dsv4x.topk_transform` by two stable sorts: by value, then those that are entries first."""
     rows, width = logits.shape
@@ -700,7 +701,10 @@ def topk_transform(
         length = torch.minimum(lengths.long().clamp_min(0), length)
     column = torch.arange(width, dtype=torch.int64, device=logits.device)
     moved = torch.nn.functional.pad(logits, (0, 1)).gather(1, (start[:, None] + column).clamp_max(width))
-    out.copy_(_in_space(_selected(moved, column < length[:, None], k), method, space))
+    chosen = _selected(moved, column < length[:, None], k)
+    if out_local is not None:
+        out_local.copy_(chosen)
+    out.copy_(_in_space(chosen, method, space))
 
 
 def topk_merge(

@@ -44,6 +44,7 @@ def topk_transform(
     row_starts: torch.Tensor | None,
     space: dict[str, Any],
     out: torch.Tensor,
+    out_local: torch.Tensor | None = None,
 ) -> None:
     """``top_k_ragged_transform`` for local indices, put in order and in the space asked for. rows > 0."""
     starts, lens = row_ranges(logits, lengths, row_starts)
@@ -59,7 +60,7 @@ def topk_transform(
     )
     # No index is past its row's length, so this stands for none, behind all others.
     local = torch.where(local < 0, 2**31 - 1, local).sort(dim=1).values
-    put_in_space(local, lens, method, space, out)
+    put_in_space(local, lens, method, space, out, out_local)
 
 
 def register_kernels() -> None:

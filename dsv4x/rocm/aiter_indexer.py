@@ -175,6 +175,7 @@ def topk_transform(
     row_starts: torch.Tensor | None,
     space: dict[str, Any],
     out: torch.Tensor,
+    out_local: torch.Tensor | None = None,
 ) -> None:
     """``top_k_per_row_prefill`` for columns, which become local indices and those of the space asked for. rows > 0."""
     rows = logits.shape[0]
@@ -193,7 +194,7 @@ def topk_transform(
         k=k,
         stable=True,
     )
-    put_in_space(torch.where(columns >= 0, columns - starts[:, None], -1), lens, method, space, out)
+    put_in_space(torch.where(columns >= 0, columns - starts[:, None], -1), lens, method, space, out, out_local)
 
 
 def _logits_us(problem: LogitsProblem) -> float:

@@ -6,13 +6,13 @@ import bisect
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core.layouts import INDEXER_FP8
-from .problem import AttentionProblem, LogitsProblem
+from .problem import AttentionProblem, LogitsProblem, SelectionProblem
 from .registry import HIDDEN_HOST_US
 
 _BY_KIND = ("direct", "gathered")
@@ -99,6 +99,10 @@ def step_costs(arch: str) -> StepCosts:
     return StepCosts(**lines, **by_kind, referenced_host=host["referenced"]["4"])
 
 
+SELECTION_WIDTHS = (2048, 8192, 32768, 131072)
+"""Columns at which selections were measured."""
+
+
 @functools.cache
 def table_of(arch: str) -> dict[str, Any] | None:
     """The measured table of an arch, or None."""
@@ -131,6 +135,23 @@ def logits_us(problem: LogitsProblem, call: float, k_rate: float, flop_rate: flo
     read = (problem.tokens if problem.op == "paged_mqa_logits" else 1) * problem.width * INDEXER_FP8.entry_bytes
     flops = 2.0 * rows * problem.heads * problem.head_dim * problem.width
     return call + max(read / k_rate, flops / flop_rate, 4.0 * rows * problem.width / logits_rate)
+
+
+def selection_us(grid: Mapping[int, Sequence[float]], problem: SelectionProblem) -> float:
+    """Predicted microseconds of a selection from rows as long as the buffer is wide, log-log in rows and columns.
+
+    Past the most rows, and past the widest, it grows in proportion.
+
+    Args:
+        grid: rows -> microseconds at ``SELECTION_WIDTHS``.
+        problem: of ``topk_transform``.
+    """
+    rows, widths = list(grid), SELECTION_WIDTHS
+
+    def at_rows(i: int) -> float:
+        return _at_tokens(widths, grid[rows[i]], max(problem.width, 1))
+
+    return _at_tokens(rows, [at_rows(i) for i in range(len(rows))], max(problem.tokens, 1))
 
 
 def _at_tokens(tokens: Sequence[int], us: Sequence[float], at: int) -> float:

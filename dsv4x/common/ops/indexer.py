@@ -40,8 +40,8 @@ _MIN_ROWS = 64
 # Of each selected entry of a stretch: two buffers of two selections of float32 values and int32 ids, and the gathering
 # of values by int64 ids.
 _MERGED_BYTES = 2 * 2 * 8 + 4 + 8
-# The least room for candidates of a row in the Triton selection; shorter rows keep none.
-_FEWEST_CANDIDATES = 2048
+# Columns past which the Triton selection lists a row's candidates, and past which k it goes through rows instead.
+_LISTED_COLUMNS, _MOST_LISTED_K = 4096, 2048
 # Vendor kernels round a row of logits up to this.
 _ROW_ALIGNMENT = 256
 
@@ -622,8 +622,10 @@ def _plan(rows: int, next_n: int, width: int, step: int, k: int, logits_bytes: i
 
 
 def _candidate_bytes(columns: int, k: int) -> int:
-    """A bound on what the Triton selection keeps of a row: int32 candidates, room for 2 k in a power of two."""
-    return 0 if columns <= _FEWEST_CANDIDATES else 4 * (4 * k + _FEWEST_CANDIDATES)
+    """A bound on what the Triton selection keeps of a row: a list of keys and columns, and how many there are."""
+    if columns <= _LISTED_COLUMNS or k > _MOST_LISTED_K:
+        return 0
+    return 4 * (2 * _LISTED_COLUMNS * (1 if 8 * k <= _LISTED_COLUMNS else 2) + 128)
 
 
 def _bounded_topk(
@@ -656,7 +658,7 @@ def _bounded_topk(
         span = slice(part.start * next_n, part.stop * next_n)
         here = _rows_of(space, method, span)
         if columns >= width:
-            launch_topk(logits(part, 0, width), lens[span], None, selection, here, out[span])
+            launch_topk(logits(part, 0, width), lens[span], None, selection, here, (out[span], None))
             continue
         _merged_topk(functools.partial(logits, part), lens[span], (width, columns), selection, here, out[span])
     return out
@@ -703,7 +705,7 @@ def _merged_topk(
         span = min(columns, width - first)
         scores = logits(first, span)
         fresh = ids[:, k:]
-        launch_topk(scores, lens - first, None, stretch, {}, fresh)
+        launch_topk(scores, lens - first, None, stretch, {}, (fresh, None))
         values[:, k:] = scores.gather(1, fresh.clamp_min(0).long())
         del scores
         fresh += torch.where(fresh >= 0, first, 0)

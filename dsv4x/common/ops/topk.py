@@ -53,6 +53,7 @@ def topk_transform(
     requests: torch.Tensor | None = None,
     stable: bool = True,
     out: torch.Tensor | None = None,
+    out_local: torch.Tensor | None = None,
     kernel: str | None = None,
 ) -> torch.Tensor:
     """Each row's k best entries, as indices of the space that ``method`` names.
@@ -73,6 +74,8 @@ def topk_transform(
         stable: whether ties go to the smallest index and rows are in ascending order, so that all ranks agree. False
             leaves both open and lets kernels run that promise neither.
         out: int32 ``[rows, k]``, rows contiguous, or None.
+        out_local: int32 ``[rows, k]``, rows contiguous, for the same selection in the local space, place by place; an
+            entry that the method's space has no index of is there too. None for none.
         kernel: ``"triton"``, ``"flashinfer"``, ``"aiter"`` or ``"reference"``; None picks.
 
     Returns:
@@ -105,13 +108,15 @@ def topk_transform(
         out = torch.empty(rows, k, dtype=torch.int32, device=device)
     else:
         checks.rows_apart("out", checks.tensor("out", out, (rows, k), torch.int32, device))
+    if out_local is not None:
+        checks.rows_apart("out_local", checks.tensor("out_local", out_local, (rows, k), torch.int32, device))
     if lengths is not None and checks.check_values_enabled():
         most = width - (0 if row_starts is None else row_starts.long())
         bad = (lengths < 0) | (lengths > most)
         if bad.any():
             row = int(bad.nonzero()[0])
             raise ValueError(f"lengths: {int(lengths[row])} in row {row}, need 0 to what is left of {width} columns")
-    return launch_topk(logits, lengths, row_starts, Selection(k, method, stable, kernel), space, out)
+    return launch_topk(logits, lengths, row_starts, Selection(k, method, stable, kernel), space, (out, out_local))
 
 
 class Selection(NamedTuple):
@@ -129,9 +134,9 @@ def launch_topk(
     row_starts: torch.Tensor | None,
     selection: Selection,
     space: dict[str, Any],
-    out: torch.Tensor,
+    outs: tuple[torch.Tensor, torch.Tensor | None],
 ) -> torch.Tensor:
-    """:func:`topk_transform` of checked arguments; lengths may end outside the columns."""
+    """:func:`topk_transform` of checked arguments, into ``(out, out_local)``; lengths may end outside the columns."""
     k, method, stable, kernel = selection
     rows, width = logits.shape
     problem = SelectionProblem.on(
@@ -139,8 +144,8 @@ def launch_topk(
     )
     record = select(problem, kernel)
     if rows:
-        record.launch(logits.device, logits, lengths, k, method, row_starts, space, out)
-    return out
+        record.launch(logits.device, logits, lengths, k, method, row_starts, space, *outs)
+    return outs[0]
 
 
 def check_space(method: TopkMethod, rows: int, device: torch.device, given: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +191,12 @@ def plain_order(logits: torch.Tensor) -> torch.Tensor:
 
 
 def put_in_space(
-    local: torch.Tensor, lens: torch.Tensor, method: TopkMethod, space: dict[str, Any], out: torch.Tensor
+    local: torch.Tensor,
+    lens: torch.Tensor,
+    method: TopkMethod,
+    space: dict[str, Any],
+    out: torch.Tensor,
+    out_local: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Write local indices below ``lens``, -1 for none, to ``out`` in the space of ``method``.
 
@@ -195,7 +205,10 @@ def put_in_space(
         lens: int32 or int64 ``[rows]``.
         method, space: as :func:`check_space` returns it.
         out: int32 ``[rows, k]``.
+        out_local: int32 ``[rows, k]`` for the local indices, or None.
     """
+    if out_local is not None:
+        out_local.copy_(torch.where(local < lens[:, None], local, -1))
     if method is TopkMethod.LOCAL:
         return out.copy_(torch.where(local < lens[:, None], local, -1))
     row = torch.arange(out.shape[0], dtype=torch.int32, device=out.device)
