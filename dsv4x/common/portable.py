@@ -153,6 +153,7 @@ def _pair(
     triton_us: Callable[[Any], float] = _triton_us,
     reference_us: Callable[[Any], float] = _reference_us,
     unpacked: bool = False,
+    triton_plan: str | None = None,
 ) -> None:
     if reference_run is None:
         reference_run = getattr(reference, op)
@@ -172,6 +173,7 @@ def _pair(
                 fixed_splits=op == "sparse_mla_decode",
                 remaps=op == "sparse_mla_decode",
                 host_us=functools.partial(costs.kernel_host_us, kernel="triton"),
+                plan=None if triton_plan is None else _lazy(module, triton_plan),
                 scratch_bytes=triton_scratch,
                 further_reasons=_triton_reasons,
             )
@@ -210,8 +212,11 @@ def register_portable() -> None:
     _pair("ragged_to_dense", "indices")
     _pair("list_referenced", "compaction")
     _pair("copy_pages", "compaction")
-    for op in ("paged_mqa_logits", "mqa_logits"):
-        _pair(op, "mqa_logits", triton_us=_logits_triton_us, reference_us=_logits_reference_us, unpacked=True)
+    logits: dict[str, Any] = {
+        "triton_us": _logits_triton_us, "reference_us": _logits_reference_us, "unpacked": True,
+    }  # fmt: skip
+    _pair("paged_mqa_logits", "mqa_logits", triton_plan="plan_paged", **logits)
+    _pair("mqa_logits", "mqa_logits", **logits)
     _pair("gather_indexer_k", "mqa_logits")
     _pair("get_paged_mqa_logits_metadata", "schedule")
     _pair("topk_transform", "topk")

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..core.logits_calls import PagedRows
 from .launch import Launcher
 
 BLOCK_ROWS = 1024
@@ -91,8 +92,42 @@ def limit_lens_kernel(lens_ptr, out_ptr, rows, next_n, part, most, lens_stride, 
         tl.store(out_ptr + row * part + j, length, mask=row < rows)
 
 
+@triton.jit(
+    do_not_specialize=(
+        "lens_ptr", "requests_ptr", "table_ptr", "groups", "part", "most", "requests", "lens_stride", "lens_stride_n",
+        "requests_stride", "table_stride", "columns", "tiles", "page_size",
+    )
+)  # fmt: skip
+def spread_rows_kernel(
+    lens_ptr, requests_ptr, table_ptr, out_lens_ptr, out_table_ptr,
+    groups, part, most, requests, lens_stride, lens_stride_n, requests_stride, table_stride, columns, tiles, page_size,
+    HAS_REQUESTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (group, tile): the length of ``part`` rows of a request, and a tile of the pages that it reaches."""
+    group = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    row = group // groups
+    first = group % groups * part
+    length = tl.zeros((), tl.int64)
+    for j in tl.range(0, part):
+        length = tl.maximum(length, tl.load(lens_ptr + row * lens_stride + (first + j) * lens_stride_n).to(tl.int64))
+    request = row
+    if HAS_REQUESTS:
+        request = tl.load(requests_ptr + row * requests_stride).to(tl.int64)
+    known = (request >= 0) & (request < requests)
+    length = tl.where(known, tl.minimum(length, most), 0).to(tl.int32)
+    if tile == 0:
+        for j in tl.range(0, part):
+            tl.store(out_lens_ptr + group * part + j, length)
+    column = tile * BLOCK + tl.arange(0, BLOCK)
+    reached = column < tl.minimum(tl.cdiv(length, page_size), columns)
+    page = tl.load(table_ptr + tl.where(known, request, 0) * table_stride + column, mask=reached, other=0)
+    tl.store(out_table_ptr + group * columns + column, page, mask=reached)
+
+
 _launch_sums, _launch_schedule = Launcher(segment_sums_kernel), Launcher(schedule_kernel)
-_launch_limit = Launcher(limit_lens_kernel)
+_launch_limit, _launch_spread = Launcher(limit_lens_kernel), Launcher(spread_rows_kernel)
+_SPREAD_BLOCK = 1024
 
 
 def get_paged_mqa_logits_metadata(
@@ -116,10 +151,11 @@ def get_paged_mqa_logits_metadata(
     )
 
 
-def limit_lens(context_lens: torch.Tensor, most: int, part: int) -> torch.Tensor:
+def limit_lens(context_lens: torch.Tensor, most: int, part: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """int32 ``[B, part]``: every column each request's largest length, within ``[0, most]``; B > 0."""
     rows, next_n = context_lens.shape
-    out = torch.empty(rows, part, dtype=torch.int32, device=context_lens.device)
+    if out is None:
+        out = torch.empty(rows, part, dtype=torch.int32, device=context_lens.device)
     _launch_limit(
         -(-rows // 256),
         (context_lens, out),
@@ -128,3 +164,39 @@ def limit_lens(context_lens: torch.Tensor, most: int, part: int) -> torch.Tensor
         num_warps=4,
     )
     return out
+
+
+def spread_rows(
+    rows: PagedRows, part: int, earlier: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``part`` rows of a request as a request of its own, as kernels need it that know no others.
+
+    Args:
+        rows: B > 0 rows of lengths; n is a multiple of ``part``, and 1 with requests.
+        part: rows of each new request.
+        earlier: an earlier result of these shapes to be filled again.
+
+    Returns:
+        int32 lengths ``[B * n / part, part]``, in every column the largest within ``[0, most]``, and int32 block table
+        ``[B * n / part, m]`` of the pages that they reach; the others are left open.
+    """
+    (batch, next_n), columns = rows.context_lens.shape, rows.block_table.shape[1]
+    groups, device = next_n // part, rows.context_lens.device
+    if earlier is None:
+        lens = torch.empty(batch * groups, part, dtype=torch.int32, device=device)
+        earlier = lens, torch.empty(batch * groups, columns, dtype=torch.int32, device=device)
+    # Tiles that no length reaches return at once; a page in a table of its own is 4 bytes.
+    tiles = -(-min(columns, -(-rows.most // rows.page_size)) // _SPREAD_BLOCK) or 1
+    requests = rows.context_lens if rows.requests is None else rows.requests
+    _launch_spread(
+        batch * groups * tiles,
+        (rows.context_lens, requests, rows.block_table, *earlier),
+        (
+            groups, part, rows.most, rows.block_table.shape[0], rows.context_lens.stride(0),
+            rows.context_lens.stride(1), requests.stride(0), rows.block_table.stride(0), columns, tiles,
+            rows.page_size,
+        ),
+        (rows.requests is not None, _SPREAD_BLOCK),
+        num_warps=4,
+    )  # fmt: skip
+    return earlier

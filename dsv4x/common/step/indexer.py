@@ -1,0 +1,314 @@
+"""The indexer's step: from one layer's index queries to the entries that its tokens read, whatever the batch mixes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+from ..core import checks, layouts
+from ..core.layouts import PagedCache
+from ..core.logits_calls import PagedLogitsCall, PagedRows
+from ..core.platform import capturing
+from ..core.spaces import INT32_MAX, TopkMethod
+from ..dispatch.registry import Kernel, call_on
+from ..ops import indexer
+from ..ops.indices import local_to_slots
+from ..ops.topk import Selection
+from .attention import look
+from .metadata import AttentionMetadata
+
+MOST_PAGED_QUERIES = 16
+"""Queries of a request up to which its K pages are read in place, once a row.
+
+A longer chunk's K is gathered first, 132 bytes an entry, and read once for a tile of its rows. A guess: DeepGEMM takes
+2048 rows over 16 384 flat entries in 489 us of an H200, and the bytes of as many paged rows alone take 900 from its L2.
+"""
+
+METHODS = (TopkMethod.LOCAL, TopkMethod.PAGED)
+"""The index spaces that :func:`~dsv4x.sparse_mla_attention` takes a selection in."""
+
+
+class _Run(NamedTuple):
+    """Neighbouring requests of a batch whose rows are scored by one call.
+
+    Attributes:
+        requests, tokens: which.
+        next_n: rows of every one of them; 0 for rows that name their requests.
+        flat: slots of their gathered K, and where each row's entries begin and end in it; None reads pages in place.
+        longest: the most entries that a row of flat K has.
+    """
+
+    requests: slice
+    tokens: slice
+    next_n: int
+    flat: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    longest: int = 0
+
+
+class _Layer(NamedTuple):
+    """The arguments of one layer that its runs share."""
+
+    q: torch.Tensor
+    q_scale: torch.Tensor | None
+    cache: PagedCache
+    weights: torch.Tensor
+    selection: Selection
+    logits_bytes: int
+    kernel: str | None
+
+
+class SharedPlan:
+    """What one kernel's calls over the requests of a step share, filled again whenever the step is."""
+
+    def __init__(self, record: Kernel, run: _Run, encodings: tuple[str, str]):
+        self.record, self.run, self.encodings = record, run, encodings
+        self.value: Any = None
+
+    def fill(self, meta: AttentionMetadata) -> None:
+        assert self.record.plan is not None
+        lens, table, requests = _rows_of(meta, self.run)
+        rows = PagedRows(lens, table, requests, meta.extra_page_size, _most(meta), *self.encodings)
+        self.value = call_on(meta.seq_lens.device, self.record.plan, rows, self.value)
+
+
+def _rows_of(meta: AttentionMetadata, run: _Run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(lengths ``[B, n]``, block table, requests) of a run, as :class:`PagedRows` has them."""
+    assert meta.extra_block_table is not None
+    assert meta.visible is not None
+    lens = meta.visible[run.tokens]
+    if run.next_n:
+        return lens.view(-1, run.next_n), meta.extra_block_table[run.requests], None
+    return lens[:, None], meta.extra_block_table, meta.request[run.tokens]
+
+
+def _most(meta: AttentionMetadata) -> int:
+    """Entries that a row has at most: by the bound of lengths, or by what the host knows where there is none."""
+    table = meta.extra_block_table
+    assert table is not None
+    bound = meta.step.max_seq_len // meta.compress_ratio
+    if meta.step.max_seq_len == INT32_MAX and meta.step.host is not None:
+        bound = max(meta.compressed_bounds(), default=0)
+    return min(bound, table.shape[1] * meta.extra_page_size)
+
+
+def sparse_attn_indexer(
+    q: torch.Tensor,
+    cache: PagedCache,
+    weights: torch.Tensor,
+    meta: AttentionMetadata,
+    k: int | None = None,
+    method: TopkMethod = TopkMethod.LOCAL,
+    *,
+    next_n: int | None = None,
+    q_scale: torch.Tensor | None = None,
+    stable: bool = True,
+    logits_bytes: int = indexer.LOGITS_BYTES,
+    out: torch.Tensor | None = None,
+    kernel: str | None = None,
+    topk_kernel: str | None = None,
+) -> torch.Tensor:
+    """Each token's best compressed entries, for one layer of a step whose batch may mix prefill chunks and decode.
+
+    Lengths, requests and block tables are the step's. What the kernels plan from them, such as DeepGEMM's schedule, is
+    made by the first layer that needs it, and again in place by every ``update``; the other layers share it. A captured
+    graph whose metadata is updated inside it plans once a replay.
+
+    Neighbouring requests of up to 16 queries are read page by page in one call. A longer chunk's K is gathered to flat
+    rows first, where the host knows which requests these are; no graph does.
+
+    Args:
+        q: e4m3fn or e4m3fnuz ``[T, H, 128]``, or packed e2m1, uint8 ``[T, H, 64]``; T = ``meta.num_tokens``, H is 32
+            or 64.
+        cache: the layer's index cache, as in :func:`~dsv4x.paged_mqa_logits`, of the page size and block table that
+            ``meta`` has for its compressed cache. Its pages may be fewer; a page outside of them is no page.
+        weights: float32 ``[T, H]``, q's scale (of an fp8 q) multiplied in.
+        meta: the step's metadata of a kind that selects.
+        k: indices a row; None is the metadata's ``topk``.
+        method: LOCAL for the ``topk_indices`` of :func:`~dsv4x.sparse_mla_attention`, PAGED for its ``topk_slots``.
+        next_n: the number of rows that every request owns, one after another; they are then scored together, which
+            reads K fewer times. None asks what the host knows, and takes rows one by one where it knows nothing.
+        q_scale: uint8 ue8m0 ``[T, H, 4]`` with an e2m1 q.
+        stable: as in :func:`~dsv4x.topk_transform`.
+        logits_bytes: as in :func:`~dsv4x.paged_indexer_topk`; a chunk's gathered K is within as much again.
+        out: int32 ``[T, k]``, rows contiguous, or None.
+        kernel, topk_kernel: the kernels of the logits and of the selection; None picks.
+
+    Returns:
+        int32 ``[T, k]``, as :func:`~dsv4x.topk_transform` gives it; rows of padding are -1.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, stride, device, layout or value; lengths or tables that
+            changed in place since ``meta`` was filled; ``logits_bytes`` too small; under ``DSV4X_CHECK=1`` also a page
+            outside the index cache, with its row.
+        KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
+
+    Source: vLLM's op of this name, which a server calls once a layer.
+    """
+    if not isinstance(meta, AttentionMetadata):
+        raise TypeError(f"meta: got {type(meta).__name__}, need a dsv4x.AttentionMetadata")
+    meta.check_current()
+    k = meta.topk if k is None else k
+    looked = (q, cache, weights, q_scale, out, k, method, next_n, logits_bytes)
+    key = ("indexer", *map(look, looked[:6]), *looked[6:], capturing(meta.seq_lens.device))
+    runs = meta.kept.get(key)
+    if runs is None:
+        runs = meta.kept[key] = _checked_runs(looked, meta)
+    assert k is not None
+    if out is None:
+        out = torch.empty(meta.num_tokens, k, dtype=torch.int32, device=q.device)
+    layer = _Layer(q, q_scale, cache, weights, Selection(k, method, stable, topk_kernel), logits_bytes, kernel)
+    for run in runs:
+        _select(layer, meta, run, out if len(runs) == 1 else out[run.tokens], alone=len(runs) == 1)
+    return out
+
+
+def _checked_runs(looked: tuple[Any, ...], meta: AttentionMetadata) -> list[_Run]:
+    """The calls that make a layer's selection, its arguments looked at."""
+    q, cache, weights, q_scale, out, k, method, next_n, logits_bytes = looked
+    device, tokens = meta.seq_lens.device, meta.num_tokens
+    if not meta.selects:
+        raise ValueError(f"meta: of compress_ratio {meta.compress_ratio}, whose layers select nothing")
+    indexer.check_q(q, q_scale, (tokens,))
+    if q.device != device:
+        raise ValueError(f"q: on {q.device}, need {device}")
+    indexer.check_cache("cache", cache, device)
+    if cache.page_size != meta.extra_page_size:
+        raise ValueError(f"cache: page_size is {cache.page_size}, need {meta.extra_page_size} as in the metadata")
+    checks.tensor("weights", weights, (tokens, q.shape[1]), torch.float32, device)
+    if k is None:
+        raise ValueError("k: got None, need the indices a row where the metadata has no topk")
+    checks.integer("k", k, 1, INT32_MAX)
+    if method not in METHODS:
+        names = " or ".join(method.name for method in METHODS)
+        raise ValueError(f"method: got {getattr(method, 'name', method)}, need {names}")
+    if out is not None:
+        checks.rows_apart("out", checks.tensor("out", out, (tokens, k), torch.int32, device))
+    checks.integer("logits_bytes", logits_bytes, 1)
+    requests = meta.seq_lens.shape[0]
+    if next_n is not None:
+        checks.integer("next_n", next_n, 1)
+        if tokens != requests * next_n:
+            raise ValueError(f"next_n: got {next_n} for {requests} requests, need it to give {tokens} rows")
+        return [_Run(slice(0, requests), slice(0, tokens), next_n)] if tokens else []
+    if capturing(device) or meta.step.host is None:
+        return [_Run(slice(0, requests), slice(0, tokens), 0)] if tokens else []
+    return _host_runs(meta, logits_bytes)
+
+
+def _host_runs(meta: AttentionMetadata, logits_bytes: int) -> list[_Run]:
+    """Runs of what the host knows: of short requests, and of chunks whose gathered K keeps within the budget."""
+    host = meta.step.host
+    assert host is not None
+    bounds = meta.compressed_bounds()
+    entry_bytes = layouts.INDEXER_FP8.entry_bytes
+    found: list[tuple[int, int, bool]] = []
+    held = 0
+    for request, (queries, entries) in enumerate(zip(host.query_lens, bounds)):
+        flat = queries > MOST_PAGED_QUERIES and entries * entry_bytes <= logits_bytes
+        held = held + entries * entry_bytes if flat and found and found[-1][2] else entries * entry_bytes
+        if found and found[-1][2] == flat and not (flat and held > logits_bytes):
+            found[-1] = (found[-1][0], request + 1, flat)
+        else:
+            found.append((request, request + 1, flat))
+            held = entries * entry_bytes
+    runs = []
+    for first, end, flat in found:
+        requests = slice(first, end)
+        # Rows of padding belong to the last requests' call.
+        stop = meta.num_tokens if end == len(bounds) else host.starts[end]
+        tokens = slice(host.starts[first], stop)
+        if tokens.start == tokens.stop:
+            continue
+        if flat:
+            gathered = _gathered(meta, requests, tokens, bounds[requests])
+            runs.append(_Run(requests, tokens, 0, gathered, max(bounds[requests])))
+            continue
+        lens = set(host.query_lens[requests])
+        uniform = len(lens) == 1 and stop == host.starts[end]
+        runs.append(_Run(requests, tokens, lens.pop() if uniform else 0))
+    return runs
+
+
+def _gathered(
+    meta: AttentionMetadata, requests: slice, tokens: slice, bounds: list[int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(slots int32 ``[N]``, starts and ends int32 ``[tokens]``) of the flat K of some requests."""
+    assert meta.extra_block_table is not None
+    assert meta.visible is not None
+    device, count = meta.seq_lens.device, len(bounds)
+    base = torch.tensor([0, *bounds], dtype=torch.int32, device="cpu").cumsum(0).int().to(device)
+    entries = sum(bounds)
+    every = torch.arange(entries, dtype=torch.int32, device=device)
+    owner = torch.searchsorted(base[1:], every, right=True).int()
+    local = every - base[owner]
+    slots = local_to_slots(
+        local[:, None], owner, local + 1, meta.extra_block_table[requests],
+        meta.extra_page_size, meta.extra_pages,
+    )[:, 0]  # fmt: skip
+    row = (meta.request[tokens] - requests.start).clamp(0, count - 1)
+    starts = base[row]
+    return slots, starts, starts + torch.minimum(meta.visible[tokens], base[row + 1] - starts)
+
+
+def _select(layer: _Layer, meta: AttentionMetadata, run: _Run, out: torch.Tensor, *, alone: bool) -> None:
+    """One call's rows of the selection; a run that is alone is the whole batch, whose plan every step fills again."""
+    q, q_scale, cache, weights, selection, logits_bytes, kernel = layer
+    table = meta.extra_block_table
+    assert table is not None
+    whole = run.tokens == slice(0, meta.num_tokens)
+    if not whole:
+        q, weights = q[run.tokens], weights[run.tokens]
+        q_scale = None if q_scale is None else q_scale[run.tokens]
+    if run.flat is not None:
+        slots, starts, ends = run.flat
+        rows, scales = indexer.gather_indexer_k(cache, slots)
+        indexer.indexer_topk(
+            q, rows, scales, weights, starts, ends, selection.k, selection.method, max_seqlen_k=run.longest,
+            q_scale=q_scale, slot_table=table, slot_page_size=meta.extra_page_size, slot_pages=meta.extra_pages,
+            requests=meta.request[run.tokens], stable=selection.stable, logits_bytes=logits_bytes, out=out,
+            kernel=kernel, topk_kernel=selection.kernel,
+        )  # fmt: skip
+        return
+    lens, table, requests = _rows_of(meta, run)
+    next_n = run.next_n or 1
+    call = PagedLogitsCall(
+        q.unflatten(0, (-1, next_n)), None if q_scale is None else q_scale.unflatten(0, (-1, next_n)), cache, weights,
+        lens, table, _most(meta), clean_logits=False, requests=requests,
+    )  # fmt: skip
+    if checks.check_values_enabled():
+        indexer.check_paged_values(call)
+    space = {
+        "bases": None, "block_table": table, "page_size": meta.extra_page_size, "pages": meta.extra_pages,
+        "next_n": next_n, "requests": requests,
+    }  # fmt: skip
+    plans = functools.partial(_plan_of, meta, run, alone and whole)
+    indexer.select_paged(call, selection, space, logits_bytes, out, kernel, plans)
+
+
+def _plan_of(
+    meta: AttentionMetadata, run: _Run, lasting: bool, piece: slice, record: Kernel, call: PagedLogitsCall
+) -> Any:
+    """The plan of a piece of a run, made by the first layer that needs it; a lasting one is filled with every step."""
+    rows = call.rows
+    key = ("indexer plan", record.name, run.tokens.start, run.next_n, piece.start, piece.stop, rows[-2:])
+    if not lasting:
+        if key not in meta.kept:
+            meta.kept[key] = _make(record, rows)
+        return meta.kept[key]
+    shared = meta.plans.get(key)
+    if shared is None:
+        if capturing(call.q.device) and not meta.step.captured:
+            # A graph that does not fill the metadata; what is made inside it is no other graph's.
+            return _make(record, rows)
+        next_n = run.next_n or 1
+        tokens = slice(piece.start * next_n, piece.stop * next_n)
+        shared = meta.plans[key] = SharedPlan(record, _Run(piece, tokens, run.next_n), rows[-2:])
+        shared.fill(meta)
+    return shared.value
+
+
+def _make(record: Kernel, rows: PagedRows) -> Any:
+    assert record.plan is not None
+    return call_on(rows.block_table.device, record.plan, rows, None)
