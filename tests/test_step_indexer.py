@@ -263,3 +263,41 @@ def test_rows_of_requests_that_are_not_there_have_no_entries(hostile, kernel_dev
         dsv4x.paged_mqa_logits(
             q[:4].view(2, 2, HEADS, 128), cache, weights[:4], lens[:4].view(2, 2), table, 60, requests=requests[:2]
         )
+
+
+def test_requests_of_few_entries_are_not_scored(rng, kernel_device):
+    kernel, device = kernel_device
+    case = Case("verify of three", rng, device)
+    # K of NaN where all entries are selected anyway, and of everything past the longest request's.
+    want = case.want()
+    short = case.table[1, :1].long()
+    scored = case.cache.data.clone()
+    case.cache.data[short] = 0x7F
+    torch.testing.assert_close(case.run(kernel=kernel, topk_kernel=kernel).cpu()[3:6], want[3:6])
+    case.cache.data.copy_(scored)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("next_n", [1, 2, 3])
+def test_a_plan_leaves_out_what_needs_no_logits(next_n, rng):
+    from dsv4x.common.core.logits_calls import PagedRows
+    from dsv4x.common.kernels import mqa_logits
+    from dsv4x.common.kernels.schedule import limit_lens, spread_rows
+
+    lens = torch.tensor([[0, 24, 20], [25, 3, 1], [-4, 2**31 - 1, 24], [24, 24, 24]])[:, :next_n].contiguous()
+    table = torch.arange(40, dtype=torch.int32).view(4, 10)
+    rows = PagedRows(lens, table, None, 16, 150, "e4m3fn", "e4m3fn", 24)
+    longest = lens.amax(1)
+    want = torch.where(longest > 24, longest.clamp(0, 150), 0)
+    assert torch.equal(limit_lens(rows, 2), want.int()[:, None].expand(-1, 2))
+    single = torch.where(lens > 24, lens.clamp(0, 150), 0).flatten()
+    got, pages = spread_rows(rows, 1)
+    assert torch.equal(got[:, 0], single.int())
+    reached = torch.arange(10) < -(-single[:, None] // 16)
+    assert torch.equal(pages[reached], table.repeat_interleave(next_n, 0)[reached])
+    assert not torch.isin(pages[~reached], table).any()
+    plan = mqa_logits.plan_paged(rows, None)
+    assert torch.equal(plan.longest[:, 0], want.int())
+    again = mqa_logits.plan_paged(rows._replace(context_lens=torch.zeros_like(lens)), plan)
+    assert again is plan
+    assert not plan.schedule.any()

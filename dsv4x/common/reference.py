@@ -549,11 +549,12 @@ def paged_mqa_logits(
     clean_logits: bool = True,
     requests: torch.Tensor | None = None,
     plan: None = None,
+    unscored: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """:func:`dsv4x.paged_mqa_logits`, one request after another.
 
-    ``schedule``, ``plan`` and ``clean_logits`` change nothing.
+    ``schedule``, ``plan``, ``unscored`` and ``clean_logits`` change nothing.
     """
     if requests is not None:
         known = (requests >= 0) & (requests < block_table.shape[0])

@@ -265,7 +265,7 @@ def plan_paged(rows: PagedRows, earlier: PagedPlan | None = None) -> PagedPlan:
         return _plan_single(rows, earlier)
     at_once, made = rows_at_once(arch, next_n), (None, None, None, None) if earlier is None else earlier
     if rows.requests is None and at_once == next_n:
-        lens, table = limit_lens(rows.context_lens, rows.most, next_n, made[0]), rows.block_table
+        lens, table = limit_lens(rows, next_n, made[0]), rows.block_table
     else:
         lens, table = spread_rows(rows, at_once, None if earlier is None else earlier[:2])
     return PagedPlan(lens, table, _schedule(lens, rows.page_size, None, made[2]))
@@ -284,12 +284,12 @@ def _plan_single(rows: PagedRows, earlier: PagedPlan | None) -> PagedPlan:
     if names is None:
         names = torch.arange(batch, dtype=torch.int32, device=table.device).repeat_interleave(next_n)
     if rows.requests is None and _has_row_view(table, next_n):
-        lens = limit_lens(rows.context_lens, rows.most, next_n, lens).view(-1, 1)
+        lens = limit_lens(rows, next_n, lens).view(-1, 1)
         # Only the table row of a request's first row is read: row b * n of this view is row b of the table.
         table = table.as_strided((batch * next_n, table.shape[1]), (table.stride(0) // next_n, 1))
     else:
         if rows.requests is None:
-            rows = rows._replace(context_lens=limit_lens(rows.context_lens, rows.most, next_n))
+            rows = rows._replace(context_lens=limit_lens(rows, next_n))
         lens, table = spread_rows(rows, 1, None if lens is None or spread is None else (lens, spread))
     return PagedPlan(lens, table, _schedule(lens, rows.page_size, names, schedule), names)
 

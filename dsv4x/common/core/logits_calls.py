@@ -20,6 +20,7 @@ class PagedRows(NamedTuple):
         page_size: entries a page.
         most: entries that a row has at most, whatever its length says.
         q_encoding, k_encoding: ``"e4m3fn"``, ``"e4m3fnuz"`` or ``"e2m1"``.
+        unscored: a request whose rows have no more entries than this needs no logits.
     """
 
     context_lens: torch.Tensor
@@ -29,6 +30,7 @@ class PagedRows(NamedTuple):
     most: int
     q_encoding: str
     k_encoding: str
+    unscored: int = 0
 
 
 _ENCODINGS = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e4m3fnuz: "e4m3fnuz"}
@@ -53,6 +55,7 @@ class PagedLogitsCall(NamedTuple):
         schedule: int32 ``[num_sms + 1, 2]`` that vouches for the lengths, or None.
         requests: as in :class:`PagedRows`; B is then the number of rows, n is 1, and the block table ``[R, m]``.
         plan: what the kernel's own ``plan`` made of these rows, or None.
+        unscored: as in :class:`PagedRows`; 0 with clean logits.
         out: float32 ``[B * n, max_context_len]``, rows contiguous, or None.
         clean_logits: whether columns outside a row's entries have to be -inf, and NaN too.
     """
@@ -69,6 +72,7 @@ class PagedLogitsCall(NamedTuple):
     clean_logits: bool = True
     requests: torch.Tensor | None = None
     plan: Any = None
+    unscored: int = 0
 
     @property
     def rows(self) -> PagedRows:
@@ -76,7 +80,7 @@ class PagedLogitsCall(NamedTuple):
         most = min(self.max_context_len, self.block_table.shape[1] * self.cache.page_size)
         return PagedRows(
             self.context_lens, self.block_table, self.requests, self.cache.page_size, most, encoding_of(self.q),
-            self.cache.layout.value_encoding,
+            self.cache.layout.value_encoding, self.unscored,
         )  # fmt: skip
 
     def part(self, requests: slice) -> PagedLogitsCall:

@@ -235,12 +235,12 @@ def paged_mqa_logits_kernel(
 
 @triton.jit(
     do_not_specialize=(
-        "lens_ptr", "requests_ptr", "table_ptr", "schedule_ptr", "next_n", "groups", "max_context_len", "requests",
-        "table_width", "pages", "requests_stride", "table_stride", "lens_stride", "lens_stride_n",
+        "lens_ptr", "requests_ptr", "table_ptr", "longest_ptr", "schedule_ptr", "next_n", "groups", "max_context_len",
+        "requests", "table_width", "pages", "requests_stride", "table_stride", "lens_stride", "lens_stride_n",
     )
 )  # fmt: skip
 def scheduled_mqa_logits_kernel(
-    q_ptr, cache_ptr, weights_ptr, lens_ptr, requests_ptr, table_ptr, schedule_ptr, out_ptr,
+    q_ptr, cache_ptr, weights_ptr, lens_ptr, requests_ptr, table_ptr, longest_ptr, schedule_ptr, out_ptr,
     next_n, groups, max_context_len, requests, table_width, page_size, pages, scale_base,
     page_stride, requests_stride, table_stride, weights_stride, lens_stride, lens_stride_n, out_stride,
     HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, Q: tl.constexpr, K: tl.constexpr,
@@ -262,8 +262,10 @@ def scheduled_mqa_logits_kernel(
             table_ptr, requests_ptr, request, requests, requests_stride, table_stride, HAS_REQUESTS
         )
         lens = tl.where(known, lens, 0)
+        # No longer than the schedule has it, which has no segments of a request that is not scored.
+        longest = tl.minimum(tl.max(lens), tl.load(longest_ptr + request))
         begin = tl.where(group == from_group, from_segment * SPLIT, 0)
-        end = tl.minimum(tl.where(group == to_group, to_segment * SPLIT, most), tl.max(lens))
+        end = tl.minimum(tl.where(group == to_group, to_segment * SPLIT, most), longest)
         if end > begin:
             first_row = request * next_n + first
             out = out_ptr + (first_row + tl.arange(0, ROWS))[None, :] * out_stride
@@ -500,7 +502,7 @@ def plan_paged(rows: PagedRows, earlier: PagedPlan | None) -> PagedPlan:
         programs = config.programs * limits.multiprocessors
         longest = torch.empty(batch, 1, dtype=torch.int32, device=device)
         earlier = PagedPlan(longest, torch.empty(programs + 1, 2, dtype=torch.int32, device=device))
-    limit_lens(rows.context_lens, rows.most, 1, earlier.longest)
+    limit_lens(rows, 1, earlier.longest)
     groups, programs = -(-next_n // config.rows), earlier.schedule.shape[0] - 1
     get_paged_mqa_logits_metadata(earlier.longest, SPLIT, groups, programs, earlier.schedule)
     return earlier
@@ -535,9 +537,9 @@ def paged_mqa_logits(call: PagedLogitsCall) -> torch.Tensor:
         cache.page_size % config.block == 0, config.num_stages, requests is not None,
     )  # fmt: skip
     if call.plan is not None and not call.clean_logits:
-        schedule = call.plan.schedule
+        longest, schedule = call.plan
         _launch_scheduled(
-            schedule.shape[0] - 1, (*tensors, schedule, out), (next_n, groups, *numbers), (*constexprs, SPLIT),
+            schedule.shape[0] - 1, (*tensors, longest, schedule, out), (next_n, groups, *numbers), (*constexprs, SPLIT),
             **config.options,
         )  # fmt: skip
         return out

@@ -79,28 +79,33 @@ def schedule_kernel(
     tl.store(out_ptr + sm * 2 + 1, tl.where((total == 0) | last, 0, segment).to(tl.int32))
 
 
-@triton.jit(do_not_specialize=("lens_ptr", "rows", "next_n", "part", "most", "lens_stride", "lens_stride_n"))
-def limit_lens_kernel(lens_ptr, out_ptr, rows, next_n, part, most, lens_stride, lens_stride_n, BLOCK: tl.constexpr):
-    """Each request's largest length within ``[0, most]``, ``part`` times."""
+@triton.jit(
+    do_not_specialize=("lens_ptr", "rows", "next_n", "part", "most", "unscored", "lens_stride", "lens_stride_n")
+)
+def limit_lens_kernel(
+    lens_ptr, out_ptr, rows, next_n, part, most, unscored, lens_stride, lens_stride_n, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Each request's largest length within ``[0, most]``, ``part`` times; 0 for one of ``unscored`` or less."""
     row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     length = tl.zeros((BLOCK,), tl.int64)
     for j in tl.range(0, next_n):
         at = row * lens_stride + j * lens_stride_n
         length = tl.maximum(length, tl.load(lens_ptr + at, mask=row < rows, other=0).to(tl.int64))
-    length = tl.minimum(length, most).to(tl.int32)
+    length = tl.where(length > unscored, tl.minimum(length, most), 0).to(tl.int32)
     for j in tl.range(0, part):
         tl.store(out_ptr + row * part + j, length, mask=row < rows)
 
 
 @triton.jit(
     do_not_specialize=(
-        "lens_ptr", "requests_ptr", "table_ptr", "groups", "part", "most", "requests", "lens_stride", "lens_stride_n",
-        "requests_stride", "table_stride", "columns", "tiles", "page_size",
+        "lens_ptr", "requests_ptr", "table_ptr", "groups", "part", "most", "unscored", "requests", "lens_stride",
+        "lens_stride_n", "requests_stride", "table_stride", "columns", "tiles", "page_size",
     )
 )  # fmt: skip
 def spread_rows_kernel(
     lens_ptr, requests_ptr, table_ptr, out_lens_ptr, out_table_ptr,
-    groups, part, most, requests, lens_stride, lens_stride_n, requests_stride, table_stride, columns, tiles, page_size,
+    groups, part, most, unscored, requests, lens_stride, lens_stride_n, requests_stride, table_stride, columns, tiles,
+    page_size,
     HAS_REQUESTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (group, tile): the length of ``part`` rows of a request, and a tile of the pages that it reaches."""
@@ -115,7 +120,7 @@ def spread_rows_kernel(
     if HAS_REQUESTS:
         request = tl.load(requests_ptr + row * requests_stride).to(tl.int64)
     known = (request >= 0) & (request < requests)
-    length = tl.where(known, tl.minimum(length, most), 0).to(tl.int32)
+    length = tl.where(known & (length > unscored), tl.minimum(length, most), 0).to(tl.int32)
     if tile == 0:
         for j in tl.range(0, part):
             tl.store(out_lens_ptr + group * part + j, length)
@@ -151,15 +156,16 @@ def get_paged_mqa_logits_metadata(
     )
 
 
-def limit_lens(context_lens: torch.Tensor, most: int, part: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """int32 ``[B, part]``: every column each request's largest length, within ``[0, most]``; B > 0."""
-    rows, next_n = context_lens.shape
+def limit_lens(rows: PagedRows, part: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """int32 ``[B, part]``: every column each request's largest length, within bounds and 0 if unscored; B > 0."""
+    context_lens = rows.context_lens
+    batch, next_n = context_lens.shape
     if out is None:
-        out = torch.empty(rows, part, dtype=torch.int32, device=context_lens.device)
+        out = torch.empty(batch, part, dtype=torch.int32, device=context_lens.device)
     _launch_limit(
-        -(-rows // 256),
+        -(-batch // 256),
         (context_lens, out),
-        (rows, next_n, part, most, context_lens.stride(0), context_lens.stride(1)),
+        (batch, next_n, part, rows.most, rows.unscored, context_lens.stride(0), context_lens.stride(1)),
         (256,),
         num_warps=4,
     )
@@ -177,8 +183,8 @@ def spread_rows(
         earlier: an earlier result of these shapes to be filled again.
 
     Returns:
-        int32 lengths ``[B * n / part, part]``, in every column the largest within ``[0, most]``, and int32 block table
-        ``[B * n / part, m]`` of the pages that they reach; the others are left open.
+        int32 lengths ``[B * n / part, part]``, in every column the largest within bounds, 0 if unscored, and int32
+        block table ``[B * n / part, m]`` of the pages that they reach; the others are left open.
     """
     (batch, next_n), columns = rows.context_lens.shape, rows.block_table.shape[1]
     groups, device = next_n // part, rows.context_lens.device
@@ -192,7 +198,7 @@ def spread_rows(
         batch * groups * tiles,
         (rows.context_lens, requests, rows.block_table, *earlier),
         (
-            groups, part, rows.most, rows.block_table.shape[0], rows.context_lens.stride(0),
+            groups, part, rows.most, rows.unscored, rows.block_table.shape[0], rows.context_lens.stride(0),
             rows.context_lens.stride(1), requests.stride(0), rows.block_table.stride(0), columns, tiles,
             rows.page_size,
         ),

@@ -455,7 +455,8 @@ def paged_indexer_topk(
     A batch may mix prefill chunks and decode rows: give every row by itself, with its request. A step's layers share
     one schedule in :func:`~dsv4x.sparse_attn_indexer`, which calls this.
 
-    With ``max_context_len <= k`` every entry is selected and no logits are computed. Otherwise rows, then the context,
+    With ``max_context_len <= k`` every entry is selected and no logits are computed; nor are those of a request whose
+    rows have no more than k entries, where a kernel plans its calls from the lengths. Otherwise rows, then the context,
     are cut so that logits stay within ``logits_bytes``; the selection of each stretch of context is merged with that of
     those before it. Where a row is cut changes nothing: an entry's logit does not depend on its neighbours.
 
@@ -532,7 +533,7 @@ def select_paged(
         part = call if requests == slice(0, batch) else call.part(requests)
         if width == most:
             plan = None if plans is None else functools.partial(plans, requests)
-            return _paged_logits(part._replace(max_context_len=width), kernel, plan)
+            return _paged_logits(part._replace(max_context_len=width, unscored=selection.k), kernel, plan)
         # Pages behind a stretch are no part of it, and a stretch begins with a page.
         pages = slice(first // cache.page_size, -(-(first + width) // cache.page_size))
         part = part._replace(

@@ -62,14 +62,14 @@ class _Layer(NamedTuple):
 class SharedPlan:
     """What one kernel's calls over the requests of a step share, filled again whenever the step is."""
 
-    def __init__(self, record: Kernel, run: _Run, encodings: tuple[str, str]):
-        self.record, self.run, self.encodings = record, run, encodings
+    def __init__(self, record: Kernel, run: _Run, fixed: tuple[str, str, int]):
+        self.record, self.run, self.fixed = record, run, fixed
         self.value: Any = None
 
     def fill(self, meta: AttentionMetadata) -> None:
         assert self.record.plan is not None
         lens, table, requests = _rows_of(meta, self.run)
-        rows = PagedRows(lens, table, requests, meta.extra_page_size, _most(meta), *self.encodings)
+        rows = PagedRows(lens, table, requests, meta.extra_page_size, _most(meta), *self.fixed)
         self.value = call_on(meta.seq_lens.device, self.record.plan, rows, self.value)
 
 
@@ -292,7 +292,7 @@ def _plan_of(
 ) -> Any:
     """The plan of a piece of a run, made by the first layer that needs it; a lasting one is filled with every step."""
     rows = call.rows
-    key = ("indexer plan", record.name, run.tokens.start, run.next_n, piece.start, piece.stop, rows[-2:])
+    key = ("indexer plan", record.name, run.tokens.start, run.next_n, piece.start, piece.stop, rows[-3:])
     if not lasting:
         if key not in meta.kept:
             meta.kept[key] = _make(record, rows)
@@ -304,7 +304,7 @@ def _plan_of(
             return _make(record, rows)
         next_n = run.next_n or 1
         tokens = slice(piece.start * next_n, piece.stop * next_n)
-        shared = meta.plans[key] = SharedPlan(record, _Run(piece, tokens, run.next_n), rows[-2:])
+        shared = meta.plans[key] = SharedPlan(record, _Run(piece, tokens, run.next_n), rows[-3:])
         shared.fill(meta)
     return shared.value
 
