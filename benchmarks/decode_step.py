@@ -295,6 +295,7 @@ def main() -> None:
     if arguments.peers is not None:
         sys.path.append(str(arguments.peers))
     peers = arguments.peers is not None
+    save = functools.partial(write, arguments.out, indent=None, limit=LIMIT, replays=arguments.replays)
     rows: list[dict[str, object]] = []
     hosts: list[dict[str, object]] = []
     for requests, context in POINTS:
@@ -305,15 +306,15 @@ def main() -> None:
         for heads, k in SHAPES:
             row = measure(case, heads, k, peers, arguments.replays)
             rows.append({"requests": requests, "context": context, "heads": heads, "k": k, **row})
-            shown = row.get("chain_over_dsv4x", row["us"])
-            print(f"{requests:>4} {context:>7} {heads:>4} {k:>5}  {row['us']}  {shown}", flush=True)
-            write(arguments.out, indent=None, limit=LIMIT, replays=arguments.replays, host=hosts, rows=rows)
+            seconds = time.perf_counter() - began
+            print(f"{seconds:6.1f} s {requests:>4} {context:>7} {heads:>4} {k:>5}  {row['us']}", flush=True)
+            save(hosts=hosts, rows=rows)
         if (requests, context) in HOST_POINTS:
             hosts.append({"requests": requests, "host_us": host(case, peers)})
             print(hosts[-1], flush=True)
         del case
         torch.cuda.empty_cache()
-    write(arguments.out, indent=None, limit=LIMIT, replays=arguments.replays, host=hosts, rows=rows)
+    save(hosts=hosts, rows=rows)
 
 
 if __name__ == "__main__":
