@@ -234,7 +234,7 @@ def measure(case: Case, heads: int, k: int, peers: bool, count: int) -> dict[str
     row: dict[str, object] = {}
     if peers:
         row["difference"] = differences(arms["dsv4x"], arms["chain"], heads)
-        if max(row["difference"].values()) > 0.02:
+        if max(row["difference"].values()) > 0.01:
             print("BAD", row["difference"], flush=True)
     row["kernels"] = arms["dsv4x"].kernels
     us = {}

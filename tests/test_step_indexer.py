@@ -29,13 +29,12 @@ BATCHES = {
 class Case:
     """A step, its index cache and one layer's queries."""
 
-    def __init__(self, batch, rng, device="cpu", layout=layouts.INDEXER_FP8, host=True, **options):
+    def __init__(self, batch, rng, device="cpu", layout=layouts.INDEXER_FP8, host=True, columns=13):
         requests, padding, _ = BATCHES[batch]
         queries, lengths = zip(*requests)
         self.tokens = sum(queries) + padding
         self.starts = torch.tensor([0, *queries]).cumsum(0).int()
         self.lens = torch.tensor(lengths).int()
-        columns = -(-800 // RATIO // PAGE)
         self.cache = filled(PAGES, layout, PAGE, rng, device)
         table = torch.randint(0, PAGES, (len(requests), columns), generator=rng).int()
         self.table, self.swa_table = table.to(device), torch.zeros(len(requests), 50, dtype=torch.int32, device=device)
@@ -44,7 +43,7 @@ class Case:
         self.step = StepMetadata.build(
             self.starts.to(device), self.lens.to(device), self.swa_table,
             {RATIO: ExtraPages(self.table, PAGE, PAGES, topk=K)}, swa_page_size=16, swa_pages=1,
-            num_tokens=self.tokens, max_seq_len=800, **given, **options,
+            num_tokens=self.tokens, max_seq_len=max(800, RATIO * PAGE * columns), **given,
         )  # fmt: skip
         self.q, self.q_scale = random_q((self.tokens, HEADS), layout, rng, device)
         self.weights = torch.randn(self.tokens, HEADS, generator=rng).to(device)
@@ -199,6 +198,33 @@ def test_long_chunks_are_gathered_and_short_ones_read_in_place(rng, monkeypatch)
     seen.clear()
     Case("mixed", rng, host=False).run()
     assert seen == []
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("next_n", [None, 1, 2])
+def test_no_launch_but_the_selections_depends_on_the_width(next_n, rng, monkeypatch):
+    from dsv4x.common.kernels.launch import Launcher
+
+    launch, seen = Launcher.__call__, []
+
+    def call(self, programs, *arguments, **options):
+        seen.append((self.kernel.__name__, programs))
+        launch(self, programs, *arguments, **options)
+
+    monkeypatch.setattr(Launcher, "__call__", call)
+    launches = []
+    for columns in (8, 128):
+        case = Case("verify" if next_n == 2 else "decode", rng, host=False, columns=columns)
+        for _ in range(2):
+            case.run(next_n=next_n, kernel="triton", topk_kernel="reference")
+        case.update(case.lens)
+        launches.append(list(seen))
+        seen.clear()
+    assert launches[0] == launches[1]
+    names = [name for name, _ in launches[0]]
+    assert names.count("scheduled_mqa_logits_kernel") == 2
+    # One for the build's lengths and one for the update's.
+    assert names.count("schedule_kernel") == 2
 
 
 @pytest.mark.parametrize(

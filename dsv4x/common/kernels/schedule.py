@@ -99,18 +99,17 @@ def limit_lens_kernel(
 @triton.jit(
     do_not_specialize=(
         "lens_ptr", "requests_ptr", "table_ptr", "groups", "part", "most", "unscored", "requests", "lens_stride",
-        "lens_stride_n", "requests_stride", "table_stride", "columns", "tiles", "page_size",
+        "lens_stride_n", "requests_stride", "table_stride", "columns", "page_size",
     )
 )  # fmt: skip
 def spread_rows_kernel(
     lens_ptr, requests_ptr, table_ptr, out_lens_ptr, out_table_ptr,
-    groups, part, most, unscored, requests, lens_stride, lens_stride_n, requests_stride, table_stride, columns, tiles,
+    groups, part, most, unscored, requests, lens_stride, lens_stride_n, requests_stride, table_stride, columns,
     page_size,
     HAS_REQUESTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program (group, tile): the length of ``part`` rows of a request, and a tile of the pages that it reaches."""
-    group = (tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
+    """Program i: the length of ``part`` rows of a request, ``part`` times, and the pages that it reaches."""
+    group = tl.program_id(0).to(tl.int64)
     row = group // groups
     first = group % groups * part
     length = tl.zeros((), tl.int64)
@@ -121,13 +120,14 @@ def spread_rows_kernel(
         request = tl.load(requests_ptr + row * requests_stride).to(tl.int64)
     known = (request >= 0) & (request < requests)
     length = tl.where(known & (length > unscored), tl.minimum(length, most), 0).to(tl.int32)
-    if tile == 0:
-        for j in tl.range(0, part):
-            tl.store(out_lens_ptr + group * part + j, length)
-    column = tile * BLOCK + tl.arange(0, BLOCK)
-    reached = column < tl.minimum(tl.cdiv(length, page_size), columns)
-    page = tl.load(table_ptr + tl.where(known, request, 0) * table_stride + column, mask=reached, other=0)
-    tl.store(out_table_ptr + group * columns + column, page, mask=reached)
+    for j in tl.range(0, part):
+        tl.store(out_lens_ptr + group * part + j, length)
+    table = table_ptr + tl.where(known, request, 0) * table_stride
+    reached = tl.minimum(tl.cdiv(length, page_size), columns)
+    for at in tl.range(0, reached, BLOCK):
+        column = at + tl.arange(0, BLOCK)
+        page = tl.load(table + column, mask=column < reached, other=0)
+        tl.store(out_table_ptr + group * columns + column, page, mask=column < reached)
 
 
 _launch_sums, _launch_schedule = Launcher(segment_sums_kernel), Launcher(schedule_kernel)
@@ -191,16 +191,13 @@ def spread_rows(
     if earlier is None:
         lens = torch.empty(batch * groups, part, dtype=torch.int32, device=device)
         earlier = lens, torch.empty(batch * groups, columns, dtype=torch.int32, device=device)
-    # Tiles that no length reaches return at once; a page in a table of its own is 4 bytes.
-    tiles = -(-min(columns, -(-rows.most // rows.page_size)) // _SPREAD_BLOCK) or 1
     requests = rows.context_lens if rows.requests is None else rows.requests
     _launch_spread(
-        batch * groups * tiles,
+        batch * groups,
         (rows.context_lens, requests, rows.block_table, *earlier),
         (
             groups, part, rows.most, rows.unscored, rows.block_table.shape[0], rows.context_lens.stride(0),
-            rows.context_lens.stride(1), requests.stride(0), rows.block_table.stride(0), columns, tiles,
-            rows.page_size,
+            rows.context_lens.stride(1), requests.stride(0), rows.block_table.stride(0), columns, rows.page_size,
         ),
         (rows.requests is not None, _SPREAD_BLOCK),
         num_warps=4,

@@ -183,28 +183,32 @@ Plans = Callable[[slice, Kernel, PagedLogitsCall], Any]
 """What a kernel's calls of a step share: of some of the batch's requests, the kernel, and one of the calls."""
 
 
-def _paged_logits(
-    call: PagedLogitsCall, kernel: str | None, plan: Callable[[Kernel, PagedLogitsCall], Any] | None
-) -> torch.Tensor:
-    """:func:`paged_mqa_logits` of checked arguments; of a stretch of context, lengths that end outside it."""
-    q, cache, out, width = call.q, call.cache, call.out, call.max_context_len
-    batch, next_n, heads = q.shape[:3]
-    device = q.device
+def logits_kernel(call: PagedLogitsCall, kernel: str | None) -> Kernel:
+    """The kernel that makes the logits of a call."""
+    batch, next_n, heads = call.q.shape[:3]
     problem = LogitsProblem.on(
         "paged_mqa_logits",
-        device,
+        call.q.device,
         tokens=batch,
         next_n=next_n,
         ragged=call.requests is not None,
         heads=heads,
         head_dim=INDEX_DIM,
-        width=width,
-        caches=(cache.spec,),
-        q_encoding=encoding_of(q),
+        width=call.max_context_len,
+        caches=(call.cache.spec,),
+        q_encoding=encoding_of(call.q),
         clean=call.clean_logits,
     )
-    record = select(problem, kernel)
-    if batch == 0 or width == 0 or cache.pages == 0 or call.block_table.shape[1] == 0:
+    return select(problem, kernel)
+
+
+def _paged_logits(
+    call: PagedLogitsCall, kernel: str | None, plan: Callable[[Kernel, PagedLogitsCall], Any] | None
+) -> torch.Tensor:
+    """:func:`paged_mqa_logits` of checked arguments; of a stretch of context, lengths that end outside it."""
+    record, out, width, device = logits_kernel(call, kernel), call.out, call.max_context_len, call.q.device
+    batch, next_n = call.q.shape[:2]
+    if batch == 0 or width == 0 or call.cache.pages == 0 or call.block_table.shape[1] == 0:
         if out is None:
             out = torch.empty(batch * next_n, width, dtype=torch.float32, device=device)
         return out.fill_(-torch.inf)
@@ -548,6 +552,20 @@ def select_paged(
     return _bounded_topk(logits, call.context_lens.reshape(-1), batched, selection, space, logits_bytes, out)
 
 
+def in_one_piece(call: PagedLogitsCall, k: int, logits_bytes: int) -> bool:
+    """Whether one call of logits and one of selection make all rows of :func:`select_paged`."""
+    most = call.rows.most
+    batch, next_n = call.q.shape[:2]
+    if batch == 0 or most <= k or call.cache.pages == 0:
+        return False
+    return _plan(batch, next_n, most, _step_of(call.cache.page_size), k, logits_bytes) == (batch, most)
+
+
+def _step_of(page_size: int) -> int:
+    """What a stretch of context is a multiple of: whole pages, and whole tiles of every kernel."""
+    return max(page_size, _ROW_ALIGNMENT // page_size * page_size)
+
+
 def indexer_topk(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -693,9 +711,7 @@ def _bounded_topk(
     if width <= k:
         every = torch.arange(k, dtype=torch.int32, device=device).expand(out.shape)
         return put_in_space(every, lens.clamp(0, width), method, space, out)
-    # Whole pages, and whole tiles of every kernel.
-    step = max(page_size, _ROW_ALIGNMENT // page_size * page_size)
-    per_piece, columns = _plan(requests, next_n, width, step, k, logits_bytes)
+    per_piece, columns = _plan(requests, next_n, width, _step_of(page_size), k, logits_bytes)
     for first in range(0, requests, per_piece):
         part = slice(first, min(first + per_piece, requests))
         span = slice(part.start * next_n, part.stop * next_n)

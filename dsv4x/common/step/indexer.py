@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from ..core.spaces import INT32_MAX, TopkMethod
 from ..dispatch.registry import Kernel, call_on
 from ..ops import indexer
 from ..ops.indices import local_to_slots
-from ..ops.topk import Selection
+from ..ops.topk import Selection, launch_topk
 from .attention import look
 from .metadata import AttentionMetadata
 
@@ -48,15 +49,25 @@ class _Run(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """The arguments of one layer that its runs share."""
+    """What one layer brings."""
 
     q: torch.Tensor
     q_scale: torch.Tensor | None
     cache: PagedCache
     weights: torch.Tensor
-    selection: Selection
+    out: torch.Tensor | None
+
+
+class _Options(NamedTuple):
+    """How a layer's selection is made, as :func:`sparse_attn_indexer` was told."""
+
+    k: int | None
+    method: TopkMethod
+    next_n: int | None
+    stable: bool
     logits_bytes: int
     kernel: str | None
+    topk_kernel: str | None
 
 
 class SharedPlan:
@@ -150,23 +161,38 @@ def sparse_attn_indexer(
         raise TypeError(f"meta: got {type(meta).__name__}, need a dsv4x.AttentionMetadata")
     meta.check_current()
     k = meta.topk if k is None else k
-    looked = (q, cache, weights, q_scale, out, k, method, next_n, logits_bytes)
-    key = ("indexer", *map(look, looked[:6]), *looked[6:], capturing(meta.seq_lens.device))
-    runs = meta.kept.get(key)
-    if runs is None:
-        runs = meta.kept[key] = _checked_runs(looked, meta)
+    layer = _Layer(q, q_scale, cache, weights, out)
+    options = (k, method, next_n, stable, logits_bytes, kernel, topk_kernel)
+    # What was checked and prepared for one layer holds for every other that looks the same.
+    key = ("indexer", *map(look, layer), *options, capturing(meta.seq_lens.device), checks.check_values_enabled())
+    calls = meta.kept.get(key)
+    if calls is None:
+        calls = meta.kept[key] = _prepared(layer, meta, _Options(*options))
     assert k is not None
     if out is None:
         out = torch.empty(meta.num_tokens, k, dtype=torch.int32, device=q.device)
-    layer = _Layer(q, q_scale, cache, weights, Selection(k, method, stable, topk_kernel), logits_bytes, kernel)
-    for run in runs:
-        _select(layer, meta, run, out if len(runs) == 1 else out[run.tokens], alone=len(runs) == 1)
+        layer = layer._replace(out=out)
+    for call in calls:
+        call(layer)
     return out
 
 
-def _checked_runs(looked: tuple[Any, ...], meta: AttentionMetadata) -> list[_Run]:
-    """The calls that make a layer's selection, its arguments looked at."""
-    q, cache, weights, q_scale, out, k, method, next_n, logits_bytes = looked
+def _prepared(layer: _Layer, meta: AttentionMetadata, options: _Options) -> list[Callable[[_Layer], object]]:
+    """The calls that make the selection of layers that look like this one, its arguments looked at."""
+    runs = _checked_runs(layer, meta, options)
+    assert options.k is not None
+    selection = Selection(options.k, options.method, options.stable, options.topk_kernel)
+    calls: list[Callable[[_Layer], object]] = []
+    for run in runs:
+        select = functools.partial(_select, meta, run, selection, options, len(runs) == 1)
+        calls.append(_fast(layer, meta, run, selection, options) or select)
+    return calls
+
+
+def _checked_runs(layer: _Layer, meta: AttentionMetadata, options: _Options) -> list[_Run]:
+    """The runs of a batch; raises for an argument that is wrong."""
+    q, q_scale, cache, weights, out = layer
+    k, method, next_n = options.k, options.method, options.next_n
     device, tokens = meta.seq_lens.device, meta.num_tokens
     if not meta.selects:
         raise ValueError(f"meta: of compress_ratio {meta.compress_ratio}, whose layers select nothing")
@@ -185,16 +211,17 @@ def _checked_runs(looked: tuple[Any, ...], meta: AttentionMetadata) -> list[_Run
         raise ValueError(f"method: got {getattr(method, 'name', method)}, need {names}")
     if out is not None:
         checks.rows_apart("out", checks.tensor("out", out, (tokens, k), torch.int32, device))
-    checks.integer("logits_bytes", logits_bytes, 1)
+    checks.integer("logits_bytes", options.logits_bytes, 1)
     requests = meta.seq_lens.shape[0]
+    whole = _Run(slice(0, requests), slice(0, tokens), 0)
     if next_n is not None:
         checks.integer("next_n", next_n, 1)
         if tokens != requests * next_n:
             raise ValueError(f"next_n: got {next_n} for {requests} requests, need it to give {tokens} rows")
-        return [_Run(slice(0, requests), slice(0, tokens), next_n)] if tokens else []
-    if capturing(device) or meta.step.host is None:
-        return [_Run(slice(0, requests), slice(0, tokens), 0)] if tokens else []
-    return _host_runs(meta, logits_bytes)
+        whole = whole._replace(next_n=next_n)
+    elif not capturing(device) and meta.step.host is not None:
+        return _host_runs(meta, options.logits_bytes)
+    return [whole] if tokens else []
 
 
 def _host_runs(meta: AttentionMetadata, logits_bytes: int) -> list[_Run]:
@@ -252,39 +279,86 @@ def _gathered(
     return slots, starts, starts + torch.minimum(meta.visible[tokens], base[row + 1] - starts)
 
 
-def _select(layer: _Layer, meta: AttentionMetadata, run: _Run, out: torch.Tensor, *, alone: bool) -> None:
+def _select(
+    meta: AttentionMetadata, run: _Run, selection: Selection, options: _Options, alone: bool, layer: _Layer
+) -> None:
     """One call's rows of the selection; a run that is alone is the whole batch, whose plan every step fills again."""
-    q, q_scale, cache, weights, selection, logits_bytes, kernel = layer
-    table = meta.extra_block_table
-    assert table is not None
+    q, q_scale, cache, weights, out = layer
+    assert out is not None
     whole = run.tokens == slice(0, meta.num_tokens)
     if not whole:
-        q, weights = q[run.tokens], weights[run.tokens]
+        q, weights, out = q[run.tokens], weights[run.tokens], out[run.tokens]
         q_scale = None if q_scale is None else q_scale[run.tokens]
     if run.flat is not None:
         slots, starts, ends = run.flat
         rows, scales = indexer.gather_indexer_k(cache, slots)
         indexer.indexer_topk(
             q, rows, scales, weights, starts, ends, selection.k, selection.method, max_seqlen_k=run.longest,
-            q_scale=q_scale, slot_table=table, slot_page_size=meta.extra_page_size, slot_pages=meta.extra_pages,
-            requests=meta.request[run.tokens], stable=selection.stable, logits_bytes=logits_bytes, out=out,
-            kernel=kernel, topk_kernel=selection.kernel,
+            q_scale=q_scale, slot_table=meta.extra_block_table, slot_page_size=meta.extra_page_size,
+            slot_pages=meta.extra_pages, requests=meta.request[run.tokens], stable=selection.stable,
+            logits_bytes=options.logits_bytes, out=out, kernel=options.kernel, topk_kernel=selection.kernel,
         )  # fmt: skip
         return
-    lens, table, requests = _rows_of(meta, run)
-    next_n = run.next_n or 1
-    call = PagedLogitsCall(
-        q.unflatten(0, (-1, next_n)), None if q_scale is None else q_scale.unflatten(0, (-1, next_n)), cache, weights,
-        lens, table, _most(meta), clean_logits=False, requests=requests,
-    )  # fmt: skip
+    call = _call(layer._replace(q=q, q_scale=q_scale, weights=weights), meta, run)
     if checks.check_values_enabled():
         indexer.check_paged_values(call)
-    space = {
-        "bases": None, "block_table": table, "page_size": meta.extra_page_size, "pages": meta.extra_pages,
-        "next_n": next_n, "requests": requests,
-    }  # fmt: skip
+    space = {**_space_of(meta, run, selection.method, call), "bases": None}
     plans = functools.partial(_plan_of, meta, run, alone and whole)
-    indexer.select_paged(call, selection, space, logits_bytes, out, kernel, plans)
+    indexer.select_paged(call, selection, space, options.logits_bytes, out, options.kernel, plans)
+
+
+def _call(layer: _Layer, meta: AttentionMetadata, run: _Run) -> PagedLogitsCall:
+    """The logits of a run's rows, unclean."""
+    lens, table, requests = _rows_of(meta, run)
+    groups = (-1, run.next_n or 1)
+    return PagedLogitsCall(
+        layer.q.unflatten(0, groups), None if layer.q_scale is None else layer.q_scale.unflatten(0, groups),
+        layer.cache, layer.weights, lens, table, _most(meta), clean_logits=False, requests=requests,
+    )  # fmt: skip
+
+
+def _space_of(meta: AttentionMetadata, run: _Run, method: TopkMethod, call: PagedLogitsCall) -> dict[str, Any]:
+    """What makes slots of the compressed cache of local entries, as selections take it."""
+    if method is TopkMethod.LOCAL:
+        return {}
+    return {
+        "block_table": call.block_table, "page_size": meta.extra_page_size, "pages": meta.extra_pages,
+        "next_n": run.next_n or 1, "requests": call.requests,
+    }  # fmt: skip
+
+
+def _fast(
+    layer: _Layer, meta: AttentionMetadata, run: _Run, selection: Selection, options: _Options
+) -> Callable[[_Layer], object] | None:
+    """:func:`_select` of a whole batch in one piece, with nothing left to decide; None where that is not so.
+
+    The host's time of a decode layer is this.
+    """
+    if run.flat is not None or run.tokens != slice(0, meta.num_tokens) or checks.check_values_enabled():
+        return None
+    call = _call(layer, meta, run)
+    if not indexer.in_one_piece(call, selection.k, options.logits_bytes):
+        return None
+    record = indexer.logits_kernel(call, options.kernel)
+    call = call._replace(max_context_len=call.rows.most, unscored=selection.k)
+    if record.plan is not None:
+        if _is_foreign(meta):
+            return None
+        call = call._replace(plan=_plan_of(meta, run, True, slice(0, call.q.shape[0]), record, call))
+    shape, device = call.q.shape, call.q.device
+    _, _, _, _, lens, table, most, *rest = call
+    rows_lens, space = lens.reshape(-1), _space_of(meta, run, selection.method, call)
+
+    def select(layer: _Layer) -> None:
+        q, q_scale, cache, weights, out = layer
+        assert out is not None
+        scales = None if q_scale is None else q_scale.view(*shape[:3], -1)
+        logits = call_on(
+            device, record.run, PagedLogitsCall(q.view(shape), scales, cache, weights, lens, table, most, *rest)
+        )
+        launch_topk(logits, rows_lens, None, selection, space, out)
+
+    return select
 
 
 def _plan_of(
@@ -299,14 +373,18 @@ def _plan_of(
         return meta.kept[key]
     shared = meta.plans.get(key)
     if shared is None:
-        if capturing(call.q.device) and not meta.step.captured:
-            # A graph that does not fill the metadata; what is made inside it is no other graph's.
+        if _is_foreign(meta):
             return _make(record, rows)
         next_n = run.next_n or 1
         tokens = slice(piece.start * next_n, piece.stop * next_n)
         shared = meta.plans[key] = SharedPlan(record, _Run(piece, tokens, run.next_n), rows[-3:])
         shared.fill(meta)
     return shared.value
+
+
+def _is_foreign(meta: AttentionMetadata) -> bool:
+    """Whether a graph is being captured that does not fill the metadata: what is made inside it is no other graph's."""
+    return capturing(meta.seq_lens.device) and not meta.step.captured
 
 
 def _make(record: Kernel, rows: PagedRows) -> Any:
