@@ -12,6 +12,7 @@ R requests of one token each behind ``context`` tokens; everything is as wide as
 ``window``, ``c4``, ``c128`` and ``indexer`` (logits and selection alone) are microseconds a layer: the difference of
 graphs of ten layers and of two. ``model`` is a graph of 2 window, 21 C4 and 20 C128 layers with all that is made once.
 Medians of replays; the arms take turns. Outputs and selections of both are compared before the clock starts.
+``width`` is dsv4x's indexer where nothing is wider than the context, and at the limit.
 ``host`` has the host's microseconds of an eager indexer step, queued behind GPU work so that nothing waits.
 
 ``shared/peers/prepare.py`` lays SGLang's kernels out; they compile with nvcc on first use.
@@ -50,7 +51,7 @@ MODEL = {"window": 2, "c4": 21, "c128": 20}
 RATIOS = {"window": 1, "c4": 4, "c128": 128}
 MORE, FEWER = 10, 2
 INDEX_HEADS, ENTRIES = 64, LIMIT // 4
-HOST_POINTS = ((1, 4096), (64, 4096))
+HOST_POINTS = ((1, 4096), (64, 4096), (256, 4096))
 
 
 def replays(graphs: dict[str, torch.cuda.CUDAGraph], count: int) -> dict[str, float]:
@@ -70,8 +71,8 @@ def replays(graphs: dict[str, torch.cuda.CUDAGraph], count: int) -> dict[str, fl
 class Case(Decode):
     """A decode step with an index cache, for every shape of ``SHAPES``."""
 
-    def __init__(self, requests: int, context: int):
-        super().__init__(requests, context, 128, 1024)
+    def __init__(self, requests: int, context: int, limit: int = LIMIT):
+        super().__init__(requests, context, 128, 1024, limit)
         generator = torch.Generator("cuda").manual_seed(context)
         self.wide_q, self.wide_sink = self.q, self.sink
         cache, self.index_table = self.extra[4]
@@ -98,7 +99,7 @@ class Case(Decode):
         }
         return dsv4x.StepMetadata.build(
             *self.given, extra, swa_page_size=PAGE, swa_pages=self.swa.pages, num_tokens=self.requests,
-            max_seq_len=LIMIT,
+            max_seq_len=self.limit,
         )  # fmt: skip
 
 
@@ -111,7 +112,7 @@ class Ours:
         self.step = case.metadata()
         self.q, self.sink, self.out, self.slots = case.q, case.sink, case.out, case.slots
         arch = dsv4x.platform.limits(self.q.device).arch
-        shared = {"tokens": case.requests, "width": ENTRIES}
+        shared = {"tokens": case.requests, "width": case.limit // 4}
         logits = dsv4x.Problem("paged_mqa_logits", "cuda", arch, heads=INDEX_HEADS, caches=(case.index.spec,), **shared)
         selection = dsv4x.Problem("topk_transform", "cuda", arch, k=k, method=TopkMethod.PAGED, **shared)
         self.kernels = {"logits": self._pick(logits), "selection": self._pick(selection)}
@@ -240,19 +241,33 @@ def measure(case: Case, heads: int, k: int, peers: bool, count: int) -> dict[str
     us = {}
     for kind in ("window", "indexer", "c4", "c128"):
         graphs = {
-            f"{name} {number}": graph_of(lambda arm=arm, number=number, kind=kind: layers(arm, {kind: number}))
+            f"{name} {number}": graph_of(functools.partial(layers, arm, {kind: number}))
             for name, arm in arms.items()
             for number in (FEWER, MORE)
         }
         times = replays(graphs, count)
         us[kind] = {n: (times[f"{n} {MORE}"] - times[f"{n} {FEWER}"]) / (MORE - FEWER) for n in arms}
-    graphs = {name: graph_of(lambda arm=arm: layers(arm, MODEL)) for name, arm in arms.items()}
+    graphs = {name: graph_of(functools.partial(layers, arm, MODEL)) for name, arm in arms.items()}
     us["model"] = replays(graphs, max(5, count // 2))
     row["us"] = {kind: {name: round(value, 2) for name, value in times.items()} for kind, times in us.items()}
     if peers:
         # Above 1 dsv4x is ahead.
         row["chain_over_dsv4x"] = {kind: round(t["chain"] / t["dsv4x"], 3) for kind, t in us.items()}
     return row
+
+
+def width(requests: int, context: int, count: int) -> dict[str, object]:
+    """The indexer's microseconds a layer where everything is as wide as the context, and as the limit."""
+    times = {}
+    for name, limit in (("narrow", context), ("wide", LIMIT)):
+        ours = Ours(Case(requests, context, limit), 64, 512)
+        layers(ours, {"indexer": 1})
+        graphs = {
+            str(number): graph_of(functools.partial(layers, ours, {"indexer": number})) for number in (FEWER, MORE)
+        }
+        found = replays(graphs, count)
+        times[name] = round((found[str(MORE)] - found[str(FEWER)]) / (MORE - FEWER), 2)
+    return {"requests": requests, "context": context, "us": times}
 
 
 def host(case: Case, peers: bool) -> dict[str, float]:
@@ -298,6 +313,7 @@ def main() -> None:
     save = functools.partial(write, arguments.out, indent=None, limit=LIMIT, replays=arguments.replays)
     rows: list[dict[str, object]] = []
     hosts: list[dict[str, object]] = []
+    widths: list[dict[str, object]] = []
     for requests, context in POINTS:
         if time.perf_counter() - began > arguments.budget:
             print(f"budget spent before {requests} x {context}", flush=True)
@@ -308,13 +324,14 @@ def main() -> None:
             rows.append({"requests": requests, "context": context, "heads": heads, "k": k, **row})
             seconds = time.perf_counter() - began
             print(f"{seconds:6.1f} s {requests:>4} {context:>7} {heads:>4} {k:>5}  {row['us']}", flush=True)
-            save(hosts=hosts, rows=rows)
+            save(host=hosts, width=widths, rows=rows)
         if (requests, context) in HOST_POINTS:
             hosts.append({"requests": requests, "host_us": host(case, peers)})
-            print(hosts[-1], flush=True)
+            widths.append(width(requests, context, arguments.replays))
+            print(hosts[-1], widths[-1], flush=True)
         del case
         torch.cuda.empty_cache()
-    save(hosts=hosts, rows=rows)
+    save(host=hosts, width=widths, rows=rows)
 
 
 if __name__ == "__main__":
