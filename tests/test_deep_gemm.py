@@ -327,6 +327,64 @@ def test_a_given_schedule_serves_pairs_of_rows(double, rng, next_n, dtype):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("clean", [False, True])
+@pytest.mark.parametrize(("generation", "arch"), MACHINES)
+def test_rows_that_name_their_requests(double, rng, generation, arch, clean):
+    module = double(generation, arch)
+    layout = layouts.INDEXER_FP4 if module.mx else layouts.INDEXER_FP8
+    q, q_scale, cache, weights, lens, table = problem(rng, 3, layout)
+    shape = (12, 1)
+    q, lens = q.reshape(*shape, *q.shape[2:]), lens.reshape(shape)
+    q_scale = None if q_scale is None else q_scale.reshape(*shape, *q_scale.shape[2:])
+    for dtype in (torch.int32, torch.int64):
+        requests = torch.tensor([3, 3, 0, 1, 1, -1, 2, 2, 2, 4, 0, 3]).to(dtype)
+        call = PagedLogitsCall(q, q_scale, cache, weights, lens, table, 280, None, None, clean, requests)
+        got = deep_gemm.paged_mqa_logits(call)
+        want = reference.paged_mqa_logits(
+            q, q_scale, cache, rounded(module, weights), lens, table, 280, requests=requests
+        )
+        if clean:
+            assert_same(got, want, module.mx)
+        there = want > -torch.inf
+        assert torch.allclose(got[there], want[there], rtol=2.0**-7 if module.mx else 1e-5, atol=1e-4)
+        (made,) = module.calls
+        module.calls.clear()
+        assert (made.lens[[5, 9]] == 0).all()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("next_n", [1, 2, 3, 4])
+@pytest.mark.parametrize(("generation", "arch"), MACHINES)
+def test_a_plan_is_filled_again_in_place(double, rng, generation, arch, next_n):
+    module = double(generation, arch)
+    layout = layouts.INDEXER_FP4 if module.mx else layouts.INDEXER_FP8
+    q, q_scale, cache, weights, lens, table = problem(rng, next_n, layout, hostile=False)
+    call = PagedLogitsCall(q, q_scale, cache, weights, lens, table, 300, None, None, True)
+    plan = deep_gemm.plan_paged(call.rows, None)
+    buffers = [tensor.data_ptr() for tensor in plan if tensor is not None]
+    for _ in range(2):
+        again = deep_gemm.plan_paged(call.rows, plan)
+        assert [tensor.data_ptr() for tensor in again if tensor is not None] == buffers
+        got = deep_gemm.paged_mqa_logits(call._replace(plan=again))
+        want = reference.paged_mqa_logits(q, q_scale, cache, rounded(module, weights), lens, table, 300)
+        assert_same(got, want, module.mx)
+        assert module.calls[-1].schedule is plan.schedule
+        # The next step's, in the same tensors.
+        lens.copy_(torch.randint(0, 300, lens.shape, generator=rng))
+        table.copy_(table.roll(1, 0))
+
+
+@pytest.mark.interpreter
+def test_a_plan_leaves_out_what_needs_no_logits(double, rng):
+    module = double("0.1")
+    q, q_scale, cache, weights, lens, table = problem(rng, 4, hostile=False)
+    lens[0] = torch.tensor([9, 12, 10, 30])
+    call = PagedLogitsCall(q, q_scale, cache, weights, lens, table, 300, clean_logits=False, unscored=12)
+    deep_gemm.paged_mqa_logits(call)
+    assert module.calls[0].lens[:2].tolist() == [[0, 0], [30, 30]]
+
+
+@pytest.mark.interpreter
 def test_unclean_logits_are_right_where_there_are_entries(double, rng):
     double("0.1")
     q, q_scale, cache, weights, lens, table = problem(rng, 1, hostile=False)
