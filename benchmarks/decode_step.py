@@ -286,8 +286,14 @@ def host(case: Case, peers: bool) -> dict[str, float]:
             TopkMethod.PAGED, schedule=dsv4x.get_paged_mqa_logits_metadata(lens), out=ours.slots,
         )  # fmt: skip
 
+    logits = torch.empty(case.requests, ENTRIES, device="cuda")
+    selection = functools.partial(
+        dsv4x.topk_transform, logits, case.entries, 512, TopkMethod.PAGED, block_table=case.index_table,
+        page_size=PAGE, pages=case.index.pages, out=ours.slots, kernel=ours.kernels["selection"],
+    )  # fmt: skip
     runs: dict[str, Run] = {
-        "sparse_attn_indexer": ours.indexer, "update": functools.partial(ours.once, ()), "update and indexer": both,
+        "sparse_attn_indexer": ours.indexer, "topk_transform alone": selection,
+        "update": functools.partial(ours.once, ()), "update and indexer": both,
         "paged_indexer_topk with its schedule": by_hand,
     }  # fmt: skip
     if peers:
@@ -304,6 +310,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the rows as JSON here, whenever there is one more")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further point is begun")
     parser.add_argument("--replays", type=int, default=12)
+    parser.add_argument("--host", action="store_true", help="the host's times alone")
     arguments = parser.parse_args()
     began = time.perf_counter()
     torch.manual_seed(0)
@@ -314,12 +321,12 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     hosts: list[dict[str, object]] = []
     widths: list[dict[str, object]] = []
-    for requests, context in POINTS:
+    for requests, context in HOST_POINTS if arguments.host else POINTS:
         if time.perf_counter() - began > arguments.budget:
             print(f"budget spent before {requests} x {context}", flush=True)
             break
         case = Case(requests, context)
-        for heads, k in SHAPES:
+        for heads, k in () if arguments.host else SHAPES:
             row = measure(case, heads, k, peers, arguments.replays)
             rows.append({"requests": requests, "context": context, "heads": heads, "k": k, **row})
             seconds = time.perf_counter() - began

@@ -284,7 +284,8 @@ def test_rows_of_requests_that_are_not_there_have_no_entries(hostile, kernel_dev
         rows = table[requests.long().clamp(0, 2)]
         want = dsv4x.paged_mqa_logits(q, cache, weights, there, rows, 60, kernel="reference")
         assert torch.equal(got == -torch.inf, want == -torch.inf)
-        assert torch.allclose(got, want, rtol=1e-3, atol=1e-3)
+        x, y = got[want > -torch.inf].double(), want[want > -torch.inf].double()
+        assert 1 - 2 * (x * y).sum() / (x * x + y * y).sum() < 5e-6
     with pytest.raises(ValueError, match="requests: given with 2 rows in one, need q of one row each"):
         dsv4x.paged_mqa_logits(
             q[:4].view(2, 2, HEADS, 128), cache, weights[:4], lens[:4].view(2, 2), table, 60, requests=requests[:2]

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -365,6 +366,30 @@ def _score(call: PagedLogitsCall, plan: PagedPlan) -> torch.Tensor:
     )  # fmt: skip
 
 
+def prepare_paged(call: PagedLogitsCall) -> Callable[[PagedLogitsCall], torch.Tensor]:
+    """:func:`paged_mqa_logits` of planned calls that look like this one, with nothing left to look up."""
+    q, plan, limits = call.q, call.plan, platform.limits(call.q.device)
+    most = _most_requests(limits.arch, limits.shared_memory, q.shape[1])
+    plain = call.q_scale is None and call.out is None and not call.clean_logits and not _is_mx(limits.arch)
+    if plan is None or not plain or not (q.is_contiguous() and call.weights.is_contiguous()):
+        return paged_mqa_logits
+    if most is not None and len(q) > most:
+        return paged_mqa_logits
+    function = _function("paged_mqa_logits", packed=False)
+    paired, more, width = "fp4" in function.__name__, _options(function), call.max_context_len
+    shape = (*plan.lens.shape, *q.shape[2:])
+
+    def run(call: PagedLogitsCall) -> torch.Tensor:
+        q, weights, plan = call.q, call.weights, call.plan
+        if (q.data_ptr() | weights.data_ptr()) % ALIGNMENT:
+            return paged_mqa_logits(call)
+        q = q.view(shape)
+        view = call.cache.servers_view
+        return function((q, None) if paired else q, view, weights, plan.lens, plan.table, plan.schedule, width, **more)
+
+    return run
+
+
 def _has_row_view(block_table: torch.Tensor, next_n: int) -> bool:
     """Whether a table row for each of a request's rows fits its own, and the last request's the storage."""
     stride, rest = divmod(block_table.stride(0), next_n)
@@ -489,6 +514,7 @@ def register_kernels() -> None:
         archs=ARCHS,
         layouts=LAYOUTS,
         plan=plan_paged,
+        prepare=prepare_paged,
         further_reasons=_paged_reasons,
         note=_note,
     )

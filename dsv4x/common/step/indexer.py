@@ -164,10 +164,17 @@ def sparse_attn_indexer(
     layer = _Layer(q, q_scale, cache, weights, out)
     options = (k, method, next_n, stable, logits_bytes, kernel, topk_kernel)
     # What was checked and prepared for one layer holds for every other that looks the same.
-    key = ("indexer", *map(look, layer), *options, capturing(meta.seq_lens.device), checks.check_values_enabled())
-    calls = meta.kept.get(key)
+    unknown = meta.step.host is None
+    mode = capturing(meta.seq_lens.device), checks.check_values_enabled(), unknown
+    key = ("indexer", *map(look, layer), *options, *mode)
+    calls = meta.prepared.get(key)
     if calls is None:
-        calls = meta.kept[key] = _prepared(layer, meta, _Options(*options))
+        calls = meta.kept.get(key)
+    if calls is None:
+        calls = _prepared(layer, meta, _Options(*options))
+        # What the host knows may be other with the next step, and where lengths have no bound the widths too.
+        lasting = (unknown or (next_n is not None and meta.step.max_seq_len < INT32_MAX)) and not _is_foreign(meta)
+        (meta.prepared if lasting else meta.kept)[key] = calls
     assert k is not None
     if out is None:
         out = torch.empty(meta.num_tokens, k, dtype=torch.int32, device=q.device)
@@ -340,23 +347,36 @@ def _fast(
     if not indexer.in_one_piece(call, selection.k, options.logits_bytes):
         return None
     record = indexer.logits_kernel(call, options.kernel)
-    call = call._replace(max_context_len=call.rows.most, unscored=selection.k)
+    call, shared = call._replace(max_context_len=call.rows.most, unscored=selection.k), None
     if record.plan is not None:
         if _is_foreign(meta):
             return None
-        call = call._replace(plan=_plan_of(meta, run, True, slice(0, call.q.shape[0]), record, call))
-    shape, device = call.q.shape, call.q.device
-    _, _, _, _, lens, table, most, *rest = call
+        shared = _shared_plan(meta, run, slice(0, call.q.shape[0]), record, call)
+        call = call._replace(plan=shared.value)
+    run_logits = record.run if record.prepare is None else call_on(call.q.device, record.prepare, call)
+    shape, device, lens, most, requests = (
+        call.q.shape,
+        call.q.device,
+        call.context_lens,
+        call.max_context_len,
+        call.requests,
+    )
     rows_lens, space = lens.reshape(-1), _space_of(meta, run, selection.method, call)
 
     def select(layer: _Layer) -> None:
         q, q_scale, cache, weights, out = layer
         assert out is not None
+        # An update may have brought another tensor of the same shape.
+        table = meta.extra_block_table
+        assert table is not None
+        if space:
+            space["block_table"] = table
         scales = None if q_scale is None else q_scale.view(*shape[:3], -1)
-        logits = call_on(
-            device, record.run, PagedLogitsCall(q.view(shape), scales, cache, weights, lens, table, most, *rest)
+        plan = None if shared is None else shared.value
+        call = PagedLogitsCall(
+            q.view(shape), scales, cache, weights, lens, table, most, None, None, False, requests, plan, selection.k
         )
-        launch_topk(logits, rows_lens, None, selection, space, out)
+        launch_topk(call_on(device, run_logits, call), rows_lens, None, selection, space, out)
 
     return select
 
@@ -365,21 +385,31 @@ def _plan_of(
     meta: AttentionMetadata, run: _Run, lasting: bool, piece: slice, record: Kernel, call: PagedLogitsCall
 ) -> Any:
     """The plan of a piece of a run, made by the first layer that needs it; a lasting one is filled with every step."""
-    rows = call.rows
-    key = ("indexer plan", record.name, run.tokens.start, run.next_n, piece.start, piece.stop, rows[-3:])
+    key, rows = _plan_key(run, piece, record, call), call.rows
     if not lasting:
         if key not in meta.kept:
             meta.kept[key] = _make(record, rows)
         return meta.kept[key]
+    if _is_foreign(meta) and key not in meta.plans:
+        return _make(record, rows)
+    return _shared_plan(meta, run, piece, record, call).value
+
+
+def _shared_plan(meta: AttentionMetadata, run: _Run, piece: slice, record: Kernel, call: PagedLogitsCall) -> SharedPlan:
+    """The plan of a piece of the whole batch, which every refill of the step fills again."""
+    key, rows = _plan_key(run, piece, record, call), call.rows
     shared = meta.plans.get(key)
     if shared is None:
-        if _is_foreign(meta):
-            return _make(record, rows)
         next_n = run.next_n or 1
         tokens = slice(piece.start * next_n, piece.stop * next_n)
         shared = meta.plans[key] = SharedPlan(record, _Run(piece, tokens, run.next_n), rows[-3:])
         shared.fill(meta)
-    return shared.value
+    return shared
+
+
+def _plan_key(run: _Run, piece: slice, record: Kernel, call: PagedLogitsCall) -> tuple[Any, ...]:
+    tokens = run.tokens.start, run.next_n, piece.start, piece.stop
+    return ("indexer plan", record.name, *tokens, *call.rows[-3:])
 
 
 def _is_foreign(meta: AttentionMetadata) -> bool:

@@ -327,6 +327,7 @@ class AttentionMetadata:
         entries: entries a token reads on average as the caller stated it, or None.
         kept: what layers keep for one another, until the next refill.
         plans: what an indexer's kernels planned, which every refill fills again in place.
+        prepared: calls of layers that follow from the shapes alone, and outlast refills.
     """
 
     step: StepMetadata
@@ -342,6 +343,7 @@ class AttentionMetadata:
     entries: int | None = None
     kept: dict[Any, Any] = field(default_factory=dict)
     plans: dict[Any, Any] = field(default_factory=dict)
+    prepared: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -457,7 +459,7 @@ class AttentionMetadata:
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what layers keep for one another: a copy makes that anew."""
-        return {**self.__dict__, "kept": {}, "plans": {}}
+        return {**self.__dict__, "kept": {}, "plans": {}, "prepared": {}}
 
     @property
     def compress_ratio(self) -> int:
