@@ -162,19 +162,8 @@ def sparse_attn_indexer(
     meta.check_current()
     k = meta.topk if k is None else k
     layer = _Layer(q, q_scale, cache, weights, out)
-    options = (k, method, next_n, stable, logits_bytes, kernel, topk_kernel)
-    # What was checked and prepared for one layer holds for every other that looks the same.
-    unknown = meta.step.host is None
-    mode = capturing(meta.seq_lens.device), checks.check_values_enabled(), unknown
-    key = ("indexer", *map(look, layer), *options, *mode)
-    calls = meta.prepared.get(key)
-    if calls is None:
-        calls = meta.kept.get(key)
-    if calls is None:
-        calls = _prepared(layer, meta, _Options(*options))
-        # What the host knows may be other with the next step, and where lengths have no bound the widths too.
-        lasting = (unknown or (next_n is not None and meta.step.max_seq_len < INT32_MAX)) and not _is_foreign(meta)
-        (meta.prepared if lasting else meta.kept)[key] = calls
+    options = _Options(k, method, next_n, stable, logits_bytes, kernel, topk_kernel)
+    calls = _calls_of(layer, meta, options)
     assert k is not None
     if out is None:
         out = torch.empty(meta.num_tokens, k, dtype=torch.int32, device=q.device)
@@ -182,6 +171,28 @@ def sparse_attn_indexer(
     for call in calls:
         call(layer)
     return out
+
+
+def _calls_of(layer: _Layer, meta: AttentionMetadata, options: _Options) -> list[Callable[[_Layer], object]]:
+    """What was checked and prepared for one layer holds for every other that looks the same."""
+    unknown = meta.step.host is None
+    key = (
+        "indexer", *map(look, layer), *options, capturing(meta.seq_lens.device), checks.check_values_enabled(), unknown,
+    )  # fmt: skip
+    try:
+        calls = meta.prepared.get(key)
+    except TypeError:
+        # An option that cannot be hashed is wrong, and is named.
+        return _prepared(layer, meta, options)
+    if calls is None:
+        calls = meta.kept.get(key)
+    if calls is None:
+        calls = _prepared(layer, meta, options)
+        # What the host knows may be other with the next step, and where lengths have no bound the widths too.
+        bounded = options.next_n is not None and meta.step.max_seq_len < INT32_MAX
+        lasting = (unknown or bounded) and not _is_foreign(meta)
+        (meta.prepared if lasting else meta.kept)[key] = calls
+    return calls
 
 
 def _prepared(layer: _Layer, meta: AttentionMetadata, options: _Options) -> list[Callable[[_Layer], object]]:
