@@ -76,12 +76,17 @@ class SharedPlan:
     def __init__(self, record: Kernel, run: _Run, fixed: tuple[str, str, int]):
         self.record, self.run, self.fixed = record, run, fixed
         self.value: Any = None
+        self._rows: PagedRows | None = None
+        self._table: torch.Tensor | None = None
 
     def fill(self, meta: AttentionMetadata) -> None:
         assert self.record.plan is not None
-        lens, table, requests = _rows_of(meta, self.run)
-        rows = PagedRows(lens, table, requests, meta.extra_page_size, _most(meta), *self.fixed)
-        self.value = call_on(meta.seq_lens.device, self.record.plan, rows, self.value)
+        most = _most(meta)
+        if self._rows is None or self._table is not meta.extra_block_table or most != self._rows.most:
+            lens, table, requests = _rows_of(meta, self.run)
+            self._rows = PagedRows(lens, table, requests, meta.extra_page_size, most, *self.fixed)
+            self._table = meta.extra_block_table
+        self.value = call_on(meta.seq_lens.device, self.record.plan, self._rows, self.value)
 
 
 def _rows_of(meta: AttentionMetadata, run: _Run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
