@@ -13,10 +13,11 @@ from ..core.layouts import PagedCache
 from ..core.logits_calls import PagedLogitsCall, PagedRows
 from ..core.platform import capturing
 from ..core.spaces import INT32_MAX, TopkMethod
-from ..dispatch.registry import Kernel, call_on
+from ..dispatch.problem import SelectionProblem
+from ..dispatch.registry import Kernel, call_on, select
 from ..ops import indexer
 from ..ops.indices import local_to_slots
-from ..ops.topk import Selection, launch_topk
+from ..ops.topk import Selection
 from .attention import look
 from .metadata import AttentionMetadata
 
@@ -207,8 +208,8 @@ def _prepared(layer: _Layer, meta: AttentionMetadata, options: _Options) -> list
     selection = Selection(options.k, options.method, options.stable, options.topk_kernel)
     calls: list[Callable[[_Layer], object]] = []
     for run in runs:
-        select = functools.partial(_select, meta, run, selection, options, len(runs) == 1)
-        calls.append(_fast(layer, meta, run, selection, options) or select)
+        whole = functools.partial(_select, meta, run, selection, options, len(runs) == 1)
+        calls.append(_fast(layer, meta, run, selection, options) or whole)
     return calls
 
 
@@ -369,32 +370,41 @@ def _fast(
             return None
         shared = _shared_plan(meta, run, slice(0, call.q.shape[0]), record, call)
         call = call._replace(plan=shared.value)
-    run_logits = record.run if record.prepare is None else call_on(call.q.device, record.prepare, call)
-    shape, device, lens, most, requests = (
-        call.q.shape,
+    device, shape, lens, most, requests = (
         call.q.device,
+        call.q.shape,
         call.context_lens,
         call.max_context_len,
         call.requests,
     )
-    rows_lens, space = lens.reshape(-1), _space_of(meta, run, selection.method, call)
+    score = record.run if record.prepare is None else call_on(device, record.prepare, call)
+    k, method, stable, kernel = selection
+    rows_lens, space = lens.reshape(-1), _space_of(meta, run, method, call)
+    problem = SelectionProblem.on(
+        "topk_transform", device, tokens=len(rows_lens), width=most, k=k, method=method, stable=stable
+    )
+    choose = select(problem, kernel).run
 
-    def select(layer: _Layer) -> None:
+    def run_layer(layer: _Layer, table: torch.Tensor) -> None:
         q, q_scale, cache, weights, out = layer
-        assert out is not None
+        scales = None if q_scale is None else q_scale.view(*shape[:3], -1)
+        plan = None if shared is None else shared.value
+        logits = score(
+            PagedLogitsCall(
+                q.view(shape), scales, cache, weights, lens, table, most, None, None, False, requests, plan, k
+            )
+        )
+        choose(logits, rows_lens, k, method, None, space, out)
+
+    def run_on(layer: _Layer) -> None:
         # An update may have brought another tensor of the same shape.
         table = meta.extra_block_table
         assert table is not None
         if space:
             space["block_table"] = table
-        scales = None if q_scale is None else q_scale.view(*shape[:3], -1)
-        plan = None if shared is None else shared.value
-        call = PagedLogitsCall(
-            q.view(shape), scales, cache, weights, lens, table, most, None, None, False, requests, plan, selection.k
-        )
-        launch_topk(call_on(device, run_logits, call), rows_lens, None, selection, space, out)
+        call_on(device, run_layer, layer, table)
 
-    return select
+    return run_on
 
 
 def _plan_of(
