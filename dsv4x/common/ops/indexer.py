@@ -135,7 +135,7 @@ def paged_mqa_logits(
         requests: int32 or int64 ``[B]``, with n = 1: each row's row of the block table, which is then ``[R, m]``; one
             outside ``[0, R)`` has no entries. None: row b is request b.
         clean_logits: False leaves open what stands outside a row's entries, and NaN as they are, which spares a vendor
-            kernel's result another pass. :func:`~dsv4x.topk_transform` needs neither.
+            kernel's result another pass and Triton's the columns. :func:`~dsv4x.topk_transform` needs neither.
 
     Returns:
         float32 ``[B * n, max_context_len]``, rows contiguous, with any row stride unless ``out`` is given.
