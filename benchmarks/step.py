@@ -84,12 +84,15 @@ class Decode:
             self.q, self.swa, cache, step[ratio], attn_sink=self.sink, out=self.out, return_lse=False, **topk, **options
         )
 
-    def flash_mla(self, step: StepMetadata, ratio: int) -> Callable[[], object]:
-        """A bare call over rows that are slots already, its schedule made."""
-        meta, extra, schedule = step[ratio], {}, get_mla_metadata()[0]
+    def flash_mla(
+        self, step: StepMetadata, ratio: int, schedule: object = None, slots: torch.Tensor | None = None
+    ) -> Callable[[], object]:
+        """A bare call over rows that are slots already, its schedule made, or shared with other calls."""
+        meta, extra = step[ratio], {}
+        schedule = get_mla_metadata()[0] if schedule is None else schedule
         if ratio > 1:
-            rows = meta.extra_indices
-            if ratio == 4:
+            rows = meta.extra_indices if slots is None else slots
+            if ratio == 4 and slots is None:
                 rows = dsv4x.local_to_slots(
                     self.topk, meta.request, meta.visible, meta.extra_block_table, PAGE, meta.extra_pages
                 )

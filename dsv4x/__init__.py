@@ -15,8 +15,9 @@ Under it, the ops: ``quantize_and_insert_k_cache``, ``dequantize_k_cache_paged``
 ``explain(problem)`` tells which kernel runs and why the others do not, ``explain_step`` which
 path a step takes and what was predicted for each. ``warmup`` compiles what a server's steps will launch.
 ``plan_cache(prefill, decode)`` tells what to store and where to convert for two kernels that read different layouts.
-The indexer of C4 layers: ``paged_indexer_topk`` and ``indexer_topk`` go from index queries to the entries that
-attention reads, over ``paged_mqa_logits``, ``mqa_logits`` (with ``gather_indexer_k``), ``topk_transform`` and
+The indexer of C4 layers: ``sparse_attn_indexer`` selects for a step's batch, whatever that mixes. Under it
+``paged_indexer_topk`` and ``indexer_topk`` go from index queries to the entries that attention reads, over
+``paged_mqa_logits``, ``mqa_logits`` (with ``gather_indexer_k``), ``topk_transform`` and
 ``get_paged_mqa_logits_metadata``; ``indexer_context_lens`` gives the lengths, ``topk_method`` the index space.
 Index remaps, bounds-checked: ``window_slots``, ``local_to_slots``, ``local_to_workspace_rows``,
 ``slots_to_compact_slots``, ``dense_to_ragged``, ``ragged_to_dense``, ``combine_swa_extra_indices``,
@@ -78,6 +79,7 @@ from .common.ops.topk import topk_method, topk_transform
 from .common.portable import register_portable
 from .common.step.attention import explain_step, sparse_mla_attention
 from .common.step.chunk import SparsePrefillChunkCache
+from .common.step.indexer import sparse_attn_indexer
 from .common.step.metadata import AttentionMetadata, ExtraPages, StepMetadata
 from .common.step.plan import StepExplanation
 from .common.step.warmup import warmup
@@ -147,6 +149,7 @@ __all__ = [
     "requantize_fp8_to_block_scale",
     "scratch_bytes",
     "slots_to_compact_slots",
+    "sparse_attn_indexer",
     "sparse_mla_attention",
     "sparse_mla_decode",
     "sparse_mla_prefill",

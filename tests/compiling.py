@@ -259,18 +259,20 @@ def logits_cases(arch: str) -> list[Case]:
                     found.append(Case(kernel, more, shape.options, types, label=f"{label},{relative}]"))
             else:
                 for whole in (False, True):
-                    more = {**constants, "WHOLE_PAGES": whole}
-                    kernel = mqa_logits.paged_mqa_logits_kernel
-                    found.append(Case(kernel, more, shape.options, types, label=f"{label},{whole}]"))
+                    more = {**constants, "WHOLE_PAGES": whole, "HAS_REQUESTS": next_n == 1}
+                    paged = {**more, "CLEAN": whole}, {**more, "SPLIT": mqa_logits.SPLIT}
+                    kernels = mqa_logits.paged_mqa_logits_kernel, mqa_logits.scheduled_mqa_logits_kernel
+                    for kernel, given in zip(kernels, paged):
+                        found.append(Case(kernel, given, shape.options, types, label=f"{label},{whole}]"))
     for starts, shifted, table, in_place in ((False, False, True, True), (True, True, False, False)):
         constants = {
-            "BLOCK": 2048, "HAS_STARTS": starts, "SHIFTED": shifted, "HAS_TABLE": table, "IN_PLACE": in_place,
-            "ALIGNED": not in_place,
+            "BLOCK": 2048, "HAS_STARTS": starts, "SHIFTED": shifted, "HAS_TABLE": table, "HAS_REQUESTS": table,
+            "IN_PLACE": in_place, "ALIGNED": not in_place,
         }  # fmt: skip
         label = f"[{starts},{table}]"
         found.append(Case(mqa_logits.clean_logits_kernel, constants, {"num_warps": 8}, LOGITS_TYPES, label=label))
     # DeepGEMM's logits on SM100, which are widened on the way.
-    wider = {**constants, "HAS_STARTS": False, "SHIFTED": False, "HAS_TABLE": True}
+    wider = {**constants, "HAS_STARTS": False, "SHIFTED": False, "HAS_TABLE": True, "HAS_REQUESTS": False}
     types = {**LOGITS_TYPES, "logits_ptr": "*bf16"}
     found.append(Case(mqa_logits.clean_logits_kernel, wider, {"num_warps": 8}, types, label="[bf16]"))
     found.append(Case(mqa_logits.limit_ranges_kernel, {"BLOCK": 1024}))
@@ -286,6 +288,9 @@ def logits_cases(arch: str) -> list[Case]:
         label = f"[{one},{block}]"
         found.append(Case(schedule.schedule_kernel, constants, types={} if one else sums, label=label))
     found.append(Case(schedule.limit_lens_kernel, {"BLOCK": 256}))
+    for named in (False, True):
+        constants = {"HAS_REQUESTS": named, "BLOCK": 1024}
+        found.append(Case(schedule.spread_rows_kernel, constants, label=f"[{named}]"))
     values = {"logits_ptr": "*fp32", "values_ptr": "*fp32"}
     sizes = topk._SIZES
     for method, ids, aligned in ((0, False, True), (1, True, False), (2, False, False), (2, False, True)):

@@ -17,7 +17,9 @@ import torch
 
 import dsv4x
 from dsv4x import ExtraPages, PagedCache, StepMetadata, layouts
+from dsv4x.common.core.logits_calls import PagedLogitsCall
 from dsv4x.common.dispatch import registry
+from dsv4x.common.kernels.schedule import spread_rows
 from dsv4x.common.step.attention import paths_of
 
 DEVICE = "cuda"
@@ -255,6 +257,20 @@ def sweep_indexer() -> int:
             dsv4x.paged_mqa_logits(q, cache, weights, lens, table, 230, kernel=name) for name in ("triton", "reference")
         ]
         compare(layout.name, [made[0].nan_to_num(neginf=-9)], [made[1].nan_to_num(neginf=-9)])
+        planned = registry.find("paged_mqa_logits", "triton")
+        named = torch.tensor([1, -1, 2**31 - 1, 0], dtype=torch.int32, device=DEVICE)
+        for requests, shape in ((None, (2, 2)), (named, (4, 1))):
+            rows = q.view(*shape, 64, 128), lens.view(shape)
+            call = PagedLogitsCall(
+                rows[0], None, cache, weights, rows[1], table, 230, clean_logits=False, requests=requests
+            )
+            got = planned.run(call._replace(plan=planned.plan(call.rows, None)))
+            want = dsv4x.paged_mqa_logits(
+                rows[0], cache, weights, rows[1], table, 230, requests=requests, kernel="reference"
+            )
+            there = want > -torch.inf
+            compare(f"{layout.name} planned", [got.where(there, 0.0)], [want.where(there, 0.0)])
+            spread_rows(call.rows, 1)
         slots = hostile(1, 99, torch.arange(cache.capacity, device=DEVICE))[0]
         made = [dsv4x.gather_indexer_k(cache, slots, kernel=name) for name in ("triton", "reference")]
         for got, want in zip(*made):
@@ -265,7 +281,7 @@ def sweep_indexer() -> int:
             for name in ("triton", "reference")
         ]
         compare(f"{layout.name} flat", [made[0].nan_to_num(neginf=-9)], [made[1].nan_to_num(neginf=-9)])
-        runs += 3
+        runs += 5
     logits = torch.randn(5, 3000, device=DEVICE)
     logits[:, ::7] = 0.25
     logits[:, ::11] = float("nan")

@@ -13,7 +13,7 @@ from dsv4x.common.kernels.entries import entry_format
 from dsv4x.cuda.hopper import decode as decode_hopper
 from dsv4x.cuda.hopper import prefill as prefill_hopper
 
-PRODUCTS = ("decode", "prefill", "paged_mqa_logits", "mqa_logits")
+PRODUCTS = ("decode", "prefill", "paged_mqa_logits", "scheduled_mqa_logits", "mqa_logits")
 CASES = [(arch, case) for arch in compiling.TARGETS for case in compiling.cases(arch)]
 
 

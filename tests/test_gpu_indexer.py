@@ -182,6 +182,103 @@ def test_a_captured_selection_follows_its_contents(kernel, next_n):
         assert torch.equal(cut, want)
 
 
+class Step:
+    """A step of several layers' index queries over one cache, refilled and run as a server does."""
+
+    def __init__(self, queries, limit, pages=400, **host):
+        requests, self.tokens = len(queries), sum(queries)
+        self.starts = torch.tensor([0, *queries], device="cuda").cumsum(0).int()
+        self.lens = torch.full((requests,), limit, dtype=torch.int32, device="cuda")
+        self.cache, self.limit = pool(pages), limit
+        columns = -(-limit // 4 // 64)
+        self.table = torch.randint(0, pages, (requests, columns), device="cuda", dtype=torch.int32)
+        self.swa_table = torch.zeros(requests, -(-limit // 64), dtype=torch.int32, device="cuda")
+        extra = {4: dsv4x.ExtraPages(self.table, 64, pages, topk=512)}
+        self.step = dsv4x.StepMetadata.build(
+            self.starts, self.lens, self.swa_table, extra, swa_page_size=64, swa_pages=1, num_tokens=self.tokens,
+            max_seq_len=limit, **host,
+        )  # fmt: skip
+        self.q = torch.randn(3, self.tokens, 64, 128, device="cuda").to(torch.float8_e4m3fn)
+        self.weights = torch.randn(3, self.tokens, 64, device="cuda")
+
+    def run(self, kernel, next_n):
+        self.step.update(self.starts, self.lens, self.swa_table, {4: self.table})
+        return [self.layer(i, kernel, next_n=next_n, topk_kernel="triton") for i in range(3)]
+
+    def layer(self, i, kernel, **options):
+        method = dsv4x.TopkMethod.PAGED
+        return dsv4x.sparse_attn_indexer(
+            self.q[i], self.cache, self.weights[i], self.step[4], 512, method, kernel=kernel, **options
+        )
+
+    def want(self, i, kernel, next_n):
+        """The reference's selection from the kernel's own logits, made without any plan."""
+        visible, width = self.step[4].visible, self.limit // 4
+        if next_n is None:
+            rows, named = (self.tokens, 1), {"requests": self.step[4].request}
+            space = {"requests": self.step[4].request}
+        else:
+            rows, named, space = (-1, next_n), {}, {"next_n": next_n}
+        logits = dsv4x.paged_mqa_logits(
+            self.q[i].unflatten(0, rows), self.cache, self.weights[i], visible.view(rows), self.table, width,
+            kernel=kernel, **named,
+        )  # fmt: skip
+        return dsv4x.topk_transform(
+            logits, visible, 512, dsv4x.TopkMethod.PAGED, kernel="reference", block_table=self.table, page_size=64,
+            pages=self.cache.pages, **space,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("next_n", [None, 1, 2, 3, 4, 5, 8])
+def test_a_captured_step_plans_for_the_lengths_it_finds(kernel, next_n):
+    torch.manual_seed(8)
+    step = Step([next_n or 2] * 9, 40_000)
+    step.run(kernel, next_n)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step.run(kernel, next_n)
+    # The last are past the bound, and clamped.
+    for longest in (40_000, 3000, 8, 60_000):
+        step.lens.copy_(torch.randint(0, longest, step.lens.shape, device="cuda").clamp_min(next_n or 2))
+        step.lens[3] = 0
+        step.weights.normal_()
+        graph.replay()
+        for i in range(3):
+            assert torch.equal(got[i], step.want(i, kernel, next_n))
+    assert all(map(torch.equal, got, step.run(kernel, next_n)))
+
+
+def test_metadata_filled_outside_serves_a_graph_of_layers(kernel):
+    torch.manual_seed(9)
+    step = Step([1] * 20, 40_000)
+    step.layer(0, kernel, next_n=1, topk_kernel="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = [step.layer(i, kernel, next_n=1, topk_kernel="triton") for i in range(3)]
+    for longest in (3000, 40_000):
+        step.lens.copy_(torch.randint(1, longest, step.lens.shape, device="cuda"))
+        step.step.update(step.starts, step.lens, step.swa_table, {4: step.table})
+        graph.replay()
+        for i in range(3):
+            assert torch.equal(got[i], step.want(i, kernel, 1))
+
+
+def test_chunks_and_decode_rows_in_one_call(kernel):
+    torch.manual_seed(10)
+    queries, lengths = [1, 1, 300, 40, 1, 17], [30_000, 100, 20_000, 40, 4000, 9000]
+    starts = torch.tensor([0, *queries]).cumsum(0).int()
+    step = Step(queries, 40_000, query_start_loc_cpu=starts, seq_lens_cpu=torch.full((6,), 40_000).int())
+    step.lens.copy_(torch.tensor(lengths))
+    update = (step.starts, step.lens, step.swa_table, {4: step.table})
+    step.step.update(*update, query_start_loc_cpu=starts, seq_lens_cpu=torch.tensor(lengths).int())
+    got, want = step.layer(0, kernel), step.want(0, kernel, None)
+    assert torch.equal((got >= 0).sum(1), (want >= 0).sum(1))
+    # Flat and paged logits are sums in other orders, which decides between neighbours of the k-th.
+    common = [torch.isin(a[a >= 0], b[b >= 0]).float().mean().item() for a, b in zip(got, want) if (a >= 0).any()]
+    assert min(common) > 0.98
+    assert sum(common) / len(common) > 0.998
+
+
 def test_a_million_tokens_times_8192_rows_run_in_256_mib(kernel):
     torch.manual_seed(6)
     rows, entries, budget = 8192, 262_144, 1 << 28

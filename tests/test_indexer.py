@@ -412,12 +412,15 @@ def test_a_short_context_needs_no_logits(method, kernel_device, rng, monkeypatch
 def test_pieces_stay_within_the_budget(next_n):
     for requests, width, budget in ((8192, 262144, 1 << 28), (3, 1 << 20, 1 << 22), (100, 5000, 1 << 20)):
         per_piece, columns = indexer._plan(requests, next_n, width, 256, 512, budget)
-        copies = 2 if next_n > 2 else 1
         merged = 0 if columns >= width else 44 * 512
-        assert per_piece * next_n * (4 * -(-columns // 256) * 256 * copies + merged) <= budget
+        assert per_piece * next_n * (4 * -(-columns // 256) * 256 + merged) <= budget
         assert columns == width or columns % 256 == 0
     with pytest.raises(ValueError, match="logits_bytes: got 1000, need >= "):
         indexer._plan(1, next_n, 4096, 256, 512, 1000)
+
+
+def test_the_default_budget_holds_256_rows_of_a_million_tokens():
+    assert indexer._plan(256, 1, 1 << 18, 256, 1024, indexer.LOGITS_BYTES) == (256, 1 << 18)
 
 
 def good(rng):

@@ -120,6 +120,17 @@ def index_step(draw, cache, queries, topk, next_n, kernel):
         schedule=schedule,
     )  # fmt: skip
 
+    starts, seq_lens = (torch.arange(n, dtype=torch.int32, device=device) for n in (batch + 1, batch))
+    step = dsv4x.StepMetadata.build(
+        starts * next_n, 4 * seq_lens % (4 * width), table, {4: dsv4x.ExtraPages(table, 64, pages, topk=topk)},
+        swa_page_size=64, swa_pages=pages, num_tokens=batch * next_n, max_seq_len=4 * width,
+    )  # fmt: skip
+    q, q_scale, weights = queries(batch * next_n)
+    for together in (None, next_n):
+        dsv4x.sparse_attn_indexer(
+            q, cache, weights, step[4], next_n=together, q_scale=q_scale, kernel=kernel, logits_bytes=1 << 28
+        )
+
     rows, entries = draw.choice((0, 1, 2, 5, 64, 301)), draw.choice((0, 1, 50, 64, 65, 1000, 1008, 20000, 33001))
     slots = torch.randint(-1, cache.capacity, (entries,), device=device).to(draw.choice((torch.int32, torch.int64)))
     k, k_scale = dsv4x.gather_indexer_k(cache, slots)

@@ -176,12 +176,10 @@ def _pair(
     reference_scratch: Callable[[Any], int] = lambda problem: 0,
     triton_us: Callable[[Any], float] = _triton_us,
     reference_us: Callable[[Any], float] = _reference_us,
-    unpacked: bool = False,
+    triton_plan: str | None = None,
 ) -> None:
     if reference_run is None:
         reference_run = getattr(reference, op)
-    if unpacked:
-        reference_run = _unpacked(reference_run)
     if platform.forced and platform.backend == "reference":
         refuse(op, "triton")
     else:
@@ -196,6 +194,7 @@ def _pair(
                 fixed_splits=op == "sparse_mla_decode",
                 remaps=op == "sparse_mla_decode",
                 host_us=functools.partial(costs.kernel_host_us, kernel="triton"),
+                plan=None if triton_plan is None else _lazy(module, triton_plan),
                 scratch_bytes=triton_scratch,
                 further_reasons=_triton_reasons,
             )
@@ -234,8 +233,10 @@ def register_portable() -> None:
     _pair("ragged_to_dense", "indices")
     _pair("list_referenced", "compaction")
     _pair("copy_pages", "compaction")
-    for op in ("paged_mqa_logits", "mqa_logits"):
-        _pair(op, "mqa_logits", triton_us=_logits_triton_us, reference_us=_logits_reference_us, unpacked=True)
+    logits: dict[str, Any] = {"triton_us": _logits_triton_us, "reference_us": _logits_reference_us}
+    paged, flat = _unpacked(reference.paged_mqa_logits), _unpacked(reference.mqa_logits)
+    _pair("paged_mqa_logits", "mqa_logits", triton_plan="plan_paged", reference_run=paged, **logits)
+    _pair("mqa_logits", "mqa_logits", reference_run=flat, **logits)
     _pair("gather_indexer_k", "mqa_logits")
     _pair("get_paged_mqa_logits_metadata", "schedule")
     _pair("topk_transform", "topk", triton_us=_topk_triton_us)

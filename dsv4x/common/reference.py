@@ -547,9 +547,19 @@ def paged_mqa_logits(
     schedule: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     clean_logits: bool = True,
+    requests: torch.Tensor | None = None,
+    plan: None = None,
+    unscored: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """:func:`dsv4x.paged_mqa_logits`, one request after another; ``schedule`` and ``clean_logits`` change nothing."""
+    """:func:`dsv4x.paged_mqa_logits`, one request after another.
+
+    ``schedule``, ``plan``, ``unscored`` and ``clean_logits`` change nothing.
+    """
+    if requests is not None:
+        known = (requests >= 0) & (requests < block_table.shape[0])
+        context_lens = torch.where(known[:, None], context_lens, 0)
+        block_table = block_table[torch.where(known, requests, 0).long()]
     batch, next_n = context_lens.shape
     if out is None:
         out = torch.empty(batch * next_n, max_context_len, dtype=dtype, device=q.device)

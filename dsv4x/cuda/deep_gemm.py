@@ -17,14 +17,14 @@ import dataclasses
 import functools
 import inspect
 import math
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from ..common.core import layouts
 from ..common.core.layouts import ALIGNMENT
-from ..common.core.logits_calls import FlatLogitsCall, PagedLogitsCall
+from ..common.core.logits_calls import FlatLogitsCall, PagedLogitsCall, PagedRows
 from ..common.core.platform import platform
 from ..common.core.vendor import TRITON, VendorLibrary
 from ..common.dispatch.costs import logits_us
@@ -61,11 +61,8 @@ BY_NAME_ONLY = (
 _RATES = (8.0, 3.9e6, 1150e6, 4e6)
 # A pass over logits that are still in the L2: microseconds a call as an eager step sees them, bytes a microsecond.
 _PASS = (20.0, 5e6)
-# Microseconds of repeating a block table's rows for each pair of rows.
+# Microseconds of repeating a block table's rows.
 _TABLE_US = 5.0
-# The host's microseconds of one part: it copies rows of q and of the weights, calls, and copies the logits to their
-# place. A call in two parts took an H200's host 243 us, and its GPU 116.
-_PART_US = 135.0
 
 
 def page_sizes(arch: str, device: str) -> tuple[int, ...]:
@@ -184,16 +181,11 @@ def _is_mx(arch: str) -> bool:
     return arch.startswith("sm_10") and _is_newest()
 
 
-def _taken_as_pairs(arch: str, next_n: int) -> bool:
-    """Whether one call takes each pair of a request's rows for a request: an even number of them on SM90."""
-    return arch == "sm_90" and next_n > SM90_NEXT_N and next_n % SM90_NEXT_N == 0
-
-
-def next_n_parts(arch: str, next_n: int) -> list[slice]:
-    """The rows of each request that one call takes: all of them, or of an odd number on SM90 a pair or the last."""
-    if arch != "sm_90" or next_n == 1 or next_n % SM90_NEXT_N == 0:
-        return [slice(0, next_n)]
-    return [slice(at, min(at + SM90_NEXT_N, next_n)) for at in range(0, next_n, SM90_NEXT_N)]
+def rows_at_once(arch: str, next_n: int) -> int:
+    """The rows of a request that one of its kernels takes for a request: all, or on SM90 pairs of an even number."""
+    if arch != "sm_90" or next_n <= SM90_NEXT_N:
+        return next_n
+    return 1 if next_n % SM90_NEXT_N else SM90_NEXT_N
 
 
 def _note(problem: LogitsProblem) -> str:
@@ -205,13 +197,10 @@ def _note(problem: LogitsProblem) -> str:
 
 
 def _next_n_note(problem: LogitsProblem, mx: bool) -> str:
-    parts = next_n_parts(problem.arch, problem.next_n)
-    if len(parts) > 1:
-        sizes = " + ".join(str(part.stop - part.start) for part in parts)
-        return f"next_n {problem.next_n} as {sizes} over one block table: SM90's kernel takes <= {SM90_NEXT_N}"
-    if _taken_as_pairs(problem.arch, problem.next_n):
-        pairs = f"{problem.next_n // SM90_NEXT_N} requests of {SM90_NEXT_N}"
-        return f"next_n {problem.next_n} as {pairs}, table rows repeated: SM90's kernel takes <= {SM90_NEXT_N}"
+    at_once = rows_at_once(problem.arch, problem.next_n)
+    if at_once < problem.next_n:
+        requests = f"{problem.next_n // at_once} requests of {at_once}"
+        return f"next_n {problem.next_n} as {requests}, table rows repeated: SM90's kernel takes <= {SM90_NEXT_N}"
     if mx:
         return f"next_n {problem.next_n} as single rows that name their requests, over a view of the block table"
     return f"next_n {problem.next_n} natively"
@@ -248,21 +237,83 @@ def _options(function: Any) -> dict[str, Any]:
     return {"clean_logits": False} if "clean_logits" in _parameters(function) else {}
 
 
+class PagedPlan(NamedTuple):
+    """Requests as DeepGEMM takes them, and their schedule.
+
+    Attributes:
+        lens: int32 ``[A, r]``, within bounds; the last of a row counts.
+        table: int32 ``[A, m]`` page numbers, of which those that lengths reach are there.
+        schedule: int32, as DeepGEMM makes it for these.
+        requests: int32 ``[A]``, the number of each row's request, where its kernel wants that; else None.
+    """
+
+    lens: torch.Tensor
+    table: torch.Tensor
+    schedule: torch.Tensor
+    requests: torch.Tensor | None = None
+
+
+def plan_paged(rows: PagedRows, earlier: PagedPlan | None = None) -> PagedPlan:
+    """What the layers of a step share: lengths within bounds, block table rows where one is not enough, a schedule.
+
+    SM90's kernel takes two rows of a request: each pair of an even number is a request of its own, and so is each row
+    of an odd one. A row that names its request gets a row of the table everywhere.
+    """
+    from ..common.kernels.schedule import limit_lens, spread_rows
+
+    arch, next_n = platform.limits(rows.block_table.device).arch, rows.context_lens.shape[1]
+    if _is_mx(arch):
+        return _plan_single(rows, earlier)
+    at_once, made = rows_at_once(arch, next_n), (None, None, None, None) if earlier is None else earlier
+    if rows.requests is None and at_once == next_n:
+        lens, table = limit_lens(rows, next_n, made[0]), rows.block_table
+    else:
+        lens, table = spread_rows(rows, at_once, None if earlier is None else earlier[:2])
+    return PagedPlan(lens, table, _schedule(lens, rows.page_size, None, made[2]))
+
+
+def _plan_single(rows: PagedRows, earlier: PagedPlan | None) -> PagedPlan:
+    """:func:`plan_paged` where the kernel takes single rows and a request number for each.
+
+    Two neighbouring rows of one number share their entries, which are the second one's; so rows of a request have its
+    largest length, and rows that name their requests a number each.
+    """
+    from ..common.kernels.schedule import limit_lens, spread_rows
+
+    table, (batch, next_n) = rows.block_table, rows.context_lens.shape
+    lens, spread, schedule, names = (None, None, None, None) if earlier is None else earlier
+    if names is None:
+        names = torch.arange(batch, dtype=torch.int32, device=table.device).repeat_interleave(next_n)
+    if rows.requests is None and _has_row_view(table, next_n):
+        lens = limit_lens(rows, next_n, lens).view(-1, 1)
+        # Only the table row of a request's first row is read: row b * n of this view is row b of the table.
+        table = table.as_strided((batch * next_n, table.shape[1]), (table.stride(0) // next_n, 1))
+    else:
+        if rows.requests is None:
+            rows = rows._replace(context_lens=limit_lens(rows, next_n))
+        lens, table = spread_rows(rows, 1, None if lens is None or spread is None else (lens, spread))
+    return PagedPlan(lens, table, _schedule(lens, rows.page_size, names, schedule), names)
+
+
+def _most_requests(arch: str, shared_memory: int, next_n: int) -> int | None:
+    """The requests that one call may have; None for any number."""
+    if arch == "sm_90":
+        return None
+    limit = schedule_limit(arch, shared_memory)
+    return max(1, limit // next_n) if _is_mx(arch) else limit
+
+
 def paged_mqa_logits(call: PagedLogitsCall) -> torch.Tensor:
     """``fp8_paged_mqa_logits`` or ``fp8_fp4_paged_mqa_logits``.
 
-    SM90's kernel takes two rows of a request: each pair of an even number is a request of its own in one call, an odd
-    number is taken in parts, each over the whole block table. Batches past its schedule's limit on SM100 and SM120 are
-    split.
+    Batches past its schedule's limit on SM100 and SM120 are split.
     """
     from ..common.kernels.mqa_logits import empty_logits
 
     batch, next_n = call.q.shape[:2]
     limits = platform.limits(call.q.device)
-    step = batch if limits.arch == "sm_90" else schedule_limit(limits.arch, limits.shared_memory)
-    if _is_mx(limits.arch):
-        step = max(1, step // next_n)
-    if step >= batch:
+    step = _most_requests(limits.arch, limits.shared_memory, next_n)
+    if step is None or step >= batch:
         return _deliver(_paged_batch(call), call)
     if call.schedule is not None:
         raise ValueError(f"schedule: given for {batch} requests, need None above {step}: the batch is split there")
@@ -276,88 +327,67 @@ def paged_mqa_logits(call: PagedLogitsCall) -> torch.Tensor:
     return out
 
 
-def _paged_batch(call: PagedLogitsCall) -> list[torch.Tensor]:
-    """The logits of each part of the requests' rows, ``[B * part, >= max_context_len]``, unclean."""
-    from ..common.kernels.schedule import limit_lens
-
-    arch, module = platform.limits(call.q.device).arch, DEEP_GEMM.load()
-    most = min(call.max_context_len, call.block_table.shape[1] * call.cache.page_size)
-    if _is_mx(arch):
-        return _paged_rows(call, most)
-    if _taken_as_pairs(arch, call.q.shape[1]):
-        call = _pairs(call, most)
-    parts = next_n_parts(arch, call.q.shape[1])
-    if call.schedule is not None and len(parts) == 1:
-        _check_schedule(call.schedule, module.get_num_sms())
-        return [_score(call, call.context_lens.int().contiguous(), call.schedule)]
-    # Only the last of a request's lengths is read, for all of its rows.
-    lens = limit_lens(call.context_lens, most, parts[0].stop)
-    plan = _schedule(lens, call.cache.page_size, module, arch)
-    return [_score(_of_rows(call, part), lens[:, : part.stop - part.start].contiguous(), plan) for part in parts]
+def _paged_batch(call: PagedLogitsCall) -> torch.Tensor:
+    """The logits ``[B * n, >= max_context_len]``, unclean."""
+    plan = call.plan
+    if plan is None:
+        plan = plan_paged(call.rows) if call.schedule is None else _vouched(call, call.schedule)
+    return _score(call, plan)
 
 
-def _paged_rows(call: PagedLogitsCall, most: int) -> list[torch.Tensor]:
-    """:func:`_paged_batch` where the kernel takes single rows and a request number for each."""
-    from ..common.kernels.schedule import limit_lens
+def _vouched(call: PagedLogitsCall, schedule: torch.Tensor) -> PagedPlan:
+    """The plan of a caller's schedule, which counts every pair of a request's rows by the last of its lengths."""
+    arch, next_n = platform.limits(call.q.device).arch, call.q.shape[1]
+    at_once = rows_at_once(arch, next_n)
+    if _is_mx(arch) or call.requests is not None or (at_once == 1 < next_n):
+        # Of a schedule that its kernel has another form of, or of other rows.
+        return plan_paged(call.rows)
+    _check_schedule(schedule, DEEP_GEMM.load().get_num_sms())
+    if at_once == next_n:
+        return PagedPlan(call.context_lens.int().contiguous(), call.block_table, schedule)
+    from ..common.kernels.schedule import spread_rows
 
-    module, table = DEEP_GEMM.load(), call.block_table
-    batch, next_n = call.q.shape[:2]
-    whole = _has_row_view(table, next_n)
-    parts = [slice(0, next_n)] if whole else [slice(at, at + 1) for at in range(next_n)]
-    size = parts[0].stop
-    if size > 1:
-        # Only the table row of a request's first row is read: row b * n of this view is row b of the table.
-        table = table.as_strided((batch * size, table.shape[1]), (table.stride(0) // size, 1))
-    lens = limit_lens(call.context_lens, most, size).view(-1, 1)
-    requests = torch.arange(batch, dtype=torch.int32, device=table.device).repeat_interleave(size)
-    plan = module.get_paged_mqa_logits_metadata(lens, call.cache.page_size, module.get_num_sms(), requests)
-    call = call._replace(block_table=table)
-    return [_score(_of_rows(call, part), lens, plan, requests) for part in parts]
+    lens = call.context_lens[:, -1:].expand(-1, next_n)
+    return PagedPlan(*spread_rows(call.rows._replace(context_lens=lens), at_once), schedule)
 
 
-def _of_rows(call: PagedLogitsCall, rows: slice) -> PagedLogitsCall:
-    """The queries and weights of some of each request's rows."""
-    batch, next_n, heads = call.q.shape[:3]
-    if rows == slice(0, next_n):
-        return call
-    weights = call.weights.unflatten(0, (batch, next_n))[:, rows].reshape(-1, heads)
-    q_scale = None if call.q_scale is None else call.q_scale[:, rows]
-    return call._replace(q=call.q[:, rows], q_scale=q_scale, weights=weights)
-
-
-def _score(
-    call: PagedLogitsCall, lens: torch.Tensor, plan: torch.Tensor, requests: torch.Tensor | None = None
-) -> torch.Tensor:
-    """One call of DeepGEMM; with ``requests``, the number of each row's request, rows are single."""
+def _score(call: PagedLogitsCall, plan: PagedPlan) -> torch.Tensor:
+    """One call of DeepGEMM."""
     function = _function("paged_mqa_logits", packed=call.q_scale is not None)
     q, q_scale, more = call.q, call.q_scale, _options(function)
-    if requests is not None:
-        q = q.reshape(-1, 1, *q.shape[2:])
-        q_scale = None if q_scale is None else q_scale.reshape(-1, 1, *q_scale.shape[2:])
-        more["indices"] = requests
+    if plan.lens.shape != call.context_lens.shape:
+        q = q.reshape(*plan.lens.shape, *q.shape[2:])
+        q_scale = None if q_scale is None else q_scale.reshape(*plan.lens.shape, *q_scale.shape[2:])
+    if plan.requests is not None:
+        more["indices"] = plan.requests
     return function(
-        _pair(q, q_scale, function), call.cache.servers_view, _weights(call.weights, q.device), lens, call.block_table,
-        plan, call.max_context_len, **more,
+        _pair(q, q_scale, function), call.cache.servers_view, _weights(call.weights, q.device), plan.lens, plan.table,
+        plan.schedule, call.max_context_len, **more,
     )  # fmt: skip
 
 
-def _pairs(call: PagedLogitsCall, most: int) -> PagedLogitsCall:
-    """The call with each pair of a request's rows as a request of its own, which has at most ``most`` entries.
+def prepare_paged(call: PagedLogitsCall) -> Callable[[PagedLogitsCall], torch.Tensor]:
+    """:func:`paged_mqa_logits` of planned calls that look like this one, with nothing left to look up."""
+    q, plan, limits = call.q, call.plan, platform.limits(call.q.device)
+    most = _most_requests(limits.arch, limits.shared_memory, q.shape[1])
+    plain = call.q_scale is None and call.out is None and not call.clean_logits and not _is_mx(limits.arch)
+    if plan is None or not plain or not (q.is_contiguous() and call.weights.is_contiguous()):
+        return paged_mqa_logits
+    if most is not None and len(q) > most:
+        return paged_mqa_logits
+    function = _function("paged_mqa_logits", packed=False)
+    paired, more, width = "fp4" in function.__name__, _options(function), call.max_context_len
+    shape = (*plan.lens.shape, *q.shape[2:])
 
-    A schedule that the caller gave counts every pair by the last length of its request, so that is the pair's length.
-    Without one each pair has its own.
-    """
-    q, next_n, lens = call.q, call.q.shape[1], call.context_lens
-    # A server's table is as wide as its longest request may get, and pages that no length reaches need no copy.
-    table = call.block_table[:, : -(-most // call.cache.page_size)]
-    # DeepGEMM reads a table row a request, and no strides can express a row that is repeated. The copy is 4 bytes a
-    # page; putting the logits of parts in their order would write 4 bytes a row and entry.
-    table = table.repeat_interleave(next_n // SM90_NEXT_N, 0)
-    if call.schedule is not None:
-        lens = lens[:, -1:].expand(-1, next_n)
-    return call._replace(
-        q=q.reshape(-1, SM90_NEXT_N, *q.shape[2:]), context_lens=lens.reshape(-1, SM90_NEXT_N), block_table=table
-    )
+    def run(call: PagedLogitsCall) -> torch.Tensor:
+        q, weights, plan = call.q, call.weights, call.plan
+        if (q.data_ptr() | weights.data_ptr()) % ALIGNMENT:
+            return paged_mqa_logits(call)
+        q = q.view(shape)
+        view = call.cache.servers_view
+        return function((q, None) if paired else q, view, weights, plan.lens, plan.table, plan.schedule, width, **more)
+
+    return run
 
 
 def _has_row_view(block_table: torch.Tensor, next_n: int) -> bool:
@@ -367,16 +397,22 @@ def _has_row_view(block_table: torch.Tensor, next_n: int) -> bool:
     return next_n == 1 or (rest == 0 and 4 * end <= block_table.untyped_storage().nbytes())
 
 
-def _schedule(lens: torch.Tensor, page_size: int, module: ModuleType, arch: str) -> torch.Tensor:
-    """The schedule of one call over ``lens [B, part]``, all its rows one atom or as many as DeepGEMM makes of them."""
+def _schedule(
+    lens: torch.Tensor, page_size: int, requests: torch.Tensor | None, out: torch.Tensor | None
+) -> torch.Tensor:
+    """The schedule of one call over ``lens [A, r]``, all its rows one atom or as many as DeepGEMM makes of them."""
+    module = DEEP_GEMM.load()
     num_sms = module.get_num_sms()
-    if arch == "sm_90":
+    if platform.limits(lens.device).arch == "sm_90":
         from ..common.kernels.schedule import get_paged_mqa_logits_metadata
 
-        out = torch.empty(num_sms + 1, 2, dtype=torch.int32, device=lens.device)
+        if out is None:
+            out = torch.empty(num_sms + 1, 2, dtype=torch.int32, device=lens.device)
         get_paged_mqa_logits_metadata(lens, SPLIT_PAGES * page_size, 1, num_sms, out)
         return out
-    return module.get_paged_mqa_logits_metadata(lens, page_size, num_sms)
+    named = () if requests is None else (requests,)
+    made = module.get_paged_mqa_logits_metadata(lens, page_size, num_sms, *named)
+    return made if out is None else out.copy_(made)
 
 
 def _check_schedule(schedule: torch.Tensor, num_sms: int) -> None:
@@ -387,23 +423,18 @@ def _check_schedule(schedule: torch.Tensor, num_sms: int) -> None:
         )
 
 
-def _deliver(parts: list[torch.Tensor], call: PagedLogitsCall) -> torch.Tensor:
-    """The parts' rows in their order, clean where asked for, in the call's ``out`` or in DeepGEMM's own buffer."""
+def _deliver(logits: torch.Tensor, call: PagedLogitsCall) -> torch.Tensor:
+    """The logits, clean where asked for, in the call's ``out`` or in DeepGEMM's own buffer."""
     from ..common.kernels.mqa_logits import clean_logits, empty_logits
 
     out, width = call.out, call.max_context_len
-    batch, next_n = call.context_lens.shape
-    if len(parts) == 1 and out is None and not call.clean_logits:
-        return _widened(parts[0])
+    if out is None and not call.clean_logits:
+        return _widened(logits)
     if out is None:
         # The pass that cleans widens too, where it copies.
-        own = len(parts) == 1 and parts[0].dtype == torch.float32
-        out = parts[0] if own else empty_logits(batch * next_n, width, call.q.device)
-    first = 0
-    for part in parts:
-        rows = slice(first, first + part.shape[0] // batch)
-        clean_logits(part, call.context_lens, out, width, rows=rows, pages=(call.block_table, call.cache))
-        first = rows.stop
+        own = logits.dtype == torch.float32
+        out = logits if own else empty_logits(logits.shape[0], width, logits.device)
+    clean_logits(logits, call.context_lens, out, width, pages=(call.block_table, call.cache), requests=call.requests)
     return out
 
 
@@ -452,27 +483,18 @@ def get_paged_mqa_logits_metadata(
 
 
 def _paged_us(problem: LogitsProblem) -> float:
-    """A call, or one a part, each of which reads all of K, and a pass over logits that are cleaned or put together."""
+    """A call, each of whose requests reads all its K, and a pass over logits that are cleaned."""
     total = 0.0
-    if _taken_as_pairs(problem.arch, problem.next_n):
+    if problem.ragged or rows_at_once(problem.arch, problem.next_n) < problem.next_n:
         total += _TABLE_US
-        pairs = problem.tokens * problem.next_n // SM90_NEXT_N
-        problem = dataclasses.replace(problem, tokens=pairs, next_n=SM90_NEXT_N)
-    parts = next_n_parts(problem.arch, problem.next_n)
-    for part in parts:
-        total += logits_us(dataclasses.replace(problem, next_n=part.stop - part.start), *_RATES)
-    if len(parts) > 1 or problem.clean:
+        at_once = rows_at_once(problem.arch, problem.next_n)
+        requests = problem.tokens * problem.next_n // at_once
+        problem = dataclasses.replace(problem, tokens=requests, next_n=at_once)
+    total += logits_us(problem, *_RATES)
+    if problem.clean:
         call, rate = _PASS
-        # Cleaning in place writes little beside what it reads; the logits of parts are copied whole.
-        entry_bytes = 8.0 if len(parts) > 1 else 4.0
-        total += call + entry_bytes * problem.tokens * problem.next_n * problem.width / rate
+        total += call + 4.0 * problem.tokens * problem.next_n * problem.width / rate
     return total
-
-
-def _paged_host_us(problem: LogitsProblem) -> float:
-    """The host's time of parts; that of one call was not measured."""
-    parts = next_n_parts(problem.arch, problem.next_n)
-    return len(parts) * _PART_US if len(parts) > 1 else 0.0
 
 
 def _flat_us(problem: LogitsProblem) -> float:
@@ -491,7 +513,8 @@ def register_kernels() -> None:
         library=DEEP_GEMM,
         archs=ARCHS,
         layouts=LAYOUTS,
-        host_us=_paged_host_us,
+        plan=plan_paged,
+        prepare=prepare_paged,
         further_reasons=_paged_reasons,
         note=_note,
     )

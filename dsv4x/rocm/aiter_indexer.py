@@ -82,7 +82,7 @@ def _flavour_reasons(problem: LogitsProblem, encodings: dict[str, str]) -> list[
 
 
 def _paged_reasons(library: VendorLibrary, problem: LogitsProblem) -> list[str]:
-    reasons = []
+    reasons = ["rows name their requests, need a block table row for each"] if problem.ragged else []
     for cache in problem.caches:
         encoding = layouts.by_name(cache.layout).value_encoding
         reasons += _flavour_reasons(problem, {"q": problem.q_encoding, "K": encoding})

@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .layouts import PagedCache
+
+
+class PagedRows(NamedTuple):
+    """Which entries the rows of paged logits score: all that a kernel plans a step's calls from.
+
+    Attributes:
+        context_lens: int32 or int64 ``[B, n]``, entries of each row; any value, to be clamped.
+        block_table: int32 ``[R, m]`` page numbers; any value, and one outside the pool is no page.
+        requests: int32 or int64 ``[B]``, each row's row of the block table, where n is 1; one outside ``[0, R)`` has no
+            entries. None: row b of the lengths is request b, and R is B.
+        page_size: entries a page.
+        most: entries that a row has at most, whatever its length says.
+        q_encoding, k_encoding: ``"e4m3fn"``, ``"e4m3fnuz"`` or ``"e2m1"``.
+        unscored: a request whose rows have no more entries than this needs no logits.
+    """
+
+    context_lens: torch.Tensor
+    block_table: torch.Tensor
+    requests: torch.Tensor | None
+    page_size: int
+    most: int
+    q_encoding: str
+    k_encoding: str
+    unscored: int = 0
+
+
+_ENCODINGS = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e4m3fnuz: "e4m3fnuz"}
+
+
+def encoding_of(x: torch.Tensor) -> str:
+    """The encoding of an operand's values: of fp8, or of packed e2m1."""
+    return _ENCODINGS.get(x.dtype, "e2m1")
 
 
 class PagedLogitsCall(NamedTuple):
@@ -21,6 +53,9 @@ class PagedLogitsCall(NamedTuple):
         block_table: int32 ``[B, m]`` page numbers; any value, and one outside the pool is no page.
         max_context_len: columns of the result, > 0.
         schedule: int32 ``[num_sms + 1, 2]`` that vouches for the lengths, or None.
+        requests: as in :class:`PagedRows`; B is then the number of rows, n is 1, and the block table ``[R, m]``.
+        plan: what the kernel's own ``plan`` made of these rows, or None.
+        unscored: as in :class:`PagedRows`; 0 with clean logits.
         out: float32 ``[B * n, max_context_len]``, rows contiguous, or None.
         clean_logits: whether columns outside a row's entries have to be -inf, and NaN too.
     """
@@ -35,9 +70,21 @@ class PagedLogitsCall(NamedTuple):
     schedule: torch.Tensor | None = None
     out: torch.Tensor | None = None
     clean_logits: bool = True
+    requests: torch.Tensor | None = None
+    plan: Any = None
+    unscored: int = 0
+
+    @property
+    def rows(self) -> PagedRows:
+        """What a plan of this call is made from."""
+        most = min(self.max_context_len, self.block_table.shape[1] * self.cache.page_size)
+        return PagedRows(
+            self.context_lens, self.block_table, self.requests, self.cache.page_size, most, encoding_of(self.q),
+            self.cache.layout.value_encoding, self.unscored,
+        )  # fmt: skip
 
     def part(self, requests: slice) -> PagedLogitsCall:
-        """The same for some of the requests, without a schedule, which is the whole batch's."""
+        """The same for some of the requests, without a schedule or plan, which are the whole batch's."""
         next_n = self.q.shape[1]
         rows = slice(requests.start * next_n, requests.stop * next_n)
         return self._replace(
@@ -45,8 +92,10 @@ class PagedLogitsCall(NamedTuple):
             q_scale=None if self.q_scale is None else self.q_scale[requests],
             weights=self.weights[rows],
             context_lens=self.context_lens[requests],
-            block_table=self.block_table[requests],
+            block_table=self.block_table if self.requests is not None else self.block_table[requests],
+            requests=None if self.requests is None else self.requests[requests],
             schedule=None,
+            plan=None,
             out=None if self.out is None else self.out[rows],
         )
 

@@ -125,6 +125,7 @@ class LogitsProblem(CacheProblem):
         heads: index heads.
         head_dim: values per head.
         next_n: query rows a request (``paged_mqa_logits``).
+        ragged: whether rows are single and name their requests (``paged_mqa_logits``).
         rows: flat rows of K (``mqa_logits``).
         q_encoding: ``"e4m3fn"``, ``"e4m3fnuz"`` or ``"e2m1"``.
         k_encoding: the same of flat K; what a cache holds, its layout says.
@@ -135,6 +136,7 @@ class LogitsProblem(CacheProblem):
     heads: int = 0
     head_dim: int = 128
     next_n: int = 1
+    ragged: bool = False
     rows: int = 0
     q_encoding: str = "e4m3fn"
     k_encoding: str = "e4m3fn"

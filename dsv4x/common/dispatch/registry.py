@@ -60,6 +60,9 @@ class Kernel:
         prepare: gives ``run`` for calls that look like the one it is given: same shapes, strides, dtypes, device,
             scales and caches' specs. It spares a step's further layers the host's work; None where there is nothing to
             spare.
+        plan: makes what the calls of a step share, called with ``(rows, earlier)``: the rows' record, and an
+            earlier result of the same shapes to fill again, or None. The calls get it as their ``plan``. None where
+            they share nothing.
         by_name_only: why it runs only when asked for by name, such as results less exact than the others'; empty where
             prediction may choose it.
         scratch_bytes: at most how many bytes an attention op's ``run`` allocates beside its results.
@@ -82,6 +85,7 @@ class Kernel:
     remaps: bool = False
     by_name_only: str = ""
     prepare: Callable[[Any], Callable[[Any], Any]] | None = None
+    plan: Callable[[Any, Any], Any] | None = None
     scratch_bytes: Callable[[Any], int] = lambda problem: 0
     host_us: Callable[[Any], float] = lambda problem: 0.0
     further_reasons: Callable[[Any], Iterable[str]] = lambda problem: ()

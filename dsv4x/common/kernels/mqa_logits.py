@@ -9,6 +9,7 @@ DeepGEMM, whose maximum with 0 drops it; a logit that is NaN all the same become
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,12 +17,13 @@ import triton.language as tl
 
 from ..core import encodings
 from ..core.layouts import PagedCache
-from ..core.logits_calls import FlatLogitsCall, PagedLogitsCall
+from ..core.logits_calls import FlatLogitsCall, PagedLogitsCall, PagedRows
 from ..core.model import INDEX_DIM
 from ..core.platform import platform
 from .encodings import e2m1_to_f32, e4m3fn_to_f32, e4m3fnuz_to_f32, ue8m0_to_f32
 from .launch import Launcher
 from .portability import INTERPRETED, dot, to_bf16
+from .schedule import get_paged_mqa_logits_metadata, limit_lens
 
 DIM = tl.constexpr(INDEX_DIM)
 _MINUS_INF = tl.constexpr(float("-inf"))
@@ -123,21 +125,81 @@ def _store_logits(out_ptr, values, mask):
     tl.store(out_ptr, tl.where(values == values, values, _MINUS_INF), mask=mask)
 
 
+@triton.jit
+def _row_lens(lens_ptr, request, first, next_n, most, lens_stride, lens_stride_n, ROWS: tl.constexpr):
+    """(which of ``ROWS`` rows are the request's, their lengths within ``[0, most]``)."""
+    row = first + tl.arange(0, ROWS)
+    mine = row < next_n
+    lens = tl.load(lens_ptr + request * lens_stride + row * lens_stride_n, mask=mine, other=0)
+    return mine, tl.minimum(tl.maximum(lens, 0), most).to(tl.int32)
+
+
+@triton.jit
+def _table_row(table_ptr, requests_ptr, row, requests, requests_stride, table_stride, HAS_REQUESTS: tl.constexpr):
+    """(block table of a row's request, whether there is such a request)."""
+    request = row
+    if HAS_REQUESTS:
+        request = tl.load(requests_ptr + row * requests_stride).to(tl.int64)
+    known = (request >= 0) & (request < requests)
+    return table_ptr + tl.where(known, request, 0) * table_stride, known
+
+
+@triton.jit
+def _score_pages(
+    begin, end, limit, lens, mine, q, weights, cache_ptr, table, out,
+    page_size, pages, scale_base, page_stride,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, NATIVE: tl.constexpr,
+    WHOLE_PAGES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The logits of ``ROWS`` query rows over entries ``[begin, end)``; tiles past ``end`` write up to ``limit``."""
+    ENTRY: tl.constexpr = DIM // 2 if K == "e2m1" else DIM
+    entry = tl.arange(0, BLOCK)
+    for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
+        column = at + entry
+        if WHOLE_PAGES:
+            # The tile is part of one page, and a page is read whole: no entry of it needs a mask.
+            page = tl.load(table + at // page_size)
+            there = (page >= 0) & (page < pages)
+            base = cache_ptr + tl.where(there, page, 0).to(tl.int64) * page_stride
+            inside = (at % page_size + entry)[:, None]
+            data = base + inside * ENTRY
+            found = column < tl.where(there, end, 0)
+            scales = base + scale_base + inside * 4
+            scale = _load_scale(scales, None, K)
+            k = _load_k(data, scales, None, K, NATIVE, BLOCK)
+        else:
+            held = column < end
+            page = tl.load(table + column // page_size, mask=held, other=-1)
+            found = held & (page >= 0) & (page < pages)
+            base = cache_ptr + tl.where(found, page, 0).to(tl.int64) * page_stride
+            inside = (column % page_size)[:, None]
+            data = base[:, None] + inside * ENTRY
+            scales = base[:, None] + scale_base + inside * 4
+            scale = _load_scale(scales, found[:, None], K)
+            k = _load_k(data, scales, found[:, None], K, NATIVE, BLOCK)
+        values = _logits(k, q, weights, HEADS, ROWS, NATIVE, BLOCK) * scale
+        values = tl.where(found[:, None] & (column[:, None] < lens[None, :]), values, _MINUS_INF)
+        _store_logits(out + column[:, None], values, mine[None, :] & (column < limit)[:, None])
+
+
 @triton.jit(
     do_not_specialize=(
-        "lens_ptr", "table_ptr", "next_n", "groups", "chunks", "max_context_len", "table_width", "pages",
-        "table_stride", "lens_stride", "lens_stride_n",
+        "lens_ptr", "requests_ptr", "table_ptr", "next_n", "groups", "chunks", "max_context_len", "requests",
+        "table_width", "pages", "requests_stride", "table_stride", "lens_stride", "lens_stride_n",
     )
 )  # fmt: skip
 def paged_mqa_logits_kernel(
-    q_ptr, cache_ptr, weights_ptr, lens_ptr, table_ptr, out_ptr,
-    next_n, groups, chunks, chunk, max_context_len, table_width, page_size, pages, scale_base,
-    page_stride, table_stride, weights_stride, lens_stride, lens_stride_n, out_stride,
+    q_ptr, cache_ptr, weights_ptr, lens_ptr, requests_ptr, table_ptr, out_ptr,
+    next_n, groups, chunks, chunk, max_context_len, requests, table_width, page_size, pages, scale_base,
+    page_stride, requests_stride, table_stride, weights_stride, lens_stride, lens_stride_n, out_stride,
     HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, Q: tl.constexpr, K: tl.constexpr,
-    NATIVE: tl.constexpr, WHOLE_PAGES: tl.constexpr, STAGES: tl.constexpr,
+    NATIVE: tl.constexpr, WHOLE_PAGES: tl.constexpr, STAGES: tl.constexpr, HAS_REQUESTS: tl.constexpr,
+    CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """Program (request, chunk, group): ``ROWS`` query rows of a request against ``chunk`` of its entries."""
-    ENTRY: tl.constexpr = DIM // 2 if K == "e2m1" else DIM
+    """Program (request, chunk, group): ``ROWS`` query rows of a request against ``chunk`` of its entries.
+
+    ``CLEAN``: columns behind a row's entries are written too.
+    """
     program = tl.program_id(0)
     # Neighbours in time are the groups of a request's query rows, which read the same K.
     first = program % groups * ROWS
@@ -145,53 +207,75 @@ def paged_mqa_logits_kernel(
     request = (program // groups // chunks).to(tl.int64)
     # A table row that is too short ends the request there.
     most = tl.minimum(tl.cast(table_width, tl.int64) * page_size, max_context_len).to(tl.int32)
-    row = tl.arange(0, ROWS)
-    mine = first + row < next_n
-    lens = tl.load(lens_ptr + request * lens_stride + (first + row) * lens_stride_n, mask=mine, other=0)
-    lens = tl.minimum(tl.maximum(lens, 0), most).to(tl.int32)
+    mine, lens = _row_lens(lens_ptr, request, first, next_n, most, lens_stride, lens_stride_n, ROWS)
+    table, known = _table_row(table_ptr, requests_ptr, request, requests, requests_stride, table_stride, HAS_REQUESTS)
+    lens = tl.where(known, lens, 0)
     begin = chunk_at * chunk
     limit = tl.minimum(begin + chunk, max_context_len)
     end = tl.minimum(limit, tl.max(lens))
-    entry = tl.arange(0, BLOCK)
-    out = out_ptr + (request * next_n + first + row)[None, :] * out_stride
+    first_row = request * next_n + first
+    out = out_ptr + (first_row + tl.arange(0, ROWS))[None, :] * out_stride
     if end > begin:
-        first_row = request * next_n + first
         q, weights = _load_q(
             q_ptr, weights_ptr, first_row, (request + 1) * next_n, weights_stride, HEADS, ROWS, Q, NATIVE
         )
-        table = table_ptr + request * table_stride
-        for at in tl.range(begin, end, BLOCK, num_stages=STAGES):
+        _score_pages(
+            begin, end, limit, lens, mine, q, weights, cache_ptr, table, out, page_size, pages, scale_base,
+            page_stride, HEADS, ROWS, BLOCK, K, NATIVE, WHOLE_PAGES, STAGES,
+        )  # fmt: skip
+    if CLEAN:
+        # Tiles reach past the last length by less than a block; everything behind them is filled here.
+        entry = tl.arange(0, BLOCK)
+        filled = begin + tl.cdiv(tl.maximum(end - begin, 0), BLOCK) * BLOCK
+        for at in tl.range(filled, limit, BLOCK):
             column = at + entry
-            if WHOLE_PAGES:
-                # The tile is part of one page, and a page is read whole: no entry of it needs a mask.
-                page = tl.load(table + at // page_size)
-                there = (page >= 0) & (page < pages)
-                base = cache_ptr + tl.where(there, page, 0).to(tl.int64) * page_stride
-                inside = (at % page_size + entry)[:, None]
-                data = base + inside * ENTRY
-                found = column < tl.where(there, end, 0)
-                scales = base + scale_base + inside * 4
-                scale = _load_scale(scales, None, K)
-                k = _load_k(data, scales, None, K, NATIVE, BLOCK)
-            else:
-                held = column < end
-                page = tl.load(table + column // page_size, mask=held, other=-1)
-                found = held & (page >= 0) & (page < pages)
-                base = cache_ptr + tl.where(found, page, 0).to(tl.int64) * page_stride
-                inside = (column % page_size)[:, None]
-                data = base[:, None] + inside * ENTRY
-                scales = base[:, None] + scale_base + inside * 4
-                scale = _load_scale(scales, found[:, None], K)
-                k = _load_k(data, scales, found[:, None], K, NATIVE, BLOCK)
-            values = _logits(k, q, weights, HEADS, ROWS, NATIVE, BLOCK) * scale
-            values = tl.where(found[:, None] & (column[:, None] < lens[None, :]), values, _MINUS_INF)
-            _store_logits(out + column[:, None], values, mine[None, :] & (column < limit)[:, None])
-    # Tiles reach past the last length by less than a block; everything behind them is filled here.
-    filled = begin + tl.cdiv(tl.maximum(end - begin, 0), BLOCK) * BLOCK
-    for at in tl.range(filled, limit, BLOCK):
-        column = at + entry
-        empty = tl.full((BLOCK, ROWS), _MINUS_INF, tl.float32)
-        tl.store(out + column[:, None], empty, mask=mine[None, :] & (column < limit)[:, None])
+            empty = tl.full((BLOCK, ROWS), _MINUS_INF, tl.float32)
+            tl.store(out + column[:, None], empty, mask=mine[None, :] & (column < limit)[:, None])
+
+
+@triton.jit(
+    do_not_specialize=(
+        "lens_ptr", "requests_ptr", "table_ptr", "longest_ptr", "schedule_ptr", "next_n", "groups", "max_context_len",
+        "requests", "table_width", "pages", "requests_stride", "table_stride", "lens_stride", "lens_stride_n",
+    )
+)  # fmt: skip
+def scheduled_mqa_logits_kernel(
+    q_ptr, cache_ptr, weights_ptr, lens_ptr, requests_ptr, table_ptr, longest_ptr, schedule_ptr, out_ptr,
+    next_n, groups, max_context_len, requests, table_width, page_size, pages, scale_base,
+    page_stride, requests_stride, table_stride, weights_stride, lens_stride, lens_stride_n, out_stride,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, Q: tl.constexpr, K: tl.constexpr,
+    NATIVE: tl.constexpr, WHOLE_PAGES: tl.constexpr, STAGES: tl.constexpr, HAS_REQUESTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Program i: what stands between rows i and i + 1 of a schedule of ``SPLIT`` entries a segment."""
+    schedule = schedule_ptr + tl.program_id(0) * 2
+    from_group = tl.load(schedule)
+    from_segment = tl.load(schedule + 1)
+    to_group = tl.load(schedule + 2)
+    to_segment = tl.load(schedule + 3)
+    most = tl.minimum(tl.cast(table_width, tl.int64) * page_size, max_context_len).to(tl.int32)
+    for group in tl.range(from_group, to_group + (to_segment > 0).to(tl.int32)):
+        request = (group // groups).to(tl.int64)
+        first = group % groups * ROWS
+        mine, lens = _row_lens(lens_ptr, request, first, next_n, most, lens_stride, lens_stride_n, ROWS)
+        table, known = _table_row(
+            table_ptr, requests_ptr, request, requests, requests_stride, table_stride, HAS_REQUESTS
+        )
+        lens = tl.where(known, lens, 0)
+        # No longer than the schedule has it, which has no segments of a request that is not scored.
+        longest = tl.minimum(tl.max(lens), tl.load(longest_ptr + request))
+        begin = tl.where(group == from_group, from_segment * SPLIT, 0)
+        end = tl.minimum(tl.where(group == to_group, to_segment * SPLIT, most), longest)
+        if end > begin:
+            first_row = request * next_n + first
+            out = out_ptr + (first_row + tl.arange(0, ROWS))[None, :] * out_stride
+            q, weights = _load_q(
+                q_ptr, weights_ptr, first_row, (request + 1) * next_n, weights_stride, HEADS, ROWS, Q, NATIVE
+            )
+            _score_pages(
+                begin, end, max_context_len, lens, mine, q, weights, cache_ptr, table, out, page_size, pages,
+                scale_base, page_stride, HEADS, ROWS, BLOCK, K, NATIVE, WHOLE_PAGES, STAGES,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=("ks_ptr", "ke_ptr", "rows", "entries", "columns", "chunks"))
@@ -254,41 +338,45 @@ def mqa_logits_kernel(
 
 @triton.jit(
     do_not_specialize=(
-        "starts_ptr", "ends_ptr", "table_ptr", "blocks", "columns", "part", "first", "table_width", "pages",
-        "starts_stride", "ends_stride", "ends_stride_n", "table_stride", "next_n",
+        "starts_ptr", "ends_ptr", "requests_ptr", "table_ptr", "blocks", "columns", "requests", "table_width", "pages",
+        "starts_stride", "ends_stride", "ends_stride_n", "requests_stride", "table_stride", "next_n",
     )
 )  # fmt: skip
 def clean_logits_kernel(
-    logits_ptr, starts_ptr, ends_ptr, table_ptr, out_ptr,
-    blocks, columns, part, first, table_width, page_size, pages, logits_stride,
-    starts_stride, ends_stride, ends_stride_n, table_stride, out_stride, next_n,
+    logits_ptr, starts_ptr, ends_ptr, requests_ptr, table_ptr, out_ptr,
+    blocks, columns, requests, table_width, page_size, pages, logits_stride,
+    starts_stride, ends_stride, ends_stride_n, requests_stride, table_stride, out_stride, next_n,
     BLOCK: tl.constexpr, HAS_STARTS: tl.constexpr, SHIFTED: tl.constexpr, HAS_TABLE: tl.constexpr,
-    IN_PLACE: tl.constexpr, ALIGNED: tl.constexpr,
+    HAS_REQUESTS: tl.constexpr, IN_PLACE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """-inf where a row has no entry, where a page is not in the pool, and for NaN; copied where not in place.
 
-    Row i of the logits is row ``first + i % part`` of request ``i // part``, which has ``next_n`` rows in the result.
+    Row i of the logits is row ``i % next_n`` of lengths ``i // next_n``.
     ``SHIFTED``: the source's column 0 is the row's start, the result's is entry 0.
     ``ALIGNED``: columns are a multiple of 16, so that stores may be wide.
     """
     if ALIGNED:
         columns = columns // 16 * 16
     program = tl.program_id(0)
-    source_row = (program // blocks).to(tl.int64)
-    request = source_row // part
-    at = first + source_row % part
-    row = request * next_n + at
+    row = (program // blocks).to(tl.int64)
     column = program % blocks * BLOCK + tl.arange(0, BLOCK)
     start = tl.zeros((), tl.int32)
-    end = tl.minimum(tl.load(ends_ptr + request * ends_stride + at * ends_stride_n), columns).to(tl.int32)
+    end = tl.load(ends_ptr + row // next_n * ends_stride + row % next_n * ends_stride_n)
+    end = tl.minimum(end, columns).to(tl.int32)
     if HAS_STARTS:
         start = tl.maximum(tl.load(starts_ptr + row * starts_stride), 0).to(tl.int32)
+    table = table_ptr
+    if HAS_TABLE:
+        table, known = _table_row(
+            table_ptr, requests_ptr, row // next_n, requests, requests_stride, table_stride, HAS_REQUESTS
+        )
+        end = tl.where(known, end, 0)
     inside = (column >= start) & (column < end)
     if HAS_TABLE:
         inside = inside & (column // page_size < table_width)
-        page = tl.load(table_ptr + request * table_stride + column // page_size, mask=inside, other=-1)
+        page = tl.load(table + column // page_size, mask=inside, other=-1)
         inside = inside & (page >= 0) & (page < pages)
-    source = logits_ptr + source_row * logits_stride + column
+    source = logits_ptr + row * logits_stride + column
     if SHIFTED:
         source -= start
     value = tl.load(source, mask=inside, other=_MINUS_INF)
@@ -337,6 +425,7 @@ def gather_indexer_k_kernel(
 
 _CLEAN_BLOCK = 2048
 _launch_paged, _launch_flat = Launcher(paged_mqa_logits_kernel), Launcher(mqa_logits_kernel)
+_launch_scheduled = Launcher(scheduled_mqa_logits_kernel)
 _launch_clean, _launch_limit = Launcher(clean_logits_kernel), Launcher(limit_ranges_kernel)
 _launch_gather = Launcher(gather_indexer_k_kernel)
 _GATHER_BLOCK = 32
@@ -344,6 +433,9 @@ _GATHER_BLOCK = 32
 _ENCODINGS = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e4m3fnuz: "e4m3fnuz", torch.bfloat16: "bf16"}
 
 _MIN_CHUNK, _MAX_CHUNK = 512, 8192
+
+SPLIT = 256
+"""Entries in a segment of :func:`scheduled_mqa_logits_kernel`'s schedule."""
 
 # Of an H200 (benchmarks/results/indexer-h200.json): one row streams K and wants many loads under way; two are bound by
 # their product's sums, and by how evenly programs end.
@@ -388,10 +480,41 @@ def _bytes(q: torch.Tensor) -> torch.Tensor:
     return q if q.dtype == torch.bfloat16 else q.view(torch.uint8)
 
 
+class PagedPlan(NamedTuple):
+    """A schedule of :func:`scheduled_mqa_logits_kernel` and the lengths that it was made from.
+
+    Attributes:
+        longest: int32 ``[B, 1]``, the largest of each request's lengths, within its bounds.
+        schedule: int32 ``[programs + 1, 2]``, the group of rows and the segment where each program begins, and the end.
+    """
+
+    longest: torch.Tensor
+    schedule: torch.Tensor
+
+
+def plan_paged(rows: PagedRows, earlier: PagedPlan | None) -> PagedPlan:
+    """The schedule that all layers of a step share, filled in place where there is an earlier one."""
+    device = rows.context_lens.device
+    limits = platform.limits(device)
+    batch, next_n = rows.context_lens.shape
+    config = logits_config(limits.arch, native(rows.q_encoding, rows.k_encoding, limits.fp8), next_n=next_n)
+    if earlier is None:
+        programs = config.programs * limits.multiprocessors
+        longest = torch.empty(batch, 1, dtype=torch.int32, device=device)
+        earlier = PagedPlan(longest, torch.empty(programs + 1, 2, dtype=torch.int32, device=device))
+    limit_lens(rows, 1, earlier.longest)
+    groups, programs = -(-next_n // config.rows), earlier.schedule.shape[0] - 1
+    get_paged_mqa_logits_metadata(earlier.longest, SPLIT, groups, programs, earlier.schedule)
+    return earlier
+
+
 def paged_mqa_logits(call: PagedLogitsCall) -> torch.Tensor:
-    """Launch over ``[B, n]`` query rows; every column is written, clean. The grid needs no schedule."""
+    """Launch over ``[B, n]`` query rows: by the call's plan, or in chunks of the columns where it has none.
+
+    Columns behind a row's entries are written where they have to be clean, which no plan is for.
+    """
     q, cache, weights, out, max_context_len = call.q, call.cache, call.weights, call.out, call.max_context_len
-    context_lens, block_table = call.context_lens, call.block_table
+    context_lens, block_table, requests = call.context_lens, call.block_table, call.requests
     limits = platform.limits(q.device)
     batch, next_n, heads = q.shape[:3]
     if out is None:
@@ -401,21 +524,30 @@ def paged_mqa_logits(call: PagedLogitsCall) -> torch.Tensor:
     is_native = native(q_encoding, layout.value_encoding, limits.fp8)
     config = logits_config(limits.arch, is_native, next_n=next_n)
     groups = -(-next_n // config.rows)
+    # Triton takes any tensor for one that it does not read.
+    named = context_lens if requests is None else requests
+    tensors = (_bytes(q), cache.data, weights, context_lens, named, block_table)
+    numbers = (
+        max_context_len, block_table.shape[0], block_table.shape[1], cache.page_size, cache.pages,
+        layout.scale_base(cache.page_size), cache.page_stride, named.stride(0), block_table.stride(0),
+        weights.stride(0), context_lens.stride(0), context_lens.stride(1), out.stride(0),
+    )  # fmt: skip
+    constexprs = (
+        heads, config.rows, config.block, q_encoding, layout.value_encoding, is_native,
+        cache.page_size % config.block == 0, config.num_stages, requests is not None,
+    )  # fmt: skip
+    if call.plan is not None and not call.clean_logits:
+        longest, schedule = call.plan
+        _launch_scheduled(
+            schedule.shape[0] - 1, (*tensors, longest, schedule, out), (next_n, groups, *numbers), (*constexprs, SPLIT),
+            **config.options,
+        )  # fmt: skip
+        return out
     chunk = _chunk(batch * groups, max_context_len, config, limits.multiprocessors)
     chunks = -(-max_context_len // chunk)
     _launch_paged(
-        batch * groups * chunks,
-        (_bytes(q), cache.data, weights, context_lens, block_table, out),
-        (
-            next_n, groups, chunks, chunk, max_context_len, block_table.shape[1], cache.page_size, cache.pages,
-            layout.scale_base(cache.page_size), cache.page_stride, block_table.stride(0), weights.stride(0),
-            context_lens.stride(0), context_lens.stride(1), out.stride(0),
-        ),
-        (
-            heads, config.rows, config.block, q_encoding, layout.value_encoding, is_native,
-            cache.page_size % config.block == 0, config.num_stages,
-        ),
-        **config.options,
+        batch * groups * chunks, (*tensors, out), (next_n, groups, chunks, chunk, *numbers),
+        (*constexprs, call.clean_logits), **config.options,
     )  # fmt: skip
     return out
 
@@ -459,39 +591,41 @@ def clean_logits(
     out: torch.Tensor,
     width: int,
     *,
-    rows: slice | None = None,
     starts: torch.Tensor | None = None,
     shifted: bool = False,
     pages: tuple[torch.Tensor, PagedCache] | None = None,
+    requests: torch.Tensor | None = None,
 ) -> None:
-    """Launch over a vendor's logits, which become rows of ``out``, or their own, clean.
+    """Launch over a vendor's logits, which become ``out``, or themselves, clean.
 
     Args:
-        logits: float32 or bf16 ``[B * part, >= width]``, columns contiguous.
+        logits: float32 or bf16 ``[B * n, >= width]``, columns contiguous.
         ends: ``[B, n]``, the column behind each row's last entry.
         out: float32 ``[B * n, >= width]``, rows contiguous; ``logits`` for in place.
         width: columns.
-        rows: the rows of each request that ``logits`` has; None is all n.
         starts: ``[B * n]``, the column of each row's first entry.
         shifted: whether the column 0 of ``logits`` is each row's start.
-        pages: block table ``[B, m]`` and the cache, a page outside of which makes its columns -inf.
+        pages: block table ``[R, m]`` and the cache, a page outside of which makes its columns -inf.
+        requests: ``[B]``, the rows' requests; None where row b of ``ends`` is request b.
     """
     # Views would take longer to make than the kernel to run; the strides say the same.
-    batch, rows_a_request = ends.shape
-    in_place = logits is out
-    first, part = (0, rows_a_request) if rows is None else (rows.start, rows.stop - rows.start)
+    (batch, next_n), in_place = ends.shape, logits is out
     # Without pages there is no table, and Triton takes any tensor for one.
     table, blocks = ends if pages is None else pages[0], -(-width // _CLEAN_BLOCK)
     page_size, in_pool = (1, 0) if pages is None else (pages[1].page_size, pages[1].pages)
+    named = ends if requests is None else requests
     _launch_clean(
-        batch * part * blocks,
-        (logits, ends if starts is None else starts, ends, table, out),
+        batch * next_n * blocks,
+        (logits, ends if starts is None else starts, ends, named, table, out),
         (
-            blocks, width, part, first, table.shape[1], page_size, in_pool, logits.stride(0),
-            0 if starts is None else starts.stride(0), ends.stride(0), ends.stride(1), table.stride(0), out.stride(0),
-            rows_a_request,
+            blocks, width, table.shape[0], table.shape[1], page_size, in_pool, logits.stride(0),
+            0 if starts is None else starts.stride(0), ends.stride(0), ends.stride(1), named.stride(0),
+            table.stride(0), out.stride(0), next_n,
         ),
-        (_CLEAN_BLOCK, starts is not None, shifted, pages is not None, in_place, not in_place and width % 16 == 0),
+        (
+            _CLEAN_BLOCK, starts is not None, shifted, pages is not None, requests is not None, in_place,
+            not in_place and width % 16 == 0,
+        ),
         num_warps=8,
     )  # fmt: skip
 

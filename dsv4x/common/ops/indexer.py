@@ -16,19 +16,20 @@ import torch
 
 from ..core import checks, layouts
 from ..core.layouts import PagedCache
-from ..core.logits_calls import FlatLogitsCall, PagedLogitsCall
+from ..core.logits_calls import FlatLogitsCall, PagedLogitsCall, encoding_of
 from ..core.model import INDEX_DIM
 from ..core.platform import platform
 from ..core.spaces import INT32_MAX, TopkMethod
 from ..dispatch.problem import CacheProblem, LogitsProblem, ScheduleProblem, SelectionProblem
-from ..dispatch.registry import find, select
+from ..dispatch.registry import Kernel, find, select
 from .topk import Selection, check_space, launch_topk, put_in_space
 
 HEADS = (32, 64)
 """Index heads the kernels take."""
 
-LOGITS_BYTES = 1 << 28
-"""The default budget of :func:`paged_indexer_topk` and :func:`indexer_topk`."""
+LOGITS_BYTES = 1 << 29
+"""The default budget of :func:`paged_indexer_topk` and :func:`indexer_topk`: 256 rows of 262 144 entries, which are a
+million tokens', and their selections in one piece."""
 
 SPLIT_PAGES = 4
 """Pages in one segment of a schedule: DeepGEMM's warpgroups, each of which takes a page."""
@@ -67,7 +68,7 @@ def indexer_context_lens(seq_lens: torch.Tensor, next_n: int, compress_ratio: in
     return torch.div(visible.clamp_min(0), compress_ratio, rounding_mode="floor").int()
 
 
-def _check_q(q: torch.Tensor, q_scale: torch.Tensor | None, leading: tuple[int | None, ...]) -> None:
+def check_q(q: torch.Tensor, q_scale: torch.Tensor | None, leading: tuple[int | None, ...]) -> None:
     if isinstance(q, torch.Tensor) and q.dtype == torch.uint8:
         checks.tensor("q", q, (*leading, None, INDEX_DIM // 2), torch.uint8)
         if q_scale is None:
@@ -79,11 +80,6 @@ def _check_q(q: torch.Tensor, q_scale: torch.Tensor | None, leading: tuple[int |
             raise ValueError("q_scale: given, need None: an fp8 q has its scale in the weights")
     if q.shape[-2] not in HEADS:
         raise ValueError(f"q: {q.shape[-2]} heads, need {' or '.join(map(str, HEADS))}")
-
-
-def _encoding(x: torch.Tensor) -> str:
-    """The encoding of an operand's values."""
-    return {torch.float8_e4m3fn: "e4m3fn", torch.float8_e4m3fnuz: "e4m3fnuz"}.get(x.dtype, "e2m1")
 
 
 def _check_out(out: torch.Tensor | None, rows: int, width: int, device: torch.device) -> None:
@@ -113,6 +109,7 @@ def paged_mqa_logits(
     kernel: str | None = None,
     *,
     q_scale: torch.Tensor | None = None,
+    requests: torch.Tensor | None = None,
     clean_logits: bool = True,
 ) -> torch.Tensor:
     """The logits of each query row over its request's entries, pages read in place.
@@ -135,8 +132,10 @@ def paged_mqa_logits(
             costs a copy.
         kernel: ``"deep_gemm"``, ``"aiter"``, ``"triton"`` or ``"reference"``; None picks.
         q_scale: uint8 ue8m0 ``[B, n, H, 4]``, one for 32 values, with an e2m1 q.
+        requests: int32 or int64 ``[B]``, with n = 1: each row's row of the block table, which is then ``[R, m]``; one
+            outside ``[0, R)`` has no entries. None: row b is request b.
         clean_logits: False leaves open what stands outside a row's entries, and NaN as they are, which spares a vendor
-            kernel's result another pass. :func:`~dsv4x.topk_transform` needs neither.
+            kernel's result another pass and Triton's the columns. :func:`~dsv4x.topk_transform` needs neither.
 
     Returns:
         float32 ``[B * n, max_context_len]``, rows contiguous, with any row stride unless ``out`` is given.
@@ -148,61 +147,88 @@ def paged_mqa_logits(
 
     Source: ``fp8_paged_mqa_logits`` of DeepGEMM (tests/test_attention.py).
     """
-    _check_q(q, q_scale, (None, None))
+    check_q(q, q_scale, (None, None))
     batch, next_n, heads = q.shape[:3]
     device = q.device
     checks.integer("n", next_n, 1)
     cache = check_cache("cache", cache, device)
     checks.tensor("weights", weights, (batch * next_n, heads), torch.float32, device)
     checks.tensor("context_lens", context_lens, (batch, next_n), checks.INDEX_DTYPES, device)
-    checks.tensor("block_table", block_table, (batch, None), torch.int32, device)
+    _check_table(block_table, requests, (batch, next_n), device)
     checks.integer("max_context_len", max_context_len, 0, _MAX_WIDTH)
     _check_out(out, batch * next_n, max_context_len, device)
     if schedule is not None:
         checks.tensor("schedule", schedule, (None, 2), torch.int32, device)
-    if checks.check_values_enabled():
-        _check_paged_values(cache, context_lens, block_table, max_context_len)
     call = PagedLogitsCall(
-        q, q_scale, cache, weights, context_lens, block_table, max_context_len, schedule, out, clean_logits
+        q, q_scale, cache, weights, context_lens, block_table, max_context_len, schedule, out, clean_logits, requests
     )
-    return _paged_logits(call, kernel)
+    if checks.check_values_enabled():
+        check_paged_values(call)
+    return _paged_logits(call, kernel, None)
 
 
-def _paged_logits(call: PagedLogitsCall, kernel: str | None) -> torch.Tensor:
-    """:func:`paged_mqa_logits` of checked arguments; of a stretch of context, lengths that end outside it."""
-    q, cache, out, width = call.q, call.cache, call.out, call.max_context_len
-    batch, next_n, heads = q.shape[:3]
-    device = q.device
+def _check_table(
+    block_table: torch.Tensor, requests: torch.Tensor | None, rows: tuple[int, int], device: torch.device
+) -> None:
+    """Check the block table of ``rows`` (B, n), and the requests that they name."""
+    batch, next_n = rows
+    checks.tensor("block_table", block_table, (batch if requests is None else None, None), torch.int32, device)
+    if requests is not None:
+        checks.tensor("requests", requests, (batch,), checks.INDEX_DTYPES, device)
+        if next_n != 1:
+            raise ValueError(f"requests: given with {next_n} rows in one, need q of one row each, [rows, 1, H, ..]")
+
+
+Plans = Callable[[slice, Kernel, PagedLogitsCall], Any]
+"""What a kernel's calls of a step share: of some of the batch's requests, the kernel, and one of the calls."""
+
+
+def logits_kernel(call: PagedLogitsCall, kernel: str | None) -> Kernel:
+    """The kernel that makes the logits of a call."""
+    batch, next_n, heads = call.q.shape[:3]
     problem = LogitsProblem.on(
         "paged_mqa_logits",
-        device,
+        call.q.device,
         tokens=batch,
         next_n=next_n,
+        ragged=call.requests is not None,
         heads=heads,
         head_dim=INDEX_DIM,
-        width=width,
-        caches=(cache.spec,),
-        q_encoding=_encoding(q),
+        width=call.max_context_len,
+        caches=(call.cache.spec,),
+        q_encoding=encoding_of(call.q),
         clean=call.clean_logits,
     )
-    record = select(problem, kernel)
-    if batch == 0 or width == 0 or cache.pages == 0 or call.block_table.shape[1] == 0:
+    return select(problem, kernel)
+
+
+def _paged_logits(
+    call: PagedLogitsCall, kernel: str | None, plan: Callable[[Kernel, PagedLogitsCall], Any] | None
+) -> torch.Tensor:
+    """:func:`paged_mqa_logits` of checked arguments; of a stretch of context, lengths that end outside it."""
+    record, out, width, device = logits_kernel(call, kernel), call.out, call.max_context_len, call.q.device
+    batch, next_n = call.q.shape[:2]
+    if batch == 0 or width == 0 or call.cache.pages == 0 or call.block_table.shape[1] == 0:
         if out is None:
             out = torch.empty(batch * next_n, width, dtype=torch.float32, device=device)
         return out.fill_(-torch.inf)
+    if plan is not None and record.plan is not None:
+        call = call._replace(plan=plan(record, call))
     return record.launch(device, call)
 
 
-def _check_paged_values(
-    cache: PagedCache, context_lens: torch.Tensor, block_table: torch.Tensor, max_context_len: int
-) -> None:
-    most = min(max_context_len, block_table.shape[1] * cache.page_size)
+def check_paged_values(call: PagedLogitsCall) -> None:
+    context_lens, block_table, _, page_size, most, *_ = call.rows
+    if call.requests is not None:
+        known = (call.requests >= 0) & (call.requests < len(block_table))
+        block_table = block_table[torch.where(known, call.requests, 0).long()]
+        context_lens = torch.where(known[:, None], context_lens, 0)
     bad = (context_lens < 0) | (context_lens > most)
     if bad.any():
         row, column = (int(x) for x in bad.nonzero()[0])
         raise ValueError(f"context_lens: {int(context_lens[row, column])} in row {row}, need 0 to {most}")
-    used = (context_lens.long().amax(1) + cache.page_size - 1) // cache.page_size
-    checks.index_values("block_table", block_table, used, cache.pages, "page")
+    used = (context_lens.long().amax(1) + page_size - 1) // page_size
+    checks.index_values("block_table", block_table, used, call.cache.pages, "page")
 
 
 def mqa_logits(
@@ -247,7 +273,7 @@ def mqa_logits(
 
     Source: ``fp8_mqa_logits`` of DeepGEMM (tests/test_attention.py).
     """
-    _check_q(q, q_scale, (None,))
+    check_q(q, q_scale, (None,))
     rows, heads, device = *q.shape[:2], q.device
     packed = isinstance(k, torch.Tensor) and k.dtype == torch.uint8
     checks.tensor("k", k, (None, INDEX_DIM // 2 if packed else INDEX_DIM), (*_FP8, torch.uint8), device)
@@ -277,8 +303,8 @@ def mqa_logits(
         head_dim=INDEX_DIM,
         width=width,
         rows=entries,
-        q_encoding=_encoding(q),
-        k_encoding=_encoding(k),
+        q_encoding=encoding_of(q),
+        k_encoding=encoding_of(k),
         relative=max_seqlen_k is not None,
         clean=clean_logits,
     )
@@ -417,6 +443,7 @@ def paged_indexer_topk(
     *,
     q_scale: torch.Tensor | None = None,
     schedule: torch.Tensor | None = None,
+    requests: torch.Tensor | None = None,
     bases: torch.Tensor | None = None,
     slot_table: torch.Tensor | None = None,
     slot_page_size: int | None = None,
@@ -429,18 +456,22 @@ def paged_indexer_topk(
 ) -> torch.Tensor:
     """Each query row's k best entries of its request's paged index cache.
 
-    With ``max_context_len <= k`` every entry is selected and no logits are computed. Otherwise rows, then the context,
+    A batch may mix prefill chunks and decode rows: give every row by itself, with its request. A step's layers share
+    one schedule in :func:`~dsv4x.sparse_attn_indexer`, which calls this.
+
+    With ``max_context_len <= k`` every entry is selected and no logits are computed; nor are those of a request whose
+    rows have no more than k entries, where a kernel plans its calls from the lengths. Otherwise rows, then the context,
     are cut so that logits stay within ``logits_bytes``; the selection of each stretch of context is merged with that of
     those before it. Where a row is cut changes nothing: an entry's logit does not depend on its neighbours.
 
     Args:
-        q, cache, weights, context_lens, block_table, max_context_len, q_scale, schedule: as in
+        q, cache, weights, context_lens, block_table, max_context_len, q_scale, schedule, requests: as in
             :func:`paged_mqa_logits`; the schedule serves the batch when it runs in one piece.
         k: indices a row, >= 1.
         method: the index space of the result, :func:`~dsv4x.topk_method` says which an attention entry point takes.
         bases: int32 or int64 ``[B * n]``, workspace row of each row's entry 0 (RAGGED).
-        slot_table, slot_page_size, slot_pages: int32 ``[B, m]`` block table, page size and pages of the cache that
-            attention reads (PAGED); None takes those of the index cache.
+        slot_table, slot_page_size, slot_pages: int32 ``[B, m]`` (``[R, m]`` with requests) block table, page size and
+            pages of the cache that attention reads (PAGED); None takes those of the index cache.
         stable: as in :func:`~dsv4x.topk_transform`.
         logits_bytes: bytes of logits and of their selection that may be held at once; a few MiB of scratch come beside
             them where few rows are so long that several programs share one.
@@ -456,13 +487,13 @@ def paged_indexer_topk(
             :func:`paged_mqa_logits`.
         KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
     """
-    _check_q(q, q_scale, (None, None))
+    check_q(q, q_scale, (None, None))
     batch, next_n = q.shape[:2]
     device = q.device
     cache = check_cache("cache", cache, device)
     checks.tensor("weights", weights, (batch * next_n, q.shape[2]), torch.float32, device)
     checks.tensor("context_lens", context_lens, (batch, next_n), checks.INDEX_DTYPES, device)
-    checks.tensor("block_table", block_table, (batch, None), torch.int32, device)
+    _check_table(block_table, requests, (batch, next_n), device)
     checks.integer("max_context_len", max_context_len, 0, _MAX_WIDTH)
     checks.integer("k", k, 1)
     if method is TopkMethod.PAGED:
@@ -475,33 +506,64 @@ def paged_indexer_topk(
         "page_size": slot_page_size,
         "pages": slot_pages,
         "next_n": next_n,
-        "requests": None,
+        "requests": requests,
     }
     check_space(method, batch * next_n, device, space)
     if schedule is not None:
         checks.tensor("schedule", schedule, (None, 2), torch.int32, device)
+    call = PagedLogitsCall(
+        q, q_scale, cache, weights, context_lens, block_table, max_context_len, schedule, clean_logits=False,
+        requests=requests,
+    )  # fmt: skip
     if checks.check_values_enabled():
-        _check_paged_values(cache, context_lens, block_table, max_context_len)
-    most = min(max_context_len, block_table.shape[1] * cache.page_size)
-    lens = context_lens.clamp(0, most).reshape(-1)
+        check_paged_values(call)
+    return select_paged(call, Selection(k, method, stable, topk_kernel), space, logits_bytes, out, kernel)
 
-    call = PagedLogitsCall(q, q_scale, cache, weights, context_lens, block_table, max_context_len, clean_logits=False)
+
+def select_paged(
+    call: PagedLogitsCall,
+    selection: Selection,
+    space: dict[str, Any],
+    logits_bytes: int,
+    out: torch.Tensor | None,
+    kernel: str | None,
+    plans: Plans | None = None,
+) -> torch.Tensor:
+    """:func:`paged_indexer_topk` of checked arguments; ``plans`` gives what a step's layers share."""
+    cache, most = call.cache, call.rows.most
+    batch, next_n = call.q.shape[:2]
 
     def logits(requests: slice, first: int, width: int) -> torch.Tensor:
-        part = call.part(requests)
-        whole = requests == slice(0, batch) and width == max_context_len
+        part = call if requests == slice(0, batch) else call.part(requests)
+        if width == most:
+            plan = None if plans is None else functools.partial(plans, requests)
+            return _paged_logits(part._replace(max_context_len=width, unscored=selection.k), kernel, plan)
         # Pages behind a stretch are no part of it, and a stretch begins with a page.
         pages = slice(first // cache.page_size, -(-(first + width) // cache.page_size))
         part = part._replace(
-            context_lens=part.context_lens if first == 0 else part.context_lens - first,
+            context_lens=part.context_lens if first == 0 else part.context_lens.clamp_min(0) - first,
             block_table=part.block_table[:, pages],
             max_context_len=width,
-            schedule=schedule if whole else None,
+            schedule=None,
         )
-        return _paged_logits(part, kernel)
+        return _paged_logits(part, kernel, None)
 
     batched = _Batch(batch, next_n, most, cache.page_size)
-    return _bounded_topk(logits, lens, batched, Selection(k, method, stable, topk_kernel), space, logits_bytes, out)
+    return _bounded_topk(logits, call.context_lens.reshape(-1), batched, selection, space, logits_bytes, out)
+
+
+def in_one_piece(call: PagedLogitsCall, k: int, logits_bytes: int) -> bool:
+    """Whether one call of logits and one of selection make all rows of :func:`select_paged`."""
+    most = call.rows.most
+    batch, next_n = call.q.shape[:2]
+    if batch == 0 or most <= k or call.cache.pages == 0:
+        return False
+    return _plan(batch, next_n, most, _step_of(call.cache.page_size), k, logits_bytes) == (batch, most)
+
+
+def _step_of(page_size: int) -> int:
+    """What a stretch of context is a multiple of: whole pages, and whole tiles of every kernel."""
+    return max(page_size, _ROW_ALIGNMENT // page_size * page_size)
 
 
 def indexer_topk(
@@ -547,7 +609,7 @@ def indexer_topk(
         TypeError, ValueError: an argument's type, dtype, shape, stride, device or value; ``logits_bytes`` too small.
         KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
     """
-    _check_q(q, q_scale, (None,))
+    check_q(q, q_scale, (None,))
     rows, device = q.shape[0], q.device
     checks.tensor("k", k, (None, None), (*_FP8, torch.uint8), device)
     checks.tensor("weights", weights, (rows, q.shape[1]), torch.float32, device)
@@ -602,9 +664,7 @@ def _plan(rows: int, next_n: int, width: int, step: int, k: int, logits_bytes: i
 
     def row_bytes(columns: int) -> int:
         aligned = -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-        # DeepGEMM on SM90 takes more than two rows a request in parts, which are copied to one result.
-        held = 4 * aligned * (2 if next_n > 2 else 1)
-        return next_n * (held + (0 if columns >= width else _MERGED_BYTES * k) + _candidate_bytes(columns, k))
+        return next_n * (4 * aligned + (0 if columns >= width else _MERGED_BYTES * k) + _candidate_bytes(columns, k))
 
     fitting = logits_bytes // row_bytes(width)
     if fitting >= min(rows, -(-_MIN_ROWS // next_n)):
@@ -637,7 +697,10 @@ def _bounded_topk(
     logits_bytes: int,
     out: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The selection of every row from logits made piece by piece; ``logits(requests, first column, columns)``."""
+    """The selection of every row from logits made piece by piece; ``logits(requests, first column, columns)``.
+
+    ``lens`` may be of any value: a selection clamps them to the columns that there are.
+    """
     (requests, next_n, width, page_size), (k, method, *_) = batch, selection
     rows, device = requests * next_n, lens.device
     if out is None:
@@ -649,10 +712,8 @@ def _bounded_topk(
         return out
     if width <= k:
         every = torch.arange(k, dtype=torch.int32, device=device).expand(out.shape)
-        return put_in_space(every, lens, method, space, out)
-    # Whole pages, and whole tiles of every kernel.
-    step = max(page_size, _ROW_ALIGNMENT // page_size * page_size)
-    per_piece, columns = _plan(requests, next_n, width, step, k, logits_bytes)
+        return put_in_space(every, lens.clamp(0, width), method, space, out)
+    per_piece, columns = _plan(requests, next_n, width, _step_of(page_size), k, logits_bytes)
     for first in range(0, requests, per_piece):
         part = slice(first, min(first + per_piece, requests))
         span = slice(part.start * next_n, part.stop * next_n)
@@ -660,7 +721,8 @@ def _bounded_topk(
         if columns >= width:
             launch_topk(logits(part, 0, width), lens[span], None, selection, here, (out[span], None))
             continue
-        _merged_topk(functools.partial(logits, part), lens[span], (width, columns), selection, here, out[span])
+        bounded = lens[span].clamp(0, width)
+        _merged_topk(functools.partial(logits, part), bounded, (width, columns), selection, here, out[span])
     return out
 
 

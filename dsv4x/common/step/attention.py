@@ -165,7 +165,7 @@ def _plan_of(
     else:
         raise TypeError(f"chunk: got {type(chunk).__name__}, need a dsv4x.SparsePrefillChunkCache or None")
     key = (
-        "plan", tuple(map(_look, given)), _look(path), _look(kernel), chunk.limits, capturing(meta.seq_lens.device),
+        "plan", tuple(map(look, given)), look(path), look(kernel), chunk.limits, capturing(meta.seq_lens.device),
     )  # fmt: skip
     plan = meta.kept.get(key)
     if plan is None:
@@ -183,7 +183,7 @@ def _plan_of(
     return plan, chunk
 
 
-def _look(value: Any) -> Any:
+def look(value: Any) -> Any:
     """All that the checks and the plan look at in an argument."""
     if value is None:
         return None

@@ -286,6 +286,9 @@ class StepMetadata:
         )  # fmt: skip
         record = select(IndexProblem.on("fill_step", device, tokens=self.num_tokens, width=self.window_size))
         call_on(device, record.run, call)
+        for meta in self.kinds.values():
+            for plan in meta.plans.values():
+                plan.fill(meta)
         self.__dict__.pop("_counted", None)
         self.versions = self.current_versions()
         if checks.check_values_enabled():
@@ -323,6 +326,8 @@ class AttentionMetadata:
         slot_row_width: width of such a row.
         entries: entries a token reads on average as the caller stated it, or None.
         kept: what layers keep for one another, until the next refill.
+        plans: what an indexer's kernels planned, which every refill fills again in place.
+        prepared: calls of layers that follow from the shapes alone, and outlast refills.
     """
 
     step: StepMetadata
@@ -337,6 +342,8 @@ class AttentionMetadata:
     slot_row_width: int = 0
     entries: int | None = None
     kept: dict[Any, Any] = field(default_factory=dict)
+    plans: dict[Any, Any] = field(default_factory=dict)
+    prepared: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -452,7 +459,7 @@ class AttentionMetadata:
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what layers keep for one another: a copy makes that anew."""
-        return {**self.__dict__, "kept": {}}
+        return {**self.__dict__, "kept": {}, "plans": {}, "prepared": {}}
 
     @property
     def compress_ratio(self) -> int:

@@ -25,6 +25,7 @@ from ..ops import indexer
 from ..ops.cache import quantize_and_insert_k_cache
 from ..ops.sparse_mla import sparse_mla_decode, sparse_mla_prefill
 from .attention import explain_step, sparse_mla_attention
+from .indexer import sparse_attn_indexer
 from .metadata import AttentionMetadata, ExtraPages, StepMetadata
 
 # A kernel predicted to take up to this many times the fastest one's time may be the fastest for another batch.
@@ -59,9 +60,9 @@ def warmup(
     """Compile every Triton kernel that attention over caches like these launches, whatever the batches will be.
 
     With ``index_cache`` the indexer's too: what inserts into that cache and gathers from it, the schedule of its paged
-    logits, and :func:`~dsv4x.paged_indexer_topk` and :func:`~dsv4x.indexer_topk` in every index space, in one piece and
-    cut, with int32 lengths, by each kernel that prediction may choose. A vendor's kernels are called as well, so that
-    what their libraries compile for such calls is there.
+    logits, :func:`~dsv4x.sparse_attn_indexer`, and :func:`~dsv4x.paged_indexer_topk` and :func:`~dsv4x.indexer_topk` in
+    every index space, in one piece and cut, with int32 lengths, by each kernel that prediction may choose. A vendor's
+    kernels are called as well, so that what their libraries compile for such calls is there.
 
     Nothing is tuned, here or later: launch shapes come from tables. The caches are read and nothing is stored in them.
     Kernels that Triton has on disk from an earlier process are loaded, and count too.
@@ -300,6 +301,39 @@ def _run_index(cache: PagedCache, slot_cache: PagedCache, heads: int, next_n: in
             size = _IndexSize(heads, topk, method, width, rows, most_bytes)
             _run_paged(cache, slot_cache, next_n, size)
             _run_flat(cache, slot_cache, (k[:width], k_scale[:width]), size)
+    for requests in _REQUESTS:
+        for rows in {1, next_n}:
+            _run_step_index(cache, heads, (requests, rows), topk)
+
+
+def _run_step_index(cache: PagedCache, heads: int, rows: tuple[int, int], topk: int) -> None:
+    """A step's indexer over requests of no entries, their rows together and one by one."""
+    (requests, next_n), device = rows, cache.device
+    # Wider than what is selected, without which there are no logits.
+    columns = -(-2 * topk // cache.page_size)
+    table = torch.full((requests, columns), -1, dtype=torch.int32, device=device)
+    step = StepMetadata.build(
+        torch.arange(requests + 1, dtype=torch.int32, device=device) * next_n,
+        torch.zeros(requests, dtype=torch.int32, device=device),
+        table,
+        {4: ExtraPages(table, cache.page_size, cache.pages, True, topk)},
+        swa_page_size=cache.page_size,
+        swa_pages=cache.pages,
+        num_tokens=requests * next_n,
+        max_seq_len=4 * columns * cache.page_size,
+    )
+    weights = torch.zeros(requests * next_n, heads, dtype=torch.float32, device=device)
+    for q, q_scale in _index_queries(cache, requests * next_n, heads):
+        for together in (None, next_n):
+
+            def run(
+                kernel: str | None, topk_kernel: str | None, q: Any = q, q_scale: Any = q_scale, n: Any = together
+            ) -> None:
+                sparse_attn_indexer(
+                    q, cache, weights, step[4], next_n=n, q_scale=q_scale, kernel=kernel, topk_kernel=topk_kernel
+                )
+
+            _run_each(("paged_mqa_logits", "topk_transform"), run)
 
 
 class _IndexSize(NamedTuple):
