@@ -67,6 +67,8 @@ POINTERS = {
     "partial_ptr": "*fp32",
     "partial_lse_ptr": "*fp32",
 }
+FAR = ("cache_ptr", "swa_ptr", "extra_ptr", "kv_ptr", "k_ptr")
+"""Pointers to caches and workspaces, whose tensors may take 2 GiB or more."""
 SCALARS = {"scale": "fp32", "k_scale": "fp32", "swa_k_scale": "fp32", "extra_k_scale": "fp32"}
 ATTENTION_OUT = {"out_ptr": "*bf16"}
 
@@ -85,6 +87,11 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.kernel.__name__}{self.label}"
+
+    @property
+    def has_far(self) -> bool:
+        """Whether one of its pointers may be to 2 GiB or more."""
+        return any(name in FAR for name in self.kernel.arg_names)
 
 
 def cache_layouts() -> list[layouts.CacheLayout]:
@@ -379,8 +386,13 @@ def launchable_kernels() -> set[str]:
     return names
 
 
-def compile_case(case: Case, arch: str) -> triton.compiler.CompiledKernel:
-    """Compile with pointers and strides 16-byte aligned, as the ops' checks leave them, where Triton looks at that."""
+def compile_case(case: Case, arch: str, far: bool = False) -> triton.compiler.CompiledKernel:
+    """Compile what Triton would specialize for pointers and strides that are 16-byte aligned, as ops' checks leave them.
+
+    On HIP Triton also looks whether a tensor's storage is below 2 GiB, and addresses by 32-bit offsets then. So is every
+    pointer here; those in ``FAR`` are not where ``far``.
+    """
+    hip = TARGETS[arch].backend == "hip"
     signature = {}
     attributes = {}
     for position, name in enumerate(case.kernel.arg_names):
@@ -389,9 +401,15 @@ def compile_case(case: Case, arch: str) -> triton.compiler.CompiledKernel:
             continue
         default = "*i32" if name.endswith("_ptr") else "i32"
         signature[name] = case.types.get(name) or POINTERS.get(name) or SCALARS.get(name, default)
-        aligned = name.endswith(("_ptr", "_stride", "_stride_t", "_stride_h"))
-        if aligned and not case.kernel.params[position].do_not_specialize:
-            attributes[(position,)] = [["tt.divisibility", 16]]
+        if case.kernel.params[position].do_not_specialize:
+            continue
+        found: list[list[object]] = []
+        if name.endswith(("_ptr", "_stride", "_stride_t", "_stride_h")):
+            found.append(["tt.divisibility", 16])
+        if hip and name.endswith("_ptr") and not (far and name in FAR):
+            found.append(["tt.pointer_range", 32])
+        if found:
+            attributes[(position,)] = found
     make = GluonASTSource if case.kernel.is_gluon() else ASTSource
     source = make(case.kernel, signature, dict(case.constants), attributes)
     return triton.compile(source, target=TARGETS[arch], options=dict(case.options))
