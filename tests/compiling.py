@@ -26,6 +26,7 @@ from dsv4x.common.kernels import (
     indices,
     merge,
     mqa_logits,
+    order,
     prefill,
     schedule,
     step,
@@ -212,6 +213,7 @@ def cases(arch: str) -> list[Case]:
             constants = {
                 **block, **flags, "SPLIT": split, "TAIL": swa.head_dim - 512, "WIDE": False, "LOCAL": local,
                 "EARLY": decode.depends_early(arch), "SWA": entry_format(swa, arch), "EXTRA": entry_format(extra, arch),
+                "DIES": order.dies(arch), **dict.fromkeys(("SWA_PAGE", "EXTRA_PAGE"), 64 if shape.fixed_pages else 0),
             }  # fmt: skip
             label = f"[H={heads},{swa.name}+{extra.name},split={split},local={local}]"
             found.append(Case(decode.decode_kernel, constants, shape.options, ATTENTION_OUT, label=label))
@@ -219,7 +221,7 @@ def cases(arch: str) -> list[Case]:
         for most, shape in prefill_config.prefill_configs(arch, head_dim):
             constants = {
                 "BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k, "PREFETCH": shape.prefetch, "VALUE_DIM": 512,
-                "TAIL": head_dim - 512, "HAS_LENS": True, "HAS_SINK": True,
+                "TAIL": head_dim - 512, "HAS_LENS": True, "HAS_SINK": True, "DIES": order.dies(arch),
             }  # fmt: skip
             label = f"[H<={most},D={head_dim}]"
             found.append(Case(prefill.prefill_kernel, constants, shape.options, ATTENTION_OUT, label=label))
@@ -249,7 +251,7 @@ def logits_cases(arch: str) -> list[Case]:
     other = "e4m3fn" if own == "e4m3fnuz" else "e4m3fnuz"
     found = []
     for q, k in ((own, own), (own, other), (own, "e2m1"), ("bf16", "e2m1")):
-        native = q == k
+        native = mqa_logits.native(q, k, own)
         types = {**LOGITS_TYPES, "q_ptr": "*bf16" if q == "bf16" else "*u8"}
         # Heads where shared memory and registers are most; sm_100's fp8 is sm_90's.
         for next_n in (1, 2, None):

@@ -45,7 +45,7 @@ _TABLE: dict[tuple[str, int], tuple[tuple[int, PrefillConfig], ...]] = {
     ("gfx942", 512): (
         (16, PrefillConfig(16, 32, 4, 1, hip=_GFX942)),
         (32, PrefillConfig(32, 32, 4, 1, prefetch=True, hip=_GFX942)),
-        (128, PrefillConfig(64, 32, 4, 2, hip=_GFX942)),
+        (128, PrefillConfig(64, 32, 4, 1, prefetch=True, hip=_GFX942)),
     ),
     ("gfx942", 576): (
         (16, PrefillConfig(16, 32, 4, 1, hip=_GFX942)),
