@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import compiling
+
 MFMA_CYCLES = {"16x16": 16, "32x32": 32}
 """Cycles a SIMD's matrix unit takes for a bf16 product of the largest K an arch has, by the ISA's manuals."""
 ISSUE_CYCLES = 4
@@ -143,3 +145,79 @@ def _loop(blocks: list[_Block], way: Iterable[int]) -> Loop:
     for at in way:
         names.update(blocks[at].names)
     return Loop(names)
+
+
+PRODUCTS = ("decode_kernel", "prefill_kernel", "paged_mqa_logits_kernel", "mqa_logits_kernel")
+"""The kernels with matrix products."""
+
+
+def product_cases(arch: str) -> list[tuple[compiling.Case, bool]]:
+    """(case, far) of every compilation with matrix products, caches and workspaces below 2 GiB and not."""
+    found = [case for case in compiling.cases(arch) if case.name.split("[")[0] in PRODUCTS]
+    return [(case, far) for case in found for far in (False, True)]
+
+
+@dataclass(frozen=True)
+class Static:
+    """What a compilation says of a kernel's speed.
+
+    Attributes:
+        vgpr, lds, spills: vector registers of a lane, accumulators among them; bytes of LDS; registers spilled.
+        waves: waves a SIMD holds, as registers and LDS allow.
+        loops: its loops with matrix products.
+        issue, matrix: cycles a compute unit takes for 64 entries and 64 heads, loop by loop: to issue the instructions
+            of its waves, one wave after the other, and to multiply. Logits: for 64 entries and the case's heads.
+    """
+
+    vgpr: int
+    lds: int
+    spills: int
+    waves: int
+    loops: list[Loop]
+    issue: list[int]
+    matrix: list[int]
+
+    @property
+    def cells(self) -> list[str]:
+        """The columns of docs/gfx.md from the registers on."""
+        kinds = sorted({kind for loop in self.loops for kind in loop.products})
+        numbers = (
+            [loop.instructions for loop in self.loops],
+            [loop.narrow_reads for loop in self.loops],
+            [loop.wide_multiplies for loop in self.loops],
+            self.issue,
+            self.matrix,
+        )
+        fixed = (self.vgpr, self.lds, self.spills, self.waves)
+        return [*map(str, fixed), ", ".join(kinds), *(" / ".join(map(str, each)) for each in numbers)]
+
+
+def measure(case: compiling.Case, arch: str, far: bool) -> Static:
+    """Compile and count."""
+    compiled = compiling.compile_case(case, arch, far)
+    report, assembly = compiling.amd_report(compiled), compiled.asm["amdgcn"]
+    found, warps = loops(assembly), case.options["num_warps"]
+    occupancy = re.search(r"Occupancy:\s+(\d+)", assembly)
+    assert occupancy is not None, "no occupancy in the assembly"
+    waves = min(int(occupancy.group(1)), compiling.SHARED_LIMIT[arch] // max(1, report["lds"]) * warps // 4)
+    constants = case.constants
+    if "BLOCK_H" in constants:
+        times = 64 / constants["BLOCK_K"] * 64 / constants["BLOCK_H"] * warps / 4
+    else:
+        times = 64 / constants["BLOCK"] * warps / 4
+    issue, matrix = ([round(times * each) for each in cycles] for cycles in (
+        [loop.issue_cycles for loop in found], [loop.matrix_cycles for loop in found]
+    ))  # fmt: skip
+    return Static(report["vgpr"], report["lds"], report["spills"], waves, found, issue, matrix)
+
+
+HEAD = (
+    "arch", "kernel", "2 GiB", "VGPR", "LDS", "spills", "waves", "MFMA", "instructions", "narrow reads",
+    "wide products", "issue", "multiply",
+)  # fmt: skip
+
+
+def row(arch: str, case: compiling.Case, far: bool) -> str:
+    """A row of docs/gfx.md."""
+    cells = (arch, case.name, "above" if far else "below", *measure(case, arch, far).cells)
+    return "| " + " | ".join(cells) + " |"

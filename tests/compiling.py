@@ -82,8 +82,8 @@ class Case:
     constants: dict[str, object]
     options: dict[str, int] = field(default_factory=lambda: {"num_warps": 4})
     types: dict[str, str] = field(default_factory=dict)
-    arch: str | None = None
     label: str = ""
+    layouts: tuple[layouts.CacheLayout, ...] = ()
 
     @property
     def name(self) -> str:
@@ -216,7 +216,7 @@ def cases(arch: str) -> list[Case]:
                 "DIES": order.dies(arch), **dict.fromkeys(("SWA_PAGE", "EXTRA_PAGE"), 64 if shape.fixed_pages else 0),
             }  # fmt: skip
             label = f"[H={heads},{swa.name}+{extra.name},split={split},local={local}]"
-            found.append(Case(decode.decode_kernel, constants, shape.options, ATTENTION_OUT, label=label))
+            found.append(Case(decode.decode_kernel, constants, shape.options, ATTENTION_OUT, label, (swa, extra)))
     for head_dim in (512, 576):
         for most, shape in prefill_config.prefill_configs(arch, head_dim):
             constants = {
@@ -389,10 +389,10 @@ def launchable_kernels() -> set[str]:
 
 
 def compile_case(case: Case, arch: str, far: bool = False) -> triton.compiler.CompiledKernel:
-    """Compile what Triton would specialize for pointers and strides that are 16-byte aligned, as ops' checks leave them.
+    """Compile with pointers and strides 16-byte aligned, as the ops' checks leave them, where Triton looks at that.
 
-    On HIP Triton also looks whether a tensor's storage is below 2 GiB, and addresses by 32-bit offsets then. So is every
-    pointer here; those in ``FAR`` are not where ``far``.
+    On HIP it also looks whether a tensor's storage is below 2 GiB, and takes 32-bit offsets then. All tensors are small
+    here; with ``far`` those in ``FAR`` are not.
     """
     hip = TARGETS[arch].backend == "hip"
     signature = {}

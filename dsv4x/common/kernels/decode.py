@@ -149,10 +149,10 @@ def decode_kernel(
 ):  # fmt: skip
     """``SWA_PAGE`` and ``EXTRA_PAGE``: the page sizes, where the code is for these alone, else 0."""
     token = tl.program_id(0)
-    head_block = tl.program_id(1)
     if DIES > 1:
         tokens = tl.num_programs(0)
-        token, head_block = token_and_block(token + head_block * tokens, tokens, tl.num_programs(1), DIES)
+        program = token + tl.program_id(1) * tokens
+        token, head_block = token_and_block(program, tokens, tl.num_programs(1), DIES)
     token = token.to(tl.int64)
     split = tl.program_id(2)
     if SPLIT and EARLY:
@@ -181,6 +181,9 @@ def decode_kernel(
         first = split * share
         last = tl.minimum(first + share, blocks)
 
+    if DIES == 1:
+        # Not asked for above, where it would be kept through all that.
+        head_block = tl.program_id(1)
     head = head_block.to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     head_mask = head < heads
     q, q_tail = load_q(q_ptr + token * q_stride_t + head * q_stride_h, head_mask, VALUE_DIM, TAIL)

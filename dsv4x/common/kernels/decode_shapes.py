@@ -24,8 +24,8 @@ class AttentionConfig:
         num_warps, num_stages: Triton's.
         matrix_instr_nonkdim: an option of AMD's backend alone; 0 elsewhere.
         resident: programs that a multiprocessor runs at once, as registers and shared memory allow.
-        fixed_pages: whether the code is for the caches' page sizes alone. It divides by them once a step at least, which
-            takes tens of instructions where they are arguments. A server's are few.
+        fixed_pages: whether the code is for the caches' page sizes alone. It divides by them at every step, which takes
+            tens of instructions where they are arguments. A server's are few.
     """
 
     block_h: int

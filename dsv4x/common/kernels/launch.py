@@ -48,8 +48,8 @@ class Launcher:
     """Launches a kernel whose parameters are pointers, then numbers, then constexprs.
 
     It remembers the compiled kernel under everything Triton could have specialized it for: the device, each pointer's
-    dtype and on HIP whether its storage is below 2 GiB, every number by its value and every constexpr. A pointer that is not a multiple of 16 goes Triton's way.
-    Profilers' launch hooks are called as ever.
+    dtype and on HIP whether its storage is below 2 GiB, every number by its value and every constexpr. A pointer that
+    is not a multiple of 16 goes Triton's way. Profilers' launch hooks are called as ever.
 
     Keys do not tell 2 from 2.0. They need not: a parameter in ``floats`` is compiled as a float whatever it is given,
     and every other one takes ints alone.

@@ -30,12 +30,14 @@ def prefill_kernel(
 ):  # fmt: skip
     # Blocks of heads of one token run side by side, so that the others find the rows in L2.
     head_blocks = (heads + BLOCK_H - 1) // BLOCK_H
-    token = tl.program_id(0) // head_blocks
-    head_block = tl.program_id(0) % head_blocks
     if DIES > 1:
-        token, head_block = token_and_block(tl.program_id(0), tl.num_programs(0) // head_blocks, head_blocks, DIES)
-    token = token.to(tl.int64)
-    head = head_block.to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
+        tokens = tl.num_programs(0) // head_blocks
+        token, head_block = token_and_block(tl.program_id(0), tokens, head_blocks, DIES)
+        token = token.to(tl.int64)
+        head = head_block.to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
+    else:
+        token = (tl.program_id(0) // head_blocks).to(tl.int64)
+        head = (tl.program_id(0) % head_blocks).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     head_mask = head < heads
     column = tl.arange(0, VALUE_DIM)
     q, q_tail = load_q(q_ptr + token * q_stride_t + head * q_stride_h, head_mask, VALUE_DIM, TAIL)
