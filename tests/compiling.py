@@ -250,7 +250,10 @@ def logits_cases(arch: str) -> list[Case]:
     own = ARCH_FP8.get(arch, "e4m3fn")
     other = "e4m3fn" if own == "e4m3fnuz" else "e4m3fnuz"
     found = []
-    for q, k in ((own, own), (own, other), (own, "e2m1"), ("bf16", "e2m1")):
+    pairs = [(own, own), (own, other), (own, "e2m1"), ("bf16", "e2m1")]
+    if own == "e4m3fn":
+        pairs.append((own, "mxfp8"))
+    for q, k in pairs:
         native = mqa_logits.native(q, k, own)
         types = {**LOGITS_TYPES, "q_ptr": "*bf16" if q == "bf16" else "*u8"}
         # Heads where shared memory and registers are most; sm_100's fp8 is sm_90's.

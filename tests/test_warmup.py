@@ -22,7 +22,7 @@ def test_the_caches_keep_their_bytes_and_a_cpu_compiles_nothing(layout):
     assert all(torch.equal(a, cache.data) for a, cache in zip(before, caches))
 
 
-@pytest.mark.parametrize("layout", [layouts.INDEXER_FP8, layouts.INDEXER_FP4])
+@pytest.mark.parametrize("layout", [layouts.INDEXER_FP8, layouts.INDEXER_MXFP8, layouts.INDEXER_FP4])
 def test_the_index_cache_keeps_its_bytes(layout):
     swa, index = PagedCache.zeros(2, layouts.DSV4, 4), PagedCache.zeros(3, layout, 64)
     index.data.random_(0, 256)
@@ -39,7 +39,7 @@ def test_bad_arguments_are_named():
         dsv4x.warmup(cache, heads=0)
     with pytest.raises(ValueError, match="softmax_scale: got None"):
         dsv4x.warmup(PagedCache.zeros(2, layouts.DSV32, 4), heads=2, topk=4)
-    with pytest.raises(ValueError, match=r"index_cache: layout is .*, need indexer fp8 or indexer fp4"):
+    with pytest.raises(ValueError, match=r"index_cache: layout is .*, need indexer fp8, indexer mxfp8 or indexer fp4"):
         dsv4x.warmup(cache, heads=2, index_cache=cache)
     with pytest.raises(TypeError, match="index_cache: got Tensor"):
         dsv4x.warmup(cache, heads=2, index_cache=cache.data)

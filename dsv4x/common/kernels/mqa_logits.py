@@ -102,11 +102,16 @@ def _load_q(
 
 @triton.jit
 def _load_k(data_ptr, ue8m0_ptr, mask, Q: tl.constexpr, K: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr):
-    """The K tile as an operand, from int8 pointers ``[BLOCK, 1]`` to each entry's values and, of e2m1, its scales."""
+    """The K tile as an operand, from byte pointers ``[BLOCK, 1]`` to each entry's values and to ue8m0 scales."""
     if K == "e2m1":
         codes = tl.load(data_ptr + tl.arange(0, DIM // 2)[None, :], mask=mask)
         scales = ue8m0_to_f32(tl.load(ue8m0_ptr + tl.arange(0, DIM // 32)[None, :], mask=mask))
         values = tl.reshape(e2m1_to_f32(tl.interleave(codes & 0xF, codes >> 4)), (BLOCK, DIM // 32, 32))
+        return to_bf16(tl.reshape(values * scales[:, :, None], (BLOCK, DIM)))
+    elif K == "mxfp8":
+        codes = tl.load(data_ptr + tl.arange(0, DIM)[None, :], mask=mask)
+        scales = ue8m0_to_f32(tl.load(ue8m0_ptr + tl.arange(0, DIM // 32)[None, :], mask=mask))
+        values = tl.reshape(e4m3fn_to_f32(codes), (BLOCK, DIM // 32, 32))
         return to_bf16(tl.reshape(values * scales[:, :, None], (BLOCK, DIM)))
     elif NATIVE and K != Q:
         words = data_ptr.to(tl.pointer_type(tl.uint32)) + tl.arange(0, DIM // 4)[None, :]
@@ -118,8 +123,8 @@ def _load_k(data_ptr, ue8m0_ptr, mask, Q: tl.constexpr, K: tl.constexpr, NATIVE:
 
 @triton.jit
 def _load_scale(pointer, mask, Q: tl.constexpr, K: tl.constexpr, NATIVE: tl.constexpr):
-    """What a K tile's logits are multiplied by, ``[BLOCK, 1]``; e2m1 has its scales in its operand."""
-    if K == "e2m1":
+    """What a K tile's logits are multiplied by, ``[BLOCK, 1]``; ue8m0 scales are in the operand."""
+    if K == "e2m1" or K == "mxfp8":
         return 1.0
     elif NATIVE and K != Q:
         return 2.0 * tl.load(pointer.to(tl.pointer_type(tl.float32)), mask=mask)
@@ -421,7 +426,9 @@ def paged_mqa_logits(call: PagedLogitsCall) -> torch.Tensor:
         out = empty_logits(batch * next_n, max_context_len, q.device)
     q, layout = _decoded(q, call.q_scale), cache.layout
     q_encoding = _ENCODINGS[q.dtype]
-    is_native = native(q_encoding, layout.value_encoding, limits.fp8)
+    mx = layout.value_encoding == "e4m3fn" and layout.scale_encoding == "ue8m0"
+    k_encoding = "mxfp8" if mx else layout.value_encoding
+    is_native = native(q_encoding, k_encoding, limits.fp8)
     config = logits_config(limits.arch, is_native, next_n=next_n)
     groups = -(-next_n // config.rows)
     chunk = _chunk(batch * groups, max_context_len, config, limits.multiprocessors)
@@ -435,7 +442,7 @@ def paged_mqa_logits(call: PagedLogitsCall) -> torch.Tensor:
             context_lens.stride(0), context_lens.stride(1), out.stride(0),
         ),
         (
-            heads, config.rows, config.block, q_encoding, layout.value_encoding, is_native,
+            heads, config.rows, config.block, q_encoding, k_encoding, is_native,
             cache.page_size % config.block == 0, config.num_stages,
         ),
         **config.options,
@@ -453,6 +460,8 @@ def mqa_logits(call: FlatLogitsCall) -> torch.Tensor:
         out = empty_logits(rows, width, q.device)
     q = _decoded(q, call.q_scale)
     q_encoding, k_encoding = _ENCODINGS[q.dtype], "e2m1" if k.dtype == torch.uint8 else _ENCODINGS[k.dtype]
+    if k_encoding == "e4m3fn" and k_scale.dtype == torch.uint8:
+        k_encoding = "mxfp8"
     is_native = native(q_encoding, k_encoding, limits.fp8)
     config = logits_config(limits.arch, is_native, next_n=None)
     # Behind a dimension of its own, because a lone scale may have any stride, with which no view is made.
