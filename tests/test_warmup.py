@@ -31,6 +31,23 @@ def test_the_index_cache_keeps_its_bytes(layout):
     assert torch.equal(before, index.data)
 
 
+def test_vendors_are_called_without_an_lse_too(monkeypatch):
+    """AITER builds OPUS at its first call, which a step that wants an lse never makes."""
+    called = set()
+
+    def record(*arguments, kernel=None, return_lse=True, **keywords):
+        called.add((kernel, return_lse, arguments[0].shape[0] >= 1024))
+
+    monkeypatch.setattr(warmup_module, "sparse_mla_attention", record)
+    monkeypatch.setattr(warmup_module, "_kernels_of", lambda problem, size: ["aiter", "triton"])
+    cache = PagedCache.zeros(2, layouts.DSV4, 4)
+    dsv4x.warmup(cache, heads=2, topk=4, window_size=8, compress_ratios=(1,))
+    assert {(lse, many) for kernel, lse, many in called if kernel == "aiter"} == {
+        (lse, many) for lse in (False, True) for many in (False, True)
+    }
+    assert {lse for kernel, lse, _ in called if kernel == "triton"} == {True}
+
+
 def test_bad_arguments_are_named():
     cache = PagedCache.zeros(2, layouts.DSV4, 4)
     with pytest.raises(TypeError, match="swa_cache: got NoneType"):
