@@ -147,7 +147,7 @@ def _paged_reasons(problem: LogitsProblem) -> list[str]:
     reasons = []
     for cache in problem.caches:
         if cache.layout in LAYOUTS:
-            reasons += _operand_reasons(problem, layouts.by_name(cache.layout).value_encoding)
+            reasons += _operand_reasons(problem, layouts.by_name(cache.layout).operand_encoding)
         sizes = page_sizes(problem.arch, problem.device)
         if sizes and cache.page_size not in sizes:
             reasons.append(f"page_size is {cache.page_size}, need {' or '.join(map(str, sizes))}")

@@ -75,6 +75,12 @@ class CacheLayout:
         return 0 if self.scale_encoding == "none" else self.nope_dim // self.scale_tile
 
     @functools.cached_property
+    def operand_encoding(self) -> str:
+        """What a product of the indexer takes: ``value_encoding``, or ``"mxfp8"``, which has its ue8m0 scales inside."""
+        mx = self.value_encoding == "e4m3fn" and self.scale_encoding == "ue8m0"
+        return "mxfp8" if mx else self.value_encoding
+
+    @functools.cached_property
     def needs_k_scale(self) -> bool:
         """Whether encoded values are stored without scales, so that one ``k_scale`` of the tensor stands for them."""
         return self.scale_encoding == "none" and self.nope_dim > 0

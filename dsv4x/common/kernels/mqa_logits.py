@@ -426,8 +426,7 @@ def paged_mqa_logits(call: PagedLogitsCall) -> torch.Tensor:
         out = empty_logits(batch * next_n, max_context_len, q.device)
     q, layout = _decoded(q, call.q_scale), cache.layout
     q_encoding = _ENCODINGS[q.dtype]
-    mx = layout.value_encoding == "e4m3fn" and layout.scale_encoding == "ue8m0"
-    k_encoding = "mxfp8" if mx else layout.value_encoding
+    k_encoding = layout.operand_encoding
     is_native = native(q_encoding, k_encoding, limits.fp8)
     config = logits_config(limits.arch, is_native, next_n=next_n)
     groups = -(-next_n // config.rows)
