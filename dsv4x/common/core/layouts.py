@@ -76,7 +76,7 @@ class CacheLayout:
 
     @functools.cached_property
     def operand_encoding(self) -> str:
-        """What a product of the indexer takes: ``value_encoding``, or ``"mxfp8"``, which has its ue8m0 scales inside."""
+        """What the indexer multiplies: ``value_encoding``, or ``"mxfp8"``, which has its ue8m0 scales inside."""
         mx = self.value_encoding == "e4m3fn" and self.scale_encoding == "ue8m0"
         return "mxfp8" if mx else self.value_encoding
 
