@@ -26,6 +26,7 @@ from dsv4x.common.kernels import (
     indices,
     merge,
     mqa_logits,
+    order,
     prefill,
     schedule,
     step,
@@ -67,6 +68,8 @@ POINTERS = {
     "partial_ptr": "*fp32",
     "partial_lse_ptr": "*fp32",
 }
+FAR = ("cache_ptr", "swa_ptr", "extra_ptr", "kv_ptr", "k_ptr")
+"""Pointers to caches and workspaces, whose tensors may take 2 GiB or more."""
 SCALARS = {"scale": "fp32", "k_scale": "fp32", "swa_k_scale": "fp32", "extra_k_scale": "fp32"}
 ATTENTION_OUT = {"out_ptr": "*bf16"}
 
@@ -79,12 +82,17 @@ class Case:
     constants: dict[str, object]
     options: dict[str, int] = field(default_factory=lambda: {"num_warps": 4})
     types: dict[str, str] = field(default_factory=dict)
-    arch: str | None = None
     label: str = ""
+    layouts: tuple[layouts.CacheLayout, ...] = ()
 
     @property
     def name(self) -> str:
         return f"{self.kernel.__name__}{self.label}"
+
+    @property
+    def has_far(self) -> bool:
+        """Whether one of its pointers may be to 2 GiB or more."""
+        return any(name in FAR for name in self.kernel.arg_names)
 
 
 def cache_layouts() -> list[layouts.CacheLayout]:
@@ -205,14 +213,15 @@ def cases(arch: str) -> list[Case]:
             constants = {
                 **block, **flags, "SPLIT": split, "TAIL": swa.head_dim - 512, "WIDE": False, "LOCAL": local,
                 "EARLY": decode.depends_early(arch), "SWA": entry_format(swa, arch), "EXTRA": entry_format(extra, arch),
+                "DIES": order.dies(arch), **dict.fromkeys(("SWA_PAGE", "EXTRA_PAGE"), 64 if shape.fixed_pages else 0),
             }  # fmt: skip
             label = f"[H={heads},{swa.name}+{extra.name},split={split},local={local}]"
-            found.append(Case(decode.decode_kernel, constants, shape.options, ATTENTION_OUT, label=label))
+            found.append(Case(decode.decode_kernel, constants, shape.options, ATTENTION_OUT, label, (swa, extra)))
     for head_dim in (512, 576):
         for most, shape in prefill_config.prefill_configs(arch, head_dim):
             constants = {
                 "BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k, "PREFETCH": shape.prefetch, "VALUE_DIM": 512,
-                "TAIL": head_dim - 512, "HAS_LENS": True, "HAS_SINK": True,
+                "TAIL": head_dim - 512, "HAS_LENS": True, "HAS_SINK": True, "DIES": order.dies(arch),
             }  # fmt: skip
             label = f"[H<={most},D={head_dim}]"
             found.append(Case(prefill.prefill_kernel, constants, shape.options, ATTENTION_OUT, label=label))
@@ -241,8 +250,11 @@ def logits_cases(arch: str) -> list[Case]:
     own = ARCH_FP8.get(arch, "e4m3fn")
     other = "e4m3fn" if own == "e4m3fnuz" else "e4m3fnuz"
     found = []
-    for q, k in ((own, own), (own, other), (own, "e2m1"), ("bf16", "e2m1")):
-        native = q == k
+    pairs = [(own, own), (own, other), (own, "e2m1"), ("bf16", "e2m1")]
+    if own == "e4m3fn":
+        pairs.append((own, "mxfp8"))
+    for q, k in pairs:
+        native = mqa_logits.native(q, k, own)
         types = {**LOGITS_TYPES, "q_ptr": "*bf16" if q == "bf16" else "*u8"}
         # Heads where shared memory and registers are most; sm_100's fp8 is sm_90's.
         for next_n in (1, 2, None):
@@ -387,8 +399,13 @@ def launchable_kernels() -> set[str]:
     return names
 
 
-def compile_case(case: Case, arch: str) -> triton.compiler.CompiledKernel:
-    """Compile with pointers and strides 16-byte aligned, as the ops' checks leave them, where Triton looks at that."""
+def compile_case(case: Case, arch: str, far: bool = False) -> triton.compiler.CompiledKernel:
+    """Compile with pointers and strides 16-byte aligned, as the ops' checks leave them, where Triton looks at that.
+
+    On HIP it also looks whether a tensor's storage is below 2 GiB, and takes 32-bit offsets then. All tensors are small
+    here; with ``far`` those in ``FAR`` are not.
+    """
+    hip = TARGETS[arch].backend == "hip"
     signature = {}
     attributes = {}
     for position, name in enumerate(case.kernel.arg_names):
@@ -397,9 +414,15 @@ def compile_case(case: Case, arch: str) -> triton.compiler.CompiledKernel:
             continue
         default = "*i32" if name.endswith("_ptr") else "i32"
         signature[name] = case.types.get(name) or POINTERS.get(name) or SCALARS.get(name, default)
-        aligned = name.endswith(("_ptr", "_stride", "_stride_t", "_stride_h"))
-        if aligned and not case.kernel.params[position].do_not_specialize:
-            attributes[(position,)] = [["tt.divisibility", 16]]
+        if case.kernel.params[position].do_not_specialize:
+            continue
+        found: list[list[object]] = []
+        if name.endswith(("_ptr", "_stride", "_stride_t", "_stride_h")):
+            found.append(["tt.divisibility", 16])
+        if hip and name.endswith("_ptr") and not (far and name in FAR):
+            found.append(["tt.pointer_range", 32])
+        if found:
+            attributes[(position,)] = found
     make = GluonASTSource if case.kernel.is_gluon() else ASTSource
     source = make(case.kernel, signature, dict(case.constants), attributes)
     return triton.compile(source, target=TARGETS[arch], options=dict(case.options))

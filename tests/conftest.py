@@ -1,6 +1,7 @@
 """Shared fixtures: kernels and devices to run on, poisoned scratch memory, caches full of garbage."""
 
 import contextlib
+import dataclasses
 import fcntl
 import gc
 import os
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import dsv4x
-from dsv4x import layouts
+from dsv4x import layouts, platform
 from dsv4x.common.dispatch import registry
 
 # pytest's importlib mode puts nothing on sys.path; the helper modules beside the tests are imported by name.
@@ -176,6 +177,14 @@ def on_device(value, device):
 @pytest.fixture(name="on_device")
 def on_device_fixture():
     return on_device
+
+
+@pytest.fixture(params=["gfx942", "gfx950"])
+def on_gfx(request, monkeypatch):
+    """An AMD GPU's launch shapes and its variants of the kernels, which the interpreter runs in its stead."""
+    fp8 = "e4m3fnuz" if request.param == "gfx942" else "e4m3fn"
+    limits = dataclasses.replace(platform.limits("cpu"), arch=request.param, multiprocessors=4, fp8=fp8)
+    monkeypatch.setattr(type(platform), "limits", lambda self, device=None: limits)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from dsv4x.cuda import flashinfer_topk
 from dsv4x.rocm import aiter_indexer
 
 GARBAGE = 4321.0
+MXFP8 = layouts.INDEXER_MXFP8
 FNUZ = layouts.INDEXER_FP8.with_flavour("e4m3fnuz")
 
 
@@ -199,6 +200,8 @@ def test_every_limit_gives_its_reason(aiter):
     assert "its offsets are 32-bit" in paged(paged_problem(pages=2**24))[0]
     assert paged(paged_problem("gfx950")) == ["q e4m3fnuz and K e4m3fnuz, need e4m3fn for both on gfx950"]
     assert paged(paged_problem(layout=layouts.INDEXER_FP4))[0].startswith("q e4m3fnuz and K e2m1")
+    ocp = {layout: paged(paged_problem("gfx950", layout, q="e4m3fn")) for layout in (layouts.INDEXER_FP8, MXFP8)}
+    assert list(ocp.values()) == [[], ["q e4m3fn and K mxfp8, need e4m3fn for both on gfx950"]]
     assert "arch is gfx1250" in paged(paged_problem("gfx1250"))[0]
     flat = record("mqa_logits").not_supported_reasons
     fnuz = {"heads": 64, "q_encoding": "e4m3fnuz", "k_encoding": "e4m3fnuz"}

@@ -195,7 +195,7 @@ def test_kernels_compile_with_the_constants_the_scripts_give_them(monkeypatch):
         _imported(ROOT / "benchmarks" / f"{name}.py", monkeypatch) for name in ("gfx_configs", "prefill_configs")
     )
     for pair in (gfx.PAIRS[0], gfx.PAIRS[3]):
-        assert gfx.usable("gfx942", gfx.measure("gfx942", pair, 16, gfx.config.decode_config("gfx942", 16, pair)))
+        assert gfx.cycles_of("gfx942", pair, 16, gfx.config.decode_config("gfx942", 16, pair)) < float("inf")
     in_use = [config for _, config in shapes.prefill_config.prefill_configs("gfx950", 512)][:1]
     monkeypatch.setattr(shapes, "candidates", lambda *_: in_use)
     rows = shapes.compiled_rows("gfx950")

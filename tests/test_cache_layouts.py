@@ -29,6 +29,7 @@ PUBLISHED = {
     "DSv4.1 fp8 soa": (512, 528, lambda i, P: i * 512, lambda i, P: P * 512 + i * 16, None),
     "DSv4.1 fp4": (512, 288, lambda i, P: i * 288, lambda i, P: i * 288 + 256, None),
     "indexer fp8": (128, 132, lambda i, P: i * 128, lambda i, P: P * 128 + i * 4, None),
+    "indexer mxfp8": (128, 132, lambda i, P: i * 128, lambda i, P: P * 128 + i * 4, None),
     "indexer fp4": (128, 68, lambda i, P: i * 64, lambda i, P: P * 64 + i * 4, None),
 }
 SCALE_OF = {

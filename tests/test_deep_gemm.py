@@ -78,6 +78,17 @@ class Double:
         assert weights.stride(0) * weights.element_size() % 16 == 0
         return weights.float()
 
+    def scaled(self, q, q_sf):
+        """q and its scales as the oracle takes them; those of an fp8 q are 1 here."""
+        if q_sf is None:
+            return q, None
+        assert q_sf.dtype == torch.int32
+        assert q_sf.is_contiguous()
+        if q.dtype == torch.int8:
+            return q.view(torch.uint8), q_sf.unsqueeze(-1).view(torch.uint8)
+        assert (q_sf.unsqueeze(-1).view(torch.uint8) == 127).all()
+        return q, None
+
     def page_sizes(self):
         newest = self.generation == "0.2"
         return {"sm_9": (64,), "sm_10": (32, 64, 128) if newest else (32, 64),
@@ -118,14 +129,14 @@ class Double:
         assert page_size in self.page_sizes()
         assert torch.equal(schedule, self.get_paged_mqa_logits_metadata(lens, page_size, SMS, indices))
         assert one == 1
-        layout = layouts.INDEXER_FP8 if q_sf is None else layouts.INDEXER_FP4
+        fp8 = layouts.INDEXER_FP8 if q_sf is None else layouts.INDEXER_MXFP8
+        layout = layouts.INDEXER_FP4 if q.dtype == torch.int8 else fp8
         assert entry == layout.entry_bytes
-        assert q.dtype == (torch.float8_e4m3fn if q_sf is None else torch.int8)
+        assert q.dtype in (torch.float8_e4m3fn, torch.int8)
         cache = PagedCache(kv, layout, page_size)
         if q_sf is not None:
-            assert q_sf.dtype == torch.int32
             assert q_sf.shape == q.shape[:3]
-            q, q_sf = q.view(torch.uint8), q_sf.unsqueeze(-1).view(torch.uint8)
+        q, q_sf = self.scaled(q, q_sf)
         lens = lens[:, -1:].expand(batch, next_n)
         if indices is not None:
             assert next_n == 1
@@ -151,11 +162,14 @@ class Double:
             assert value.is_contiguous()
         weights = self.take(q, q_sf, weights)
         assert k_sf.dtype == (torch.float32 if q_sf is None else torch.int32)
+        assert k.dtype == q.dtype
         if q_sf is not None:
-            q, q_sf = q.view(torch.uint8), q_sf.unsqueeze(-1).view(torch.uint8)
-            k, k_sf = k.view(torch.uint8), k_sf.unsqueeze(-1).view(torch.uint8)
+            k_sf = k_sf.unsqueeze(-1).view(torch.uint8)
+        if k.dtype == torch.int8:
+            k = k.view(torch.uint8)
         lost = k_sf.isnan() if q_sf is None else torch.zeros(len(k), dtype=torch.bool)
         k_sf = k_sf if q_sf is not None else k_sf.nan_to_num(1.0)
+        q, q_sf = self.scaled(q, q_sf)
         values = reference.mqa_logits(q, q_sf, k, k_sf, weights, ks, ke, max_seqlen_k or None)
         values = values.masked_fill(values == -torch.inf, GARBAGE)
         for entry in lost.nonzero()[:, 0].tolist():
@@ -210,6 +224,31 @@ def assert_same(got, want, mx=False):
 def rounded(module, weights):
     """The weights as the library has them."""
     return weights.bfloat16().float() if module.mx else weights
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("next_n", [1, 2, 3])
+@pytest.mark.parametrize("arch", ["sm_100", "sm_107"])
+def test_mxfp8_pages_are_scored_on_sm100(double, rng, arch, next_n):
+    module = double("0.2", arch)
+    assert reasons(arch=arch, layout="indexer mxfp8")[0] == []
+    q, _, cache, weights, *rest = problem(rng, next_n, layouts.INDEXER_MXFP8)
+    got = deep_gemm.paged_mqa_logits(PagedLogitsCall(q, None, cache, weights, *rest, 280, None, None, True))
+    assert_same(got, reference.paged_mqa_logits(q, None, cache, rounded(module, weights), *rest, 280), True)
+    assert module.calls[0].q.dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("relative", [None, 50])
+def test_mxfp8_rows_are_scored_on_sm100(double, rng, relative):
+    module = double("0.2", "sm_100")
+    assert reasons(op="mqa_logits", arch="sm_100", k="mxfp8")[0] == []
+    q, k = (torch.randn(*shape, 128, generator=rng).to(torch.float8_e4m3fn) for shape in ((6, 32), (90,)))
+    k_scale = torch.randint(120, 130, (90, 4), generator=rng, dtype=torch.uint8)
+    weights = torch.randn(6, 32, generator=rng)
+    ks, ke = torch.tensor([0, 3, 80, 90, 5, 0]).int(), torch.tensor([90, 50, 20, 90, 95, 1]).int()
+    got = deep_gemm.mqa_logits(FlatLogitsCall(q, None, k, k_scale, weights, ks, ke, relative, None, True))
+    assert_same(got, reference.mqa_logits(q, None, k, k_scale, rounded(module, weights), ks, ke, relative), True)
 
 
 @pytest.mark.interpreter
@@ -558,6 +597,15 @@ def test_float32_scales_are_refused_where_the_library_asserts(double, op):
     assert reasons(op=op, arch="sm_90")[0] == reasons(op=op, arch="sm_120")[0] == []
     double("0.1", "sm_100")
     assert reasons(op=op, arch="sm_100")[0] == []
+
+
+@pytest.mark.parametrize("op", ["paged_mqa_logits", "mqa_logits"])
+@pytest.mark.parametrize(("generation", "arch"), [("0.1", "sm_100"), ("0.2", "sm_90"), ("0.2", "sm_120")])
+def test_mxfp8_is_refused_where_the_library_takes_float32_scales(double, op, generation, arch):
+    double(generation, arch)
+    (reason,) = reasons(op=op, arch=arch, k="mxfp8", layout="indexer mxfp8")[0]
+    assert "K is mxfp8" in reason
+    assert "0.2.5" in reason
 
 
 def test_a_build_without_the_entry_point_says_so(double):

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import slow
 import torch
+import triton
+import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +15,7 @@ from dsv4x.common.kernels import schedule as schedule_kernels
 from dsv4x.common.ops import indexer
 
 FNUZ = layouts.INDEXER_FP8.with_flavour("e4m3fnuz")
-LAYOUTS = [layouts.INDEXER_FP8, FNUZ, layouts.INDEXER_FP4]
+LAYOUTS = [layouts.INDEXER_FP8, FNUZ, layouts.INDEXER_MXFP8, layouts.INDEXER_FP4]
 HOSTILE = [-(2**31), -2, -1, 2**31 - 1]
 NEITHER = [HealthCheck.function_scoped_fixture]
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -61,6 +63,8 @@ class Entries:
         if layout.value_encoding == "e2m1":
             return fp4_values(codes, scale), 1.0
         dtype = torch.float8_e4m3fn if layout.value_encoding == "e4m3fn" else torch.float8_e4m3fnuz
+        if layout.scale_encoding == "ue8m0":
+            return fp8_values(codes, dtype) * np.repeat(slow.UE8M0[scale.numpy()], 32), 1.0
         return fp8_values(codes, dtype), float(scale.clone().view(torch.float32))
 
 
@@ -185,8 +189,11 @@ def test_nan_products_count_as_zero_and_nan_logits_are_no_entries(kernel_device,
 
 def defined_flat(q, q_scale, k, k_scale, weights, ks, ke, max_seqlen_k):
     packed, entries = k.dtype == torch.uint8, len(k)
+    mx = k_scale.dtype == torch.uint8
     values = fp4_values(k, k_scale) if packed else fp8_values(k, k.dtype)
-    scales = np.ones(entries) if packed else k_scale.cpu().double().numpy()
+    if mx and not packed:
+        values = values * np.repeat(slow.UE8M0[k_scale.cpu().numpy()], 32, axis=-1)
+    scales = np.ones(entries) if mx else k_scale.cpu().double().numpy()
     q, weights = q_values(q, q_scale), weights.cpu().double().numpy()
     width = entries if max_seqlen_k is None else max_seqlen_k
     out = np.full((2, len(q), width), -np.inf)
@@ -272,6 +279,27 @@ def test_a_buffer_of_scales_that_is_not_aligned_is_named():
     k_scale = torch.zeros(13, dtype=torch.uint8)[1:].view(3, 4)
     with pytest.raises(ValueError, match=r"k_scale: begins at 0x\w+, need a multiple of 4"):
         dsv4x.gather_indexer_k(cache, slots, None, k_scale)
+
+
+@pytest.mark.interpreter
+def test_ocp_codes_become_fnuz_codes_of_half_their_values():
+    """What gfx942 multiplies for e4m3fn K: every code, among every kind of neighbours in its word."""
+    from dsv4x.common.kernels import mqa_logits as kernels
+
+    @triton.jit
+    def halve(codes_ptr, out_ptr):
+        at = tl.arange(0, 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+        out = tl.arange(0, 32)[:, None] * 128 + tl.arange(0, 128)[None, :]
+        tl.store(out_ptr + out, halved(tl.load(codes_ptr + at)))
+
+    halved = kernels.halved_e4m3fnuz
+    halve.fn.__globals__["halved"] = halved
+    codes = torch.cat([torch.arange(256), torch.randint(0, 256, (4096 - 256,))]).to(torch.uint8)
+    codes[256:1280:4], codes[1281:2304:4], codes[2306:3328:4] = 0x80, 0x7F, 0xFF
+    out = torch.empty_like(codes)
+    halve[(1,)](codes.view(torch.uint32), out)
+    want = fp8_values(codes, torch.float8_e4m3fn) / 2
+    assert np.array_equal(fp8_values(out, torch.float8_e4m3fnuz), want, equal_nan=True)
 
 
 def defined_schedule(lens, split, num_sms):
@@ -442,7 +470,11 @@ def good(rng):
         ({"max_context_len": -1}, ValueError, "max_context_len: got -1"),
         ({"schedule": torch.zeros(3, 3, dtype=torch.int32)}, ValueError, "schedule: shape"),
         ({"out": torch.zeros(12, 300)}, ValueError, r"out: shape is \(12, 300\), need \(12, 390\)"),
-        ({"cache": PagedCache.zeros(1, layouts.DSV4, 64)}, ValueError, "cache: layout is DSv4, need indexer fp8 or"),
+        (
+            {"cache": PagedCache.zeros(1, layouts.DSV4, 64)},
+            ValueError,
+            "cache: layout is DSv4, need indexer fp8, indexer mxfp8 or",
+        ),
         ({"kernel": "deep_gemm"}, dsv4x.KernelNotSupported, "cannot run paged_mqa_logits"),
     ],
 )

@@ -129,3 +129,13 @@ def test_what_is_no_int_is_refused_by_name(wrong, launched):
         launched.call(wrong, 1.0)
     assert not launched.kernel.compiled
     assert not launched.launcher._compiled
+
+
+def test_on_hip_a_storage_past_2_gib_is_another_compilation(launched, monkeypatch):
+    monkeypatch.setattr(launch, "_BY_SIZE", True)
+    small = torch.zeros(16)
+    big = torch.empty(2**31, dtype=torch.uint8, device="meta").view(torch.float32)
+    run = launched.launcher.prepare(3, (7, 0.5), (64,), 4)
+    for tensor, compiled, again in ((small, 1, 0), (small, 1, 1), (big, 2, 1), (big[:16], 2, 2), (small, 2, 3)):
+        run((tensor,))
+        assert (len(launched.kernel.compiled), len(launched.kernel.launched)) == (compiled, again)

@@ -9,7 +9,17 @@ from tolerances import check_close, check_decode, check_prefill
 
 import dsv4x
 from dsv4x import MLAKVCacheLayout, PagedCache, Problem, layouts, reference
-from dsv4x.common.core.layouts import BF16_512, BF16_576, DSV4, DSV32, DSV41_FP4, DSV41_FP8, TRTLLM_NATIVE, UNIFORM_FP8
+from dsv4x.common.core.layouts import (
+    BF16_512,
+    BF16_576,
+    DSV4,
+    DSV32,
+    DSV41_FP4,
+    DSV41_FP8,
+    DSV41_FP8_SOA,
+    TRTLLM_NATIVE,
+    UNIFORM_FP8,
+)
 
 V32_SCALE = 192**-0.5
 K_SCALE = {TRTLLM_NATIVE.name: 0.02, UNIFORM_FP8.name: 0.015625}
@@ -247,3 +257,28 @@ def test_a_request_stored_native_is_prefilled_through_the_converter(prefill_kern
     rows = stored.bfloat16().to(device)
     expected = reference.sparse_mla_prefill(q, rows, chosen.to(device), None, None, V32_SCALE, torch.float64)
     check_decode(out, lse, *expected)
+
+
+@_interpreter
+@pytest.mark.parametrize("heads", [5, 72])
+@pytest.mark.parametrize(
+    "pair",
+    [*PAIRS, (DSV41_FP8_SOA, BF16_512), (BF16_576, TRTLLM_NATIVE)],
+    ids=lambda pair: f"{pair[0].name}+{pair[1].name}",
+)
+def test_what_amds_gpus_run_is_exact(pair, heads, on_gfx, case, run):
+    """Tokens that are no multiple of the dies, several blocks of heads, pages of any size, rows split and whole."""
+    run(case(*pair, tokens=11, heads=heads), "triton", "cpu", split_k=3 if heads == 5 else None)
+
+
+@_interpreter
+@pytest.mark.parametrize("heads", [5, 100])
+@pytest.mark.parametrize("head_dim", [512, 576])
+def test_prefill_on_amds_gpus_is_exact(head_dim, heads, on_gfx, rng):
+    kv = (torch.randn(40, head_dim, generator=rng) / 10).bfloat16()
+    q = torch.randn(11, heads, head_dim, generator=rng).bfloat16()
+    indices = torch.randint(-1, 40, (11, 70), dtype=torch.int32, generator=rng)
+    lens = torch.randint(0, 71, (11,), dtype=torch.int32, generator=rng)
+    out, lse = dsv4x.sparse_mla_prefill(q, kv, indices, lens, softmax_scale=V32_SCALE, kernel="triton")
+    want = reference.sparse_mla_prefill(q.double(), kv.double(), indices, lens, softmax_scale=V32_SCALE)
+    check_prefill(out, lse, *want)

@@ -621,6 +621,15 @@ def test_local_entries_are_served_by_every_kernel(dtype, attention_kernel_device
     check_decode(*got, *on_device(dict(enumerate(want)), device).values())
 
 
+@pytest.mark.interpreter
+def test_local_entries_are_made_slots_of_on_amds_gpus(on_gfx, local_case, on_device):
+    case, want = local_case
+    result = registry.find("sparse_mla_decode", "triton").run(
+        decode_call(**there(case, "cpu", on_device), split_k=None)
+    )
+    check_decode(*result, *want)
+
+
 @pytest.mark.parametrize("split_k", [None, 3])
 @pytest.mark.parametrize(
     ("kernel", "device"),

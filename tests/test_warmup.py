@@ -22,13 +22,30 @@ def test_the_caches_keep_their_bytes_and_a_cpu_compiles_nothing(layout):
     assert all(torch.equal(a, cache.data) for a, cache in zip(before, caches))
 
 
-@pytest.mark.parametrize("layout", [layouts.INDEXER_FP8, layouts.INDEXER_FP4])
+@pytest.mark.parametrize("layout", [layouts.INDEXER_FP8, layouts.INDEXER_MXFP8, layouts.INDEXER_FP4])
 def test_the_index_cache_keeps_its_bytes(layout):
     swa, index = PagedCache.zeros(2, layouts.DSV4, 4), PagedCache.zeros(3, layout, 64)
     index.data.random_(0, 256)
     before = index.data.clone()
     assert dsv4x.warmup(swa, heads=2, topk=4, compress_ratios=(), index_cache=index, index_heads=32, next_n=2) == 0
     assert torch.equal(before, index.data)
+
+
+def test_vendors_are_called_without_an_lse_too(monkeypatch):
+    """AITER builds OPUS at its first call, which a step that wants an lse never makes."""
+    called = set()
+
+    def record(*arguments, kernel=None, return_lse=True, **keywords):
+        called.add((kernel, return_lse, arguments[0].shape[0] >= 1024))
+
+    monkeypatch.setattr(warmup_module, "sparse_mla_attention", record)
+    monkeypatch.setattr(warmup_module, "_kernels_of", lambda problem, size: ["aiter", "triton"])
+    cache = PagedCache.zeros(2, layouts.DSV4, 4)
+    dsv4x.warmup(cache, heads=2, topk=4, window_size=8, compress_ratios=(1,))
+    assert {(lse, many) for kernel, lse, many in called if kernel == "aiter"} == {
+        (lse, many) for lse in (False, True) for many in (False, True)
+    }
+    assert {lse for kernel, lse, _ in called if kernel == "triton"} == {True}
 
 
 def test_bad_arguments_are_named():
@@ -39,7 +56,7 @@ def test_bad_arguments_are_named():
         dsv4x.warmup(cache, heads=0)
     with pytest.raises(ValueError, match="softmax_scale: got None"):
         dsv4x.warmup(PagedCache.zeros(2, layouts.DSV32, 4), heads=2, topk=4)
-    with pytest.raises(ValueError, match=r"index_cache: layout is .*, need indexer fp8 or indexer fp4"):
+    with pytest.raises(ValueError, match=r"index_cache: layout is .*, need indexer fp8, indexer mxfp8 or indexer fp4"):
         dsv4x.warmup(cache, heads=2, index_cache=cache)
     with pytest.raises(TypeError, match="index_cache: got Tensor"):
         dsv4x.warmup(cache, heads=2, index_cache=cache.data)

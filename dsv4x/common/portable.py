@@ -135,7 +135,7 @@ def _triton_scratch(problem: AttentionProblem) -> int:
         return 0
     config = decode_config(problem.arch, problem.heads, tuple(layouts.by_name(c.layout) for c in problem.caches))
     blocks = sum(-(-width // config.block_k) for width in (problem.width, problem.extra_width))
-    at_once = 2 * multiprocessors(problem.device, problem.arch)
+    at_once = config.resident * multiprocessors(problem.device, problem.arch)
     programs = problem.tokens * -(-problem.heads // config.block_h)
     splits = problem.split_k or most_splits(programs, blocks, at_once)
     return partial_bytes(problem.tokens, problem.heads, splits)

@@ -510,11 +510,11 @@ _LOGITS_ELEMENTS = 1 << 25
 
 
 def indexer_values(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """float32 ``[.., 128]`` of q or K: FP8 as it is, without its scale; packed e2m1 times its ue8m0 ones."""
-    if x.dtype != torch.uint8:
-        return x.float()
-    assert scale is not None
-    return (encodings.decode_e2m1(x).unflatten(-1, (4, 32)) * encodings.decode_ue8m0(scale)[..., None]).flatten(-2)
+    """float32 ``[.., 128]`` of q or K: FP8 as it is; packed e2m1, and FP8 that has them, times ue8m0 scales."""
+    values = encodings.decode_e2m1(x) if x.dtype == torch.uint8 else x.float()
+    if scale is None:
+        return values
+    return (values.unflatten(-1, (4, 32)) * encodings.decode_ue8m0(scale)[..., None]).flatten(-2)
 
 
 @without_autocast
@@ -573,7 +573,7 @@ def paged_mqa_logits(
         there = (page >= 0) & (page < cache.pages)
         slots = torch.where(there, page * cache.page_size + column % cache.page_size, -1)
         k, k_scale = gather_indexer_k(cache, slots)
-        scales = k_scale if k.dtype == torch.uint8 else None
+        scales = k_scale if k_scale.dtype == torch.uint8 else None
         rows = slice(request * next_n, (request + 1) * next_n)
         values = _weighted_logits(
             q[request], indexer_values(k, scales), None if scales is not None else k_scale, weights[rows], dtype
@@ -596,10 +596,9 @@ def mqa_logits(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """:func:`dsv4x.mqa_logits`; ``clean_logits`` changes nothing."""
-    packed, entries = k.dtype == torch.uint8, k.shape[0]
-    values = _weighted_logits(
-        indexer_values(q, q_scale), indexer_values(k, k_scale), None if packed else k_scale, weights, dtype
-    )
+    mx, entries = k_scale.dtype == torch.uint8, k.shape[0]
+    k_values = indexer_values(k, k_scale if mx else None)
+    values = _weighted_logits(indexer_values(q, q_scale), k_values, None if mx else k_scale, weights, dtype)
     ks, ke = ks.long().clamp(0, entries)[:, None], ke.long().clamp(0, entries)[:, None]
     column = torch.arange(entries, dtype=torch.int64, device=q.device)
     values = _masked_logits(values, (column >= ks) & (column < ke))
@@ -649,6 +648,7 @@ def gather_indexer_k(
     values, scales = (torch.where(valid[:, None], x, 0).contiguous() for x in (values, scales))
     if layout.value_encoding != "e2m1":
         values = values.view(torch.float8_e4m3fn if layout.value_encoding == "e4m3fn" else torch.float8_e4m3fnuz)
+    if layout.scale_encoding == "float32":
         scales = scales.view(torch.float32)[:, 0]
     if k is None or k_scale is None:
         return values, scales

@@ -4,7 +4,8 @@ Read from the ``sgl-deep-gemm`` wheels 0.1.5.post1, 0.2.3 and 0.2.5 (the headers
 library) and measured on an H200 with the first. Told apart by signature: ``fp8_paged_mqa_logits`` and
 ``fp8_mqa_logits`` are older than ``fp8_fp4_*``, which take q as a pair; the newest have no ``clean_logits``, want
 ``max_seqlen_k``, and on SM100 a request number for every row, ue8m0 scales of q and K, and bf16 weights, and return
-bf16 logits there. So fp8 K with one float32 scale a row is refused on SM100 by reason: its scales are no powers of two.
+bf16 logits there. So fp8 K with one float32 scale a row is refused there by reason, and MXFP8 is taken: servers store
+a row's scale as ue8m0 bytes.
 
 What it leaves to its caller, and what is done here: it reads a request's length from its last row, so that every row
 of a request is scored over the longest; it writes whole segments, so that columns past a length hold anything; it
@@ -44,7 +45,7 @@ DEEP_GEMM = VendorLibrary(
 )
 
 ARCHS = ("sm_90", "sm_100", "sm_103", "sm_107", "sm_120", "sm_121")
-LAYOUTS = (layouts.INDEXER_FP8.name, layouts.INDEXER_FP4.name)
+LAYOUTS = (layouts.INDEXER_FP8.name, layouts.INDEXER_MXFP8.name, layouts.INDEXER_FP4.name)
 # By arch family: what every build takes, and what its assertions add in later ones.
 PAGE_SIZES = {"sm_9": (64,), "sm_10": (32, 64), "sm_12": (64,)}
 _SINCE_0_2_3 = {"sm_10": (128,)}
@@ -110,10 +111,15 @@ def _wheel_reasons(problem: LogitsProblem, name: str) -> list[str]:
         return [f"deep_gemm at {DEEP_GEMM.path} has no {need}"]
     if problem.arch == "sm_107" and not _is_newest():
         return [f"deep_gemm at {DEEP_GEMM.path} compiles for no sm_107, need sgl-deep-gemm 0.2.5"]
-    if not packed and _is_mx(problem.arch):
+    mxfp8 = problem.k_encoding == "mxfp8" or any(c.layout == layouts.INDEXER_MXFP8.name for c in problem.caches)
+    if not packed and mxfp8 != _is_mx(problem.arch):
+        if mxfp8:
+            return [
+                f"K is mxfp8, and deep_gemm at {DEEP_GEMM.path} takes it on SM100 alone, from sgl-deep-gemm 0.2.5 on"
+            ]
         return [
             f"q and K are e4m3fn with float32 scales, and deep_gemm at {DEEP_GEMM.path} takes ue8m0 scales only on "
-            f"SM100, need {layouts.INDEXER_FP4.name}, or sgl-deep-gemm 0.2.3"
+            f"SM100, need {layouts.INDEXER_MXFP8.name} or {layouts.INDEXER_FP4.name}, or sgl-deep-gemm 0.2.3"
         ]
     return []
 
@@ -121,6 +127,8 @@ def _wheel_reasons(problem: LogitsProblem, name: str) -> list[str]:
 def _operand_reasons(problem: LogitsProblem, k: str) -> list[str]:
     """What its matrix products do not take."""
     q = problem.q_encoding
+    if k == "mxfp8":
+        k = "e4m3fn"
     if q != k or q == "e4m3fnuz":
         return [f"q is {q} and K {k}, need e4m3fn for both or e2m1 for both"]
     if q == "e2m1" and problem.arch == "sm_90":
@@ -136,7 +144,7 @@ def _paged_reasons(problem: LogitsProblem) -> list[str]:
     reasons = []
     for cache in problem.caches:
         if cache.layout in LAYOUTS:
-            reasons += _operand_reasons(problem, layouts.by_name(cache.layout).value_encoding)
+            reasons += _operand_reasons(problem, layouts.by_name(cache.layout).operand_encoding)
         sizes = page_sizes(problem.arch, problem.device)
         if sizes and cache.page_size not in sizes:
             reasons.append(f"page_size is {cache.page_size}, need {' or '.join(map(str, sizes))}")
@@ -212,8 +220,14 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
 
 
+_UNIT_SCALES = 0x7F7F7F7F
+"""Four ue8m0 scales of 1: those of an fp8 q, whose scale is in the weights."""
+
+
 def _pair(q: torch.Tensor, q_scale: torch.Tensor | None, function: Any) -> Any:
     """q as the generation takes it; DeepGEMM reads a row's four ue8m0 scales as one int32."""
+    if q_scale is None and _is_mx(platform.limits(q.device).arch):
+        return _aligned(q), torch.full(q.shape[:-1], _UNIT_SCALES, dtype=torch.int32, device=q.device)
     if q_scale is not None:
         return _aligned(q).view(torch.int8), _aligned(q_scale).view(torch.int32).squeeze(-1)
     return (_aligned(q), None) if "fp4" in function.__name__ else _aligned(q)
@@ -453,8 +467,10 @@ def mqa_logits(call: FlatLogitsCall) -> torch.Tensor:
     # Written a segment at a time, past ke too where columns are entries; where they count from ks, never.
     starts, ends = kernels.limit_ranges(call.ks, call.ke, entries, width)
     kv = (_aligned(k), _aligned(call.k_scale))
-    if q_scale is not None:
-        kv = (kv[0].view(torch.int8), kv[1].view(torch.int32).squeeze(-1))
+    if k.dtype == torch.uint8:
+        kv = (kv[0].view(torch.int8), kv[1])
+    if kv[1].dtype == torch.uint8:
+        kv = (kv[0], kv[1].view(torch.int32).squeeze(-1))
     logits = function(
         _pair(q, q_scale, function), kv, _weights(call.weights, q.device), starts, ends,
         max_seqlen_k=width if relative else 0, **_options(function),

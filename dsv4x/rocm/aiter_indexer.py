@@ -84,7 +84,7 @@ def _flavour_reasons(problem: LogitsProblem, encodings: dict[str, str]) -> list[
 def _paged_reasons(library: VendorLibrary, problem: LogitsProblem) -> list[str]:
     reasons = ["rows name their requests, need a block table row for each"] if problem.ragged else []
     for cache in problem.caches:
-        encoding = layouts.by_name(cache.layout).value_encoding
+        encoding = layouts.by_name(cache.layout).operand_encoding
         reasons += _flavour_reasons(problem, {"q": problem.q_encoding, "K": encoding})
         if cache.page_size != 1:
             reasons.append(f"page_size is {cache.page_size}, need 1: it reads larger pages shuffled only")

@@ -75,6 +75,12 @@ class CacheLayout:
         return 0 if self.scale_encoding == "none" else self.nope_dim // self.scale_tile
 
     @functools.cached_property
+    def operand_encoding(self) -> str:
+        """What the indexer multiplies: ``value_encoding``, or ``"mxfp8"``, which has its ue8m0 scales inside."""
+        mx = self.value_encoding == "e4m3fn" and self.scale_encoding == "ue8m0"
+        return "mxfp8" if mx else self.value_encoding
+
+    @functools.cached_property
     def needs_k_scale(self) -> bool:
         """Whether encoded values are stored without scales, so that one ``k_scale`` of the tensor stands for them."""
         return self.scale_encoding == "none" and self.nope_dim > 0
@@ -211,6 +217,12 @@ DSV41_FP4 = CacheLayout("DSv4.1 fp4", 512, 0, "aos", "e2m1", "e4m3fn", 16)
 INDEXER_FP8 = CacheLayout("indexer fp8", 128, 0, "soa", "e4m3fn", "float32", 128)
 """The indexer's K: 128 e4m3 and one float32 scale: 132 B, values of a page before its scales."""
 
+INDEXER_MXFP8 = CacheLayout("indexer mxfp8", 128, 0, "soa", "e4m3fn", "ue8m0", 32)
+"""The indexer's K on SM100: 128 e4m3 and 4 ue8m0: 132 B, values of a page before its scales.
+
+vLLM stores one scale a token there, as four equal bytes; DeepGEMM takes four of any kind, and so does the writer here.
+"""
+
 INDEXER_FP4 = CacheLayout("indexer fp4", 128, 0, "soa", "e2m1", "ue8m0", 32, amax_floor=6 * 2.0**-126)
 """The indexer's K: 128 e2m1 (64 B) and 4 ue8m0: 68 B, values of a page before its scales; DeepSeek's floor."""
 
@@ -228,6 +240,7 @@ class MLAKVCacheLayout(enum.Enum):
     DSV41_FP8_SOA = DSV41_FP8_SOA
     DSV41_FP4 = DSV41_FP4
     INDEXER_FP8 = INDEXER_FP8
+    INDEXER_MXFP8 = INDEXER_MXFP8
     INDEXER_FP4 = INDEXER_FP4
 
 

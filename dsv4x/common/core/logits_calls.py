@@ -107,7 +107,7 @@ class FlatLogitsCall(NamedTuple):
         q: e4m3fn or e4m3fnuz ``[M, H, 128]``, or packed e2m1, uint8 ``[M, H, 64]``; M > 0.
         q_scale: uint8 ue8m0 ``[M, H, 4]`` of an e2m1 q, or None.
         k: e4m3fn or e4m3fnuz ``[N, 128]``, or packed e2m1, uint8 ``[N, 64]``; rows back to back, N > 0.
-        k_scale: float32 ``[N]``, or of an e2m1 K uint8 ue8m0 ``[N, 4]``.
+        k_scale: float32 ``[N]``, or of an e2m1 or MXFP8 K uint8 ue8m0 ``[N, 4]``.
         weights: float32 ``[M, H]``.
         ks, ke: int32 or int64 ``[M]``, where each row's entries begin and end; any value, to be clamped.
         max_seqlen_k: columns of the result, counted from each row's ks; None: one an entry.

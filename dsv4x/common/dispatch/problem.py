@@ -128,7 +128,7 @@ class LogitsProblem(CacheProblem):
         ragged: whether rows are single and name their requests (``paged_mqa_logits``).
         rows: flat rows of K (``mqa_logits``).
         q_encoding: ``"e4m3fn"``, ``"e4m3fnuz"`` or ``"e2m1"``.
-        k_encoding: the same of flat K; what a cache holds, its layout says.
+        k_encoding: the same of flat K, or ``"mxfp8"``: e4m3fn with ue8m0 scales. What a cache holds, its layout says.
         relative: whether columns count from each row's own first entry (``max_seqlen_k`` of ``mqa_logits``).
         clean: whether columns outside a row's entries have to be -inf.
     """

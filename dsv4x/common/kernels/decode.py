@@ -16,9 +16,10 @@ import triton.language as tl
 from ..core.calls import DecodeCall, Result, output
 from ..core.platform import platform
 from .decode_shapes import Batch, decode_config, expected_blocks, row_splits
-from .entries import entry_format, load_entries
+from .entries import entry_format, load_entries, pinned
 from .indices import slots_of
 from .launch import Launcher
+from .order import dies, token_and_block
 from .portability import INTERPRETED, to_bf16
 from .scratch import partials
 from .softmax import LN2, LOG2E, apply_sink, attend_block, finish, load_q
@@ -106,6 +107,8 @@ def _attend_scope(
             valid = slots >= 0
             # Without an entry, a neighbour's is read: its weight is zero, and the gathers need no masks.
             slots = tl.where(valid, slots, stand_in)
+            if FORMAT.pin:
+                slots = pinned(slots)
             k = load_entries(cache_ptr, slots, page_size, page_stride, k_scale, 0, VALUE_DIM, FORMAT)
             k_tail = k
             if TAIL > 0:
@@ -142,8 +145,15 @@ def decode_kernel(
     HAS_SWA_LENS: tl.constexpr, HAS_EXTRA: tl.constexpr, HAS_EXTRA_LENS: tl.constexpr, HAS_SINK: tl.constexpr,
     SPLIT: tl.constexpr, EARLY: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, VALUE_DIM: tl.constexpr,
     TAIL: tl.constexpr, WIDE: tl.constexpr, LOCAL: tl.constexpr, SWA: tl.constexpr, EXTRA: tl.constexpr,
+    SWA_PAGE: tl.constexpr, EXTRA_PAGE: tl.constexpr, DIES: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
+    """``SWA_PAGE`` and ``EXTRA_PAGE``: the page sizes, where the code is for these alone, else 0."""
+    token = tl.program_id(0)
+    if DIES > 1:
+        tokens = tl.num_programs(0)
+        program = token + tl.program_id(1) * tokens
+        token, head_block = token_and_block(program, tokens, tl.num_programs(1), DIES)
+    token = token.to(tl.int64)
     split = tl.program_id(2)
     if SPLIT and EARLY:
         # Lets the reduction be launched once all programs run; it waits for what they write by itself.
@@ -171,7 +181,10 @@ def decode_kernel(
         first = split * share
         last = tl.minimum(first + share, blocks)
 
-    head = tl.program_id(1).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
+    if DIES == 1:
+        # Not asked for above, where it would be kept through all that.
+        head_block = tl.program_id(1)
+    head = head_block.to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     head_mask = head < heads
     q, q_tail = load_q(q_ptr + token * q_stride_t + head * q_stride_h, head_mask, VALUE_DIM, TAIL)
     m = tl.full((BLOCK_H,), float("-inf"), tl.float32)
@@ -179,7 +192,8 @@ def decode_kernel(
     acc = tl.zeros((BLOCK_H, VALUE_DIM), tl.float32)
     m, l, acc = _attend_scope(
         q, q_tail, m, l, acc, scale * LOG2E, swa_ptr, swa_indices_ptr + token * swa_indices_stride, swa_span,
-        first, tl.minimum(last, swa_blocks), swa_capacity, swa_page_size, swa_page_stride, swa_k_scale,
+        first, tl.minimum(last, swa_blocks), swa_capacity, SWA_PAGE if SWA_PAGE > 0 else swa_page_size,
+        swa_page_stride, swa_k_scale,
         table_ptr, table_columns, table_pages, BLOCK_K, VALUE_DIM, TAIL, WIDE, False, SWA,
     )  # fmt: skip
     if HAS_EXTRA:
@@ -193,7 +207,7 @@ def decode_kernel(
         m, l, acc = _attend_scope(
             q, q_tail, m, l, acc, scale * LOG2E, extra_ptr, extra_indices_ptr + token * extra_indices_stride,
             extra_span, tl.maximum(first - swa_blocks, 0), last - swa_blocks,
-            extra_limit, extra_page_size, extra_page_stride, extra_k_scale,
+            extra_limit, EXTRA_PAGE if EXTRA_PAGE > 0 else extra_page_size, extra_page_stride, extra_k_scale,
             table, table_columns, table_pages, BLOCK_K, VALUE_DIM, TAIL, WIDE, LOCAL, EXTRA,
         )  # fmt: skip
 
@@ -377,7 +391,9 @@ def sparse_mla_decode(call: DecodeCall) -> Result:
     config = decode_config(limits.arch, heads, (swa_cache.layout, e_cache.layout))
     head_blocks = -(-heads // config.block_h)
     blocks = expected_blocks(call.entries, (spans.swa_width, spans.extra_width), config.block_k)
-    splits, whole = row_splits(Batch(tokens * head_blocks, 2 * limits.multiprocessors), blocks, call.split_k)
+    splits, whole = row_splits(
+        Batch(tokens * head_blocks, config.resident * limits.multiprocessors), blocks, call.split_k
+    )
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     if splits > 1:
         partial, partial_lse = partials(call, splits)
@@ -402,6 +418,7 @@ def sparse_mla_decode(call: DecodeCall) -> Result:
             depends_early(limits.arch), config.block_h, config.block_k, value_dim, head_dim - value_dim,
             max(swa_cache.capacity, e_cache.capacity) > 2**31 - 1, call.local is not None,
             entry_format(swa_cache.layout, limits.arch), entry_format(e_cache.layout, limits.arch),
+            *((swa_cache.page_size, e_cache.page_size) if config.fixed_pages else (0, 0)), dies(limits.arch),
         ),
         **config.options,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Shared memory bounds them: 64 KiB of LDS on gfx942, 160 KiB on gfx950, 99 KiB a block on sm_120, 227 KiB on sm_90
 and sm_100. The gfx rows were chosen by compiling (benchmarks/gfx_configs.py, docs/gfx.md): no spills with
-Triton 3.6 and 3.9. None was timed on an AMD GPU.
+Triton 3.9, and at most 14 registers' with 3.6 where that is still the fewest cycles. None was timed on an AMD GPU.
 """
 
 from __future__ import annotations
@@ -17,13 +17,24 @@ from .limits import MAX_SPLITS
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """Heads and entries one program step covers, and how Triton launches it."""
+    """How programs cover heads and entries, and how Triton launches them.
+
+    Attributes:
+        block_h, block_k: heads of a program, entries of a step.
+        num_warps, num_stages: Triton's.
+        matrix_instr_nonkdim: an option of AMD's backend alone; 0 elsewhere.
+        resident: programs that a multiprocessor runs at once, as registers and shared memory allow.
+        fixed_pages: whether the code is for the caches' page sizes alone. It divides by them at every step, which takes
+            tens of instructions where they are arguments. A server's are few.
+    """
 
     block_h: int
     block_k: int
     num_warps: int
     num_stages: int
     matrix_instr_nonkdim: int = 0
+    resident: int = 2
+    fixed_pages: bool = False
 
     @property
     def options(self) -> dict[str, int]:
@@ -36,48 +47,54 @@ _FEW_HEADS = 16
 """Up to this many heads one 16-row matrix tile holds them all."""
 
 
-class _Row(NamedTuple):
-    """An arch family's shapes, by heads and by how much its entries take to decode."""
+class _Shapes(NamedTuple):
+    """Those of up to 16 heads, and of more."""
 
     few: AttentionConfig
     many: AttentionConfig
-    heavy_few: AttentionConfig
-    heavy_many: AttentionConfig
 
 
-_SMALL = AttentionConfig(16, 16, 4, 1)
-_HOPPER_FEW, _HOPPER_MANY = AttentionConfig(16, 32, 4, 2), AttentionConfig(64, 32, 8, 2)
-_HOPPER = _Row(_HOPPER_FEW, _HOPPER_MANY, _HOPPER_FEW, _HOPPER_MANY)
+class _Row(NamedTuple):
+    """An arch family's shapes, by what its entries take: of one scale to 64 values or none, finer scales, wide ones.
 
+    Wide are those of more than 512 values. They cost registers and shared memory, and where Triton exchanges scales one
+    by one, so do fine ones.
+    """
+
+    plain: _Shapes
+    fine: _Shapes
+    wide: _Shapes
+
+
+def _gfx(block_h: int, block_k: int, resident: int = 1) -> AttentionConfig:
+    return AttentionConfig(block_h, block_k, 4, 1, 16, resident, True)
+
+
+_GFX950 = _Shapes(_gfx(16, 32), _gfx(64, 32))
+_HOPPER = _Shapes(AttentionConfig(16, 32, 4, 2), AttentionConfig(64, 32, 8, 2))
+_SMALL = _Shapes(AttentionConfig(16, 16, 4, 1), AttentionConfig(16, 16, 4, 1))
 _CONFIGS = {
     "gfx942": _Row(
-        AttentionConfig(16, 16, 4, 1, 16),
-        AttentionConfig(64, 16, 4, 1, 16),
-        AttentionConfig(16, 16, 4, 1, 16),
-        AttentionConfig(32, 16, 4, 1, 16),
+        plain=_Shapes(_gfx(16, 16, 2), _gfx(64, 32)),
+        fine=_Shapes(_gfx(16, 16, 2), _gfx(64, 16)),
+        wide=_Shapes(_gfx(16, 16), _gfx(64, 16)),
     ),
-    "gfx950": _Row(
-        AttentionConfig(16, 32, 4, 1, 16),
-        AttentionConfig(64, 16, 4, 1, 16),
-        AttentionConfig(16, 16, 4, 1, 16),
-        AttentionConfig(32, 16, 4, 1, 16),
-    ),
-    "sm_9": _HOPPER,
-    "sm_10": _HOPPER,
+    "gfx950": _Row(_GFX950, _GFX950, _GFX950),
+    "sm_9": _Row(_HOPPER, _HOPPER, _HOPPER),
+    "sm_10": _Row(_HOPPER, _HOPPER, _HOPPER),
 }
-_OTHERS = _Row(AttentionConfig(16, 32, 4, 1), AttentionConfig(16, 32, 4, 1), _SMALL, _SMALL)
+_OTHERS = _Row(_Shapes(AttentionConfig(16, 32, 4, 1), AttentionConfig(16, 32, 4, 1)), _SMALL, _SMALL)
 
 
 def decode_config(arch: str, heads: int, layouts: tuple[CacheLayout, ...]) -> AttentionConfig:
-    """The launch shape for ``heads`` query heads and entries of ``layouts``; unknown archs get the smallest.
-
-    Scales finer than one to 64 values, or more than 512 values, are heavy: they cost registers and shared memory.
-    """
+    """The launch shape for ``heads`` query heads and entries of ``layouts``; unknown archs get the smallest."""
     row = next((row for prefix, row in _CONFIGS.items() if arch.startswith(prefix)), _OTHERS)
-    heavy = any(layout.scale_tile < 64 or layout.head_dim > 512 for layout in layouts)
-    if heads <= _FEW_HEADS:
-        return row.heavy_few if heavy else row.few
-    return row.heavy_many if heavy else row.many
+    shapes = row.plain
+    if any(layout.head_dim > 512 for layout in layouts):
+        shapes = row.wide
+    elif any(layout.scale_tile < 64 for layout in layouts):
+        shapes = row.fine
+    return shapes.few if heads <= _FEW_HEADS else shapes.many
 
 
 class SplitCosts(NamedTuple):

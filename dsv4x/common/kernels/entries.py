@@ -29,6 +29,8 @@ class EntryFormat:
         value_encoding, scale_encoding: their names. A field called ``value`` would be the constexpr's own (Triton 3.6).
         native: whether the arch's own conversion decodes the values.
         native_encode: whether it encodes them too.
+        pin: whether what all threads need of an entry is pinned, see :func:`pinned`. On gfx alone, where it is what the
+            compiled code wants; on sm_90 Triton shares it without being told.
     """
 
     nope_dim: int
@@ -43,6 +45,7 @@ class EntryFormat:
     scale_encoding: str
     native: bool
     native_encode: bool
+    pin: bool
 
 
 @functools.lru_cache(maxsize=256)
@@ -64,6 +67,7 @@ def entry_format(layout: CacheLayout, arch: str) -> EntryFormat:
         native,
         # Measured on NVIDIA alone to saturate, infinities too, and to drop a NaN's sign. AMD's is a mode bit's matter.
         native and arch.startswith("sm_"),
+        arch.startswith("gfx"),
     )
 
 
@@ -75,6 +79,22 @@ def native_fp8(layout: CacheLayout, arch: str) -> bool:
     if arch.startswith("sm_"):
         return layout.value_encoding == "e4m3fn" and int(arch.removeprefix("sm_")) >= 89
     return layout.value_encoding == _NATIVE_ON_GFX.get(arch)
+
+
+@triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def pinned(x):
+    """Integers ``x [N]`` or ``[N, M]``, computed once.
+
+    Triton computes again, in every layout of threads that wants it, what it takes for cheap: slots, the pages they are
+    in, and, to exchange codes and not values between threads, whole decoded tiles. It does not look behind a reduction,
+    and one over a single element is no instruction.
+    """
+    return tl.reduce(tl.expand_dims(x, 0), 0, _either)
 
 
 @triton.jit
@@ -112,12 +132,27 @@ def _exact_bf16(x):
 
 
 @triton.jit
+def _load_scale_words(scale, TILES: tl.constexpr):
+    """uint8 ``[N, TILES]`` codes at ``scale``, aligned to 4 bytes, read four at once."""
+    words = scale.to(tl.pointer_type(tl.uint32))[:, None] + tl.arange(0, TILES // 4)[None, :]
+    codes = tl.load(words)[:, :, None] >> (8 * tl.arange(0, 4))[None, None, :]
+    return tl.reshape(codes & 0xFF, (scale.shape[0], TILES)).to(tl.uint8)
+
+
+@triton.jit
 def _load_scales(scale, FIRST: tl.constexpr, COUNT: tl.constexpr, FORMAT: tl.constexpr):
     """float32 ``[N, COUNT]`` scales of the values from ``FIRST`` on, each tile's read once."""
     TILES: tl.constexpr = COUNT // FORMAT.tile
     # An entry's scales may be fewer than its tiles, a power of two; the values there are replaced later.
     tile = tl.minimum(FIRST // FORMAT.tile + tl.arange(0, TILES), FORMAT.nope_dim // FORMAT.tile - 1)
-    if FORMAT.scale_encoding == "ue8m0":
+    if FORMAT.pin and FORMAT.tile < 64 and FORMAT.scale_bytes % 4 == 0:
+        # As bytes they are as many as the threads. Triton would then load each once and exchange them one by one.
+        codes = _load_scale_words(scale + FIRST // FORMAT.tile, TILES)
+        if FORMAT.scale_encoding == "ue8m0":
+            scales = ue8m0_to_f32(codes)
+        else:
+            scales = e4m3fn_to_f32(codes)
+    elif FORMAT.scale_encoding == "ue8m0":
         scales = ue8m0_to_f32(tl.load(scale[:, None] + tile[None, :]))
     elif FORMAT.scale_encoding == "e4m3fn":
         scales = e4m3fn_to_f32(tl.load(scale[:, None] + tile[None, :]))
@@ -140,7 +175,10 @@ def _load_encoded(data, scale, column, k_scale, FIRST: tl.constexpr, COUNT: tl.c
         return to_bf16(values * k_scale)
     values *= _load_scales(scale, FIRST, COUNT, FORMAT)
     if FORMAT.scale_encoding == "float32":
-        return to_bf16(values)
+        values = to_bf16(values)
+        if FORMAT.pin:
+            values = pinned(values.to(tl.uint16, bitcast=True)).to(tl.bfloat16, bitcast=True)
+        return values
     else:
         return _exact_bf16(values)
 

@@ -18,8 +18,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-# The interpreter compiles nothing; HIP specializes pointers by their storage's size too, and was not measured.
-_BY_TRITON = triton.knobs.runtime.interpret or torch.version.hip is not None
+# The interpreter compiles nothing.
+_BY_TRITON = triton.knobs.runtime.interpret
+
+_BY_SIZE = torch.version.hip is not None
+"""Whether Triton compiles for a pointer's storage of less than 2 GiB too, as it does on HIP: 32-bit offsets then."""
 
 _MOST = 1024
 """Launches remembered a kernel, the latest: lengths differ from step to step, and none may stay for good."""
@@ -45,8 +48,8 @@ class Launcher:
     """Launches a kernel whose parameters are pointers, then numbers, then constexprs.
 
     It remembers the compiled kernel under everything Triton could have specialized it for: the device, each pointer's
-    dtype, every number by its value and every constexpr. A pointer that is not a multiple of 16 goes Triton's way.
-    Profilers' launch hooks are called as ever.
+    dtype and on HIP whether its storage is below 2 GiB, every number by its value and every constexpr. A pointer that
+    is not a multiple of 16 goes Triton's way. Profilers' launch hooks are called as ever.
 
     Keys do not tell 2 from 2.0. They need not: a parameter in ``floats`` is compiled as a float whatever it is given,
     and every other one takes ints alone.
@@ -61,6 +64,11 @@ class Launcher:
         self.floats = floats
         self._compiled: dict[Hashable, Any] = {}
 
+    @staticmethod
+    def _sizes(tensors: tuple[torch.Tensor, ...]) -> tuple[bool, ...]:
+        """Which storages Triton's HIP backend takes for 32-bit offsets."""
+        return tuple([t.untyped_storage().nbytes() < 2**31 for t in tensors]) if _BY_SIZE else ()
+
     def prepare(
         self,
         programs: int | tuple[int, int, int],
@@ -71,7 +79,8 @@ class Launcher:
     ) -> Callable[[tuple[torch.Tensor, ...]], None]:
         """The launch of which only the tensors are missing: those of every call are of one device and the same dtypes.
 
-        Such a call spares the host the look-up of the compiled kernel.
+        Such a call spares the host the look-up of the compiled kernel. On HIP it is looked up again where a tensor has
+        passed 2 GiB, or no longer does.
         """
         grid = (programs, 1, 1) if isinstance(programs, int) else programs
         parts = (numbers, constexprs)
@@ -84,13 +93,13 @@ class Launcher:
                 bits = 0
                 for address in addresses:
                     bits |= address
-                if bits % 16 == 0:
+                if bits % 16 == 0 and (not _BY_SIZE or known[1] == self._sizes(tensors)):
                     known[0](*addresses, *tail)
                     return
             self(programs, tensors, numbers, constexprs, num_warps, **options)
             compiled = None if _BY_TRITON else self._compiled.get(self._key(tensors, parts, num_warps, options))
             if compiled is not None:
-                known[:] = [compiled[grid]]
+                known[:] = [compiled[grid], self._sizes(tensors)]
 
         return launch
 
@@ -101,7 +110,15 @@ class Launcher:
         num_warps: int,
         options: dict[str, int],
     ) -> Hashable:
-        return (torch.cuda.current_device(), tuple([t.dtype for t in tensors]), *tail, num_warps, *options.items())
+        sizes = self._sizes(tensors)
+        return (
+            torch.cuda.current_device(),
+            tuple([t.dtype for t in tensors]),
+            sizes,
+            *tail,
+            num_warps,
+            *options.items(),
+        )
 
     def __call__(
         self,

@@ -2,8 +2,8 @@
 
 A program holds the heads of one or more query rows and walks K tiles: K's entries are the rows of the matrix product
 and heads its columns, so that the sum over heads stays inside a thread and its neighbours. FP8 of the arch's own
-flavour is multiplied as it is; everything else is exact in bf16 and multiplied there. A NaN product counts as 0, as in
-DeepGEMM, whose maximum with 0 drops it; a logit that is NaN all the same becomes -inf.
+flavour is multiplied as it is, gfx942 takes OCP's K at half its values, and everything else is exact in bf16. A NaN
+product counts as 0, as in DeepGEMM, whose maximum with 0 drops it; a logit that is NaN all the same becomes -inf.
 """
 
 from __future__ import annotations
@@ -59,6 +59,24 @@ def _as_operand(codes, ENCODING: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def halved_e4m3fnuz(codes):
+    """Words of four e4m3fn codes, uint32 ``[N, M]`` -> the e4m3fnuz codes of half their values, uint8 ``[N, 4 * M]``.
+
+    The flavours' biases differ by one. So do 0x80, which is -0 in one and NaN in the other, and e4m3fn's NaNs, 0x7F and
+    0xFF.
+    """
+    magnitude = codes & 0x7F7F7F7F
+    # No sum reaches the next byte.
+    nonzero = (magnitude + 0x7F7F7F7F) & 0x80808080
+    nan = (magnitude + 0x01010101) & 0x80808080
+    codes = magnitude | (codes & nonzero)
+    codes = (codes & ~(nan | (nan - (nan >> 7)))) | nan
+    pairs = tl.join(codes & 0x00FF00FF, (codes >> 8) & 0x00FF00FF)
+    halves = tl.join((pairs & 0xFF).to(tl.uint8), (pairs >> 16).to(tl.uint8))
+    return tl.reshape(tl.permute(halves, (0, 1, 3, 2)), (codes.shape[0], 4 * codes.shape[1]))
+
+
+@triton.jit
 def _typed(pointer, ENCODING: tl.constexpr, NATIVE: tl.constexpr):
     """A byte pointer as one to what is loaded: a tile cast after its load would leave its way to the product."""
     if NATIVE:
@@ -85,23 +103,33 @@ def _load_q(
 
 
 @triton.jit
-def _load_k(data_ptr, ue8m0_ptr, mask, K: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr):
-    """The K tile as an operand, from int8 pointers ``[BLOCK, 1]`` to each entry's values and, of e2m1, its scales."""
+def _load_k(data_ptr, ue8m0_ptr, mask, Q: tl.constexpr, K: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr):
+    """The K tile as an operand, from byte pointers ``[BLOCK, 1]`` to each entry's values and to ue8m0 scales."""
     if K == "e2m1":
         codes = tl.load(data_ptr + tl.arange(0, DIM // 2)[None, :], mask=mask)
         scales = ue8m0_to_f32(tl.load(ue8m0_ptr + tl.arange(0, DIM // 32)[None, :], mask=mask))
         values = tl.reshape(e2m1_to_f32(tl.interleave(codes & 0xF, codes >> 4)), (BLOCK, DIM // 32, 32))
         return to_bf16(tl.reshape(values * scales[:, :, None], (BLOCK, DIM)))
+    elif K == "mxfp8":
+        codes = tl.load(data_ptr + tl.arange(0, DIM)[None, :], mask=mask)
+        scales = ue8m0_to_f32(tl.load(ue8m0_ptr + tl.arange(0, DIM // 32)[None, :], mask=mask))
+        values = tl.reshape(e4m3fn_to_f32(codes), (BLOCK, DIM // 32, 32))
+        return to_bf16(tl.reshape(values * scales[:, :, None], (BLOCK, DIM)))
+    elif NATIVE and K != Q:
+        words = data_ptr.to(tl.pointer_type(tl.uint32)) + tl.arange(0, DIM // 4)[None, :]
+        return halved_e4m3fnuz(tl.load(words, mask=mask)).to(tl.float8e4b8, bitcast=True)
     else:
         codes = tl.load(_typed(data_ptr, K, NATIVE) + tl.arange(0, DIM)[None, :], mask=mask)
         return _as_operand(codes, K, NATIVE)
 
 
 @triton.jit
-def _load_scale(pointer, mask, K: tl.constexpr):
-    """What a K tile's logits are multiplied by, ``[BLOCK, 1]``; e2m1 has its scales in its operand."""
-    if K == "e2m1":
+def _load_scale(pointer, mask, Q: tl.constexpr, K: tl.constexpr, NATIVE: tl.constexpr):
+    """What a K tile's logits are multiplied by, ``[BLOCK, 1]``; ue8m0 scales are in the operand."""
+    if K == "e2m1" or K == "mxfp8":
         return 1.0
+    elif NATIVE and K != Q:
+        return 2.0 * tl.load(pointer.to(tl.pointer_type(tl.float32)), mask=mask)
     else:
         return tl.load(pointer.to(tl.pointer_type(tl.float32)), mask=mask)
 
@@ -148,8 +176,8 @@ def _table_row(table_ptr, requests_ptr, row, requests, requests_stride, table_st
 def _score_pages(
     begin, end, limit, lens, mine, q, weights, cache_ptr, table, out,
     page_size, pages, scale_base, page_stride,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, NATIVE: tl.constexpr,
-    WHOLE_PAGES: tl.constexpr, STAGES: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, Q: tl.constexpr, K: tl.constexpr,
+    NATIVE: tl.constexpr, WHOLE_PAGES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The logits of ``ROWS`` query rows over entries ``[begin, end)``; tiles past ``end`` write up to ``limit``."""
     ENTRY: tl.constexpr = DIM // 2 if K == "e2m1" else DIM
@@ -165,8 +193,8 @@ def _score_pages(
             data = base + inside * ENTRY
             found = column < tl.where(there, end, 0)
             scales = base + scale_base + inside * 4
-            scale = _load_scale(scales, None, K)
-            k = _load_k(data, scales, None, K, NATIVE, BLOCK)
+            scale = _load_scale(scales, None, Q, K, NATIVE)
+            k = _load_k(data, scales, None, Q, K, NATIVE, BLOCK)
         else:
             held = column < end
             page = tl.load(table + column // page_size, mask=held, other=-1)
@@ -175,8 +203,8 @@ def _score_pages(
             inside = (column % page_size)[:, None]
             data = base[:, None] + inside * ENTRY
             scales = base[:, None] + scale_base + inside * 4
-            scale = _load_scale(scales, found[:, None], K)
-            k = _load_k(data, scales, found[:, None], K, NATIVE, BLOCK)
+            scale = _load_scale(scales, found[:, None], Q, K, NATIVE)
+            k = _load_k(data, scales, found[:, None], Q, K, NATIVE, BLOCK)
         values = _logits(k, q, weights, HEADS, ROWS, NATIVE, BLOCK) * scale
         values = tl.where(found[:, None] & (column[:, None] < lens[None, :]), values, _MINUS_INF)
         _store_logits(out + column[:, None], values, mine[None, :] & (column < limit)[:, None])
@@ -221,7 +249,7 @@ def paged_mqa_logits_kernel(
         )
         _score_pages(
             begin, end, limit, lens, mine, q, weights, cache_ptr, table, out, page_size, pages, scale_base,
-            page_stride, HEADS, ROWS, BLOCK, K, NATIVE, WHOLE_PAGES, STAGES,
+            page_stride, HEADS, ROWS, BLOCK, Q, K, NATIVE, WHOLE_PAGES, STAGES,
         )  # fmt: skip
     if CLEAN:
         # Tiles reach past the last length by less than a block; everything behind them is filled here.
@@ -274,7 +302,7 @@ def scheduled_mqa_logits_kernel(
             )
             _score_pages(
                 begin, end, max_context_len, lens, mine, q, weights, cache_ptr, table, out, page_size, pages,
-                scale_base, page_stride, HEADS, ROWS, BLOCK, K, NATIVE, WHOLE_PAGES, STAGES,
+                scale_base, page_stride, HEADS, ROWS, BLOCK, Q, K, NATIVE, WHOLE_PAGES, STAGES,
             )  # fmt: skip
 
 
@@ -315,8 +343,8 @@ def mqa_logits_kernel(
             held = column < entries
             data = k_ptr + column.to(tl.int64)[:, None] * k_stride
             scales = k_scale_ptr + column.to(tl.int64)[:, None] * k_scale_stride
-            scale = _load_scale(scales, held[:, None], K)
-            k = _load_k(data, scales, held[:, None], K, NATIVE, BLOCK)
+            scale = _load_scale(scales, held[:, None], Q, K, NATIVE)
+            k = _load_k(data, scales, held[:, None], Q, K, NATIVE, BLOCK)
             values = _logits(k, q, weights, HEADS, ROWS, NATIVE, BLOCK) * scale
             inside = (column[:, None] >= ks[None, :]) & (column[:, None] < ke[None, :])
             _store_logits(out + column[:, None] - shift[None, :], values, inside & mine[None, :])
@@ -446,8 +474,8 @@ _SMALLEST = LogitsConfig(64, 1, 4, 2, programs=8)
 
 
 def native(q: str, k: str, arch_fp8: str) -> bool:
-    """Whether q's and K's codes are multiplied as they are."""
-    return not INTERPRETED.value and q == k == arch_fp8
+    """Whether the arch multiplies q's and K's codes: both of its own flavour, or K of OCP's where its own is fnuz."""
+    return not INTERPRETED.value and q == arch_fp8 and (k == q or (q, k) == ("e4m3fnuz", "e4m3fn"))
 
 
 def logits_config(arch: str, native_fp8: bool, *, next_n: int | None) -> LogitsConfig:
@@ -521,7 +549,8 @@ def paged_mqa_logits(call: PagedLogitsCall) -> torch.Tensor:
         out = empty_logits(batch * next_n, max_context_len, q.device)
     q, layout = _decoded(q, call.q_scale), cache.layout
     q_encoding = _ENCODINGS[q.dtype]
-    is_native = native(q_encoding, layout.value_encoding, limits.fp8)
+    k_encoding = layout.operand_encoding
+    is_native = native(q_encoding, k_encoding, limits.fp8)
     config = logits_config(limits.arch, is_native, next_n=next_n)
     groups = -(-next_n // config.rows)
     # Triton takes any tensor for one that it does not read.
@@ -533,7 +562,7 @@ def paged_mqa_logits(call: PagedLogitsCall) -> torch.Tensor:
         weights.stride(0), context_lens.stride(0), context_lens.stride(1), out.stride(0),
     )  # fmt: skip
     constexprs = (
-        heads, config.rows, config.block, q_encoding, layout.value_encoding, is_native,
+        heads, config.rows, config.block, q_encoding, k_encoding, is_native,
         cache.page_size % config.block == 0, config.num_stages, requests is not None,
     )  # fmt: skip
     if call.plan is not None and not call.clean_logits:
@@ -562,6 +591,8 @@ def mqa_logits(call: FlatLogitsCall) -> torch.Tensor:
         out = empty_logits(rows, width, q.device)
     q = _decoded(q, call.q_scale)
     q_encoding, k_encoding = _ENCODINGS[q.dtype], "e2m1" if k.dtype == torch.uint8 else _ENCODINGS[k.dtype]
+    if k_encoding == "e4m3fn" and k_scale.dtype == torch.uint8:
+        k_encoding = "mxfp8"
     is_native = native(q_encoding, k_encoding, limits.fp8)
     config = logits_config(limits.arch, is_native, next_n=None)
     # Behind a dimension of its own, because a lone scale may have any stride, with which no view is made.

@@ -7,6 +7,7 @@ import triton.language as tl
 from ..core.calls import PrefillCall, Result, output
 from ..core.platform import platform
 from .launch import Launcher
+from .order import dies, token_and_block
 from .portability import to_bf16
 from .prefill_shapes import prefill_config
 from .softmax import LOG2E, apply_sink, attend_block, finish, load_q
@@ -25,12 +26,18 @@ def prefill_kernel(
     q_ptr, kv_ptr, indices_ptr, lens_ptr, sink_ptr, out_ptr, lse_ptr,
     heads, rows, width, scale, q_stride_t, q_stride_h, kv_stride, indices_stride, out_stride_t, out_stride_h,
     HAS_LENS: tl.constexpr, HAS_SINK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr,
-    VALUE_DIM: tl.constexpr, TAIL: tl.constexpr, PREFETCH: tl.constexpr,
+    VALUE_DIM: tl.constexpr, TAIL: tl.constexpr, PREFETCH: tl.constexpr, DIES: tl.constexpr,
 ):  # fmt: skip
     # Blocks of heads of one token run side by side, so that the others find the rows in L2.
     head_blocks = (heads + BLOCK_H - 1) // BLOCK_H
-    token = (tl.program_id(0) // head_blocks).to(tl.int64)
-    head = (tl.program_id(0) % head_blocks).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
+    if DIES > 1:
+        tokens = tl.num_programs(0) // head_blocks
+        token, head_block = token_and_block(tl.program_id(0), tokens, head_blocks, DIES)
+        token = token.to(tl.int64)
+        head = head_block.to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
+    else:
+        token = (tl.program_id(0) // head_blocks).to(tl.int64)
+        head = (tl.program_id(0) % head_blocks).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)
     head_mask = head < heads
     column = tl.arange(0, VALUE_DIM)
     q, q_tail = load_q(q_ptr + token * q_stride_t + head * q_stride_h, head_mask, VALUE_DIM, TAIL)
@@ -73,7 +80,8 @@ def sparse_mla_prefill(call: PrefillCall) -> Result:
     kv, indices, lens = call.kv, call.indices, call.lens
     tokens, _, head_dim = q.shape
     value_dim = out.shape[2]
-    config = prefill_config(platform.limits(q.device).arch, heads, head_dim)
+    arch = platform.limits(q.device).arch
+    config = prefill_config(arch, heads, head_dim)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     _launch(
         tokens * -(-heads // config.block_h),
@@ -84,7 +92,7 @@ def sparse_mla_prefill(call: PrefillCall) -> Result:
         ),
         (
             lens is not None, attn_sink is not None, config.block_h, config.block_k, value_dim, head_dim - value_dim,
-            config.prefetch,
+            config.prefetch, dies(arch),
         ),
         **config.options,
     )  # fmt: skip

@@ -40,12 +40,13 @@ _GFX950 = (("matrix_instr_nonkdim", 16),)
 _SMALLEST = ((128, PrefillConfig(16, 32, 4, 2)),)
 
 # (arch prefix, head dim) -> (most heads, config), ascending. Of gfx942's LDS q takes all 64 KiB while it is loaded; two
-# stages there and on gfx950 hold the next rows in registers, which V3.2's 64 values more do not fit into.
+# stages on gfx950 hold the next rows in registers, which V3.2's 64 values more do not fit into. On gfx942 V would then
+# be read from LDS in 256 reads of two bytes a step.
 _TABLE: dict[tuple[str, int], tuple[tuple[int, PrefillConfig], ...]] = {
     ("gfx942", 512): (
         (16, PrefillConfig(16, 32, 4, 1, hip=_GFX942)),
         (32, PrefillConfig(32, 32, 4, 1, prefetch=True, hip=_GFX942)),
-        (128, PrefillConfig(64, 32, 4, 2, hip=_GFX942)),
+        (128, PrefillConfig(64, 32, 4, 1, prefetch=True, hip=_GFX942)),
     ),
     ("gfx942", 576): (
         (16, PrefillConfig(16, 32, 4, 1, hip=_GFX942)),

@@ -91,8 +91,8 @@ def check_cache(name: str, cache: object, device: torch.device) -> PagedCache:
     """A cache of the indexer's K, in either encoding, or an error that names the argument."""
     cache = checks.cache(name, cache, device)
     base = cache.layout.with_flavour("e4m3fn") if cache.layout.value_encoding in layouts.FLAVOURS else cache.layout
-    if base not in (layouts.INDEXER_FP8, layouts.INDEXER_FP4):
-        names = f"{layouts.INDEXER_FP8.name} or {layouts.INDEXER_FP4.name}"
+    if base != layouts.INDEXER_FP8 and cache.layout not in (layouts.INDEXER_MXFP8, layouts.INDEXER_FP4):
+        names = f"{layouts.INDEXER_FP8.name}, {layouts.INDEXER_MXFP8.name} or {layouts.INDEXER_FP4.name}"
         raise ValueError(f"{name}: layout is {cache.layout.name}, need {names}")
     return cache
 
@@ -120,7 +120,8 @@ def paged_mqa_logits(
 
     Args:
         q: e4m3fn or e4m3fnuz ``[B, n, H, 128]``, or packed e2m1, uint8 ``[B, n, H, 64]``; B >= 0, n >= 1, H 32 or 64.
-        cache: a :class:`~dsv4x.PagedCache` of layout ``INDEXER_FP8`` (either flavour) or ``INDEXER_FP4``.
+        cache: a :class:`~dsv4x.PagedCache` of layout ``INDEXER_FP8`` (either flavour), ``INDEXER_MXFP8`` or
+            ``INDEXER_FP4``.
         weights: float32 ``[B * n, H]``, q's scale (of an fp8 q) multiplied in.
         context_lens: int32 or int64 ``[B, n]``, entries of each row, clamped to ``[0, max_context_len]``.
         block_table: int32 ``[B, m]`` page numbers; what stands past a request's own pages is never used.
@@ -253,7 +254,7 @@ def mqa_logits(
     Args:
         q: e4m3fn or e4m3fnuz ``[M, H, 128]``, or packed e2m1, uint8 ``[M, H, 64]``; M >= 0, H 32 or 64.
         k: e4m3fn or e4m3fnuz ``[N, 128]``, or packed e2m1, uint8 ``[N, 64]``; rows contiguous, back to back.
-        k_scale: float32 ``[N]``, or of an e2m1 K uint8 ue8m0 ``[N, 4]``.
+        k_scale: float32 ``[N]``; of an e2m1 K, or an e4m3fn one in MXFP8, uint8 ue8m0 ``[N, 4]``.
         weights: float32 ``[M, H]``, q's scale (of an fp8 q) multiplied in.
         ks, ke: int32 or int64 ``[M]``, workspace rows where a row's entries begin and end, clamped to ``[0, N]``; a row
             with ke <= ks has none.
@@ -280,7 +281,8 @@ def mqa_logits(
     entries = k.shape[0]
     if entries > 1 and k.stride(0) != k.shape[1]:
         raise ValueError(f"k: stride(0) is {k.stride(0)}, need {k.shape[1]}")
-    if packed:
+    mx = isinstance(k_scale, torch.Tensor) and k_scale.dtype == torch.uint8 and k.dtype == torch.float8_e4m3fn
+    if packed or mx:
         checks.tensor("k_scale", k_scale, (entries, INDEX_DIM // 32), torch.uint8, device)
         if entries > 1 and k_scale.stride(0) != k_scale.shape[1]:
             raise ValueError(f"k_scale: stride(0) is {k_scale.stride(0)}, need {k_scale.shape[1]}")
@@ -304,7 +306,7 @@ def mqa_logits(
         width=width,
         rows=entries,
         q_encoding=encoding_of(q),
-        k_encoding=encoding_of(k),
+        k_encoding="mxfp8" if mx else encoding_of(k),
         relative=max_seqlen_k is not None,
         clean=clean_logits,
     )
@@ -385,10 +387,11 @@ def gather_indexer_k(
     """Entries of the indexer's paged K cache as flat rows for :func:`mqa_logits`, codes as they are.
 
     Args:
-        cache: a :class:`~dsv4x.PagedCache` of layout ``INDEXER_FP8`` (either flavour) or ``INDEXER_FP4``.
+        cache: a :class:`~dsv4x.PagedCache` of layout ``INDEXER_FP8`` (either flavour), ``INDEXER_MXFP8`` or
+            ``INDEXER_FP4``.
         slots: int32 or int64 ``[N]``, index space *slot*; one that is negative or past the cache gives zeros.
         k: the cache's FP8 dtype ``[>= N, 128]``, or uint8 ``[>= N, 64]`` of an fp4 cache, contiguous, or None.
-        k_scale: float32 ``[>= N]``, or uint8 ``[>= N, 4]`` of an fp4 cache, contiguous, beginning on
+        k_scale: float32 ``[>= N]``, or uint8 ``[>= N, 4]`` of an fp4 or mxfp8 cache, contiguous, beginning on
             4 bytes, or None.
         kernel: ``"triton"`` or ``"reference"``; None picks.
 
@@ -406,7 +409,8 @@ def gather_indexer_k(
     encoding = cache.layout.value_encoding
     packed = encoding == "e2m1"
     dtype = torch.uint8 if packed else torch.float8_e4m3fn if encoding == "e4m3fn" else torch.float8_e4m3fnuz
-    scale_dtype, scale_tail = (torch.uint8, (4,)) if packed else (torch.float32, ())
+    mx = cache.layout.scale_encoding == "ue8m0"
+    scale_dtype, scale_tail = (torch.uint8, (4,)) if mx else (torch.float32, ())
     made = []
     for name, value, kind, tail in (
         ("k", k, dtype, (cache.layout.nope_bytes,)),

@@ -37,6 +37,10 @@ _TOKENS = (1, 2, 8, 33, 130, 1024)
 _SPLITTING = ("triton", "gluon")
 """The kernels that split a row's entries and reduce them."""
 
+_LSE_CHANGES_NOTHING = (*_SPLITTING, "reference")
+"""The kernels that make an lse whether or not it is wanted. A vendor may have others for calls without: AITER's OPUS is
+built by hipcc at its first, which takes minutes."""
+
 # Requests on either side of what one program of a schedule takes at once, with few warps' worth and with many.
 _REQUESTS = (1, 257, 1025)
 
@@ -69,14 +73,16 @@ def warmup(
 
     Args:
         swa_cache, extra_cache: the server's caches of one layer, or small ones of the same layouts, page sizes and page
-            strides. Without ``extra_cache`` only compress ratio 1. Entries of 576 values (V3.2) have no steps: the two
-            attention ops are run over ``swa_cache`` instead.
+            strides. On ROCm small ones will not do for storages of 2 GiB or more: Triton compiles other code for those.
+            Without ``extra_cache`` only compress ratio 1. Entries of 576 values (V3.2) have no steps: the two attention
+            ops are run over ``swa_cache`` instead.
         heads: query heads on this rank.
         topk, window_size: as in :meth:`AttentionMetadata.build`.
         compress_ratios: the layer kinds that will be served, each a :class:`~dsv4x.LayerKind`, or a ratio that says it.
         softmax_scale: needed for entries of 576 values, as in :func:`~dsv4x.sparse_mla_decode`.
         index_cache: the indexer's K cache of a C4 layer, or a small one like it, in layout ``INDEXER_FP8`` (either
-            flavour) or ``INDEXER_FP4``; an fp4 one is met by fp8 queries and by e2m1 ones. None leaves the indexer out.
+            flavour), ``INDEXER_MXFP8`` or ``INDEXER_FP4``; an fp4 one is met by fp8 queries and by e2m1 ones. None
+            leaves the indexer out.
         index_heads: the indexer's query heads, 32 or 64.
         next_n: query tokens a request of a decode step.
         kernel: the attention kernel that will be asked for by name; None compiles for those that prediction picks.
@@ -241,13 +247,15 @@ def _run_paths(meta: AttentionMetadata, swa_cache: PagedCache, extra_cache: Page
         # Longer rows of every entry are made by the layers.
         meta.slot_rows(slice(0, tokens))
     arguments = (q, swa_cache, extra_cache, meta, topk)
-    explanation = explain_step(*arguments, size.kernel)
-    for path, problem in explanation.problems.items():
-        for name in _kernels_of(problem, size):
-            for sink in (None, torch.zeros(size.heads, dtype=torch.float32, device=device)):
-                sparse_mla_attention(*arguments, sink, path=path, kernel=name)
-    if not explanation.kernels:
-        sparse_mla_attention(*arguments, kernel=size.kernel)
+    for lse in (True, False):
+        explanation = explain_step(*arguments, size.kernel, return_lse=lse)
+        for path, problem in explanation.problems.items():
+            for name in _kernels_of(problem, size):
+                if lse or name not in _LSE_CHANGES_NOTHING:
+                    for sink in (None, torch.zeros(size.heads, dtype=torch.float32, device=device)):
+                        sparse_mla_attention(*arguments, sink, path=path, kernel=name, return_lse=lse)
+        if lse and not explanation.kernels:
+            sparse_mla_attention(*arguments, kernel=size.kernel)
 
 
 def _kernels_of(problem: AttentionProblem, size: _Size) -> list[str]:
