@@ -187,22 +187,30 @@ def test_decode_keeps_the_splits_it_is_given(decode_record):
     assert decode_record.not_supported_reasons(decode_problem(split_k=3)) == []
 
 
-@pytest.mark.parametrize("row", measured("decode"), ids=str)
-def test_decode_predictions_are_near_what_was_measured(decode_record, row):
-    asked = decode_problem(heads=row["heads"], extra_width=row["topk"], tokens=row["tokens"])
-    assert decode_record.predicted_us(asked) == pytest.approx(row.get("gluon_graph", row["gluon"]), rel=0.15)
+def decoded():
+    """The captured rows of one committed run of every decode kernel on an H100."""
+    rows = json.loads((RESULTS / "decode-choice-h100.json").read_text())["rows"]
+    return [row for row in rows if row["captured"]]
 
 
-def served():
-    """SGLang's C4 steps of 256 tokens at 16 heads, for which the Triton kernel was chosen once."""
-    rows = json.loads((RESULTS / "servers-sglang-h100.json").read_text())["rows"]
-    shape = {"heads": 16, "ratio": 4, "tokens": 256, "captured": True}
-    return [row for row in rows if shape.items() <= row.items()]
+def asked(row):
+    width = {"window": 0, "c128": 8192}.get(row["kind"], row["entries"])
+    return decode_problem(
+        heads=row["heads"], tokens=row["tokens"], extra_width=width, entries=128 + row["entries"], capturing=True
+    )
 
 
-@pytest.mark.parametrize("row", served(), ids=lambda row: f"{row['piece']}-{row['context']}")
-def test_gathers_bound_the_triton_kernel_at_few_heads(decode_record, row):
-    asked = decode_problem(heads=16, tokens=256)
-    predicted = portable._triton_decode_us(asked)
-    assert predicted == pytest.approx(row["us"]["dsv4x"], rel=0.2)
-    assert decode_record.predicted_us(asked) < predicted
+def test_decode_predictions_are_near_what_was_measured(decode_record):
+    ratios = [decode_record.predicted_us(asked(row)) / row["us"]["gluon"] for row in decoded()]
+    assert len(ratios) == 180
+    # The least are short rows of few tokens, which were measured whole and are split since.
+    assert 0.7 < min(ratios) < max(ratios) < 1.2
+    assert sum(ratio > 0.8 for ratio in ratios) > 160
+
+
+def test_gathers_bound_the_triton_kernel_at_few_heads(decode_record):
+    rows = [row for row in decoded() if (row["kind"], row["heads"], row["tokens"]) == ("k512", 16, 256)]
+    assert len(rows) == 1
+    predicted = portable._triton_decode_us(asked(rows[0]))
+    assert predicted == pytest.approx(rows[0]["us"]["triton"], rel=0.1)
+    assert decode_record.predicted_us(asked(rows[0])) < predicted

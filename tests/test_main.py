@@ -49,7 +49,7 @@ def test_info_as_json_holds_every_fact(capsys):
     for library in facts["libraries"]:
         assert library["usable"] == (library["reason"] is None)
     decode = facts["kernels"]["sparse_mla_decode"]
-    assert set(decode) == {"flash_mla", "deep_gemm", "gluon", "triton", "aiter", "flashinfer", "reference"}
+    assert set(decode) == {"flash_mla", "deep_gemm", "gluon", "cuda", "triton", "aiter", "flashinfer", "reference"}
     assert sum(kernel["chosen"] for kernel in decode.values()) == 1
     assert all(kernel["chosen"] or kernel["reasons"] or name != "flash_mla" for name, kernel in decode.items())
     assert facts["self_test"]["passed"] is True
