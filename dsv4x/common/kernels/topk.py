@@ -22,6 +22,7 @@ from ..core.platform import platform
 from ..core.spaces import TopkMethod
 from .decode import depends_early
 from .launch import Launcher
+from .portability import INTERPRETED
 
 _INT_MAX = tl.constexpr(2**31 - 1)
 _ABSENT = tl.constexpr(-(2**31))
@@ -76,13 +77,30 @@ def _add(a, b, c, d, other_a, other_b, other_c, other_d):
 
 
 @triton.jit
+def _least_and_most(low, high):
+    # The interpreter calls a combination of tuples once an element.
+    if INTERPRETED:
+        return tl.min(low), tl.max(high)
+    else:
+        return tl.reduce((low, high), 0, _low_high)
+
+
+@triton.jit
+def _sums(a, b, c, d):
+    if INTERPRETED:
+        return tl.sum(a), tl.sum(b), tl.sum(c), tl.sum(d)
+    else:
+        return tl.reduce((a, b, c, d), 0, _add)
+
+
+@triton.jit
 def _scaled(key):
     """Keys of 24 bits, linear in the values between the least and the largest finite one; all 0 where none are.
 
     Order is kept but for values that are close together and become equal.
     """
     finite = (key > _NEGATIVE_INFINITY) & (key < _INFINITY)
-    low, high = tl.reduce((tl.where(finite, key, _INT_MAX), tl.where(finite, key, _ABSENT)), 0, _low_high)
+    low, high = _least_and_most(tl.where(finite, key, _INT_MAX), tl.where(finite, key, _ABSENT))
     least = _values(low)
     scale = 16777215.0 / (_values(high) - least)
     usable = (low < high) & (scale > 0.0) & (scale < float("inf"))
@@ -97,7 +115,7 @@ def _counts_from(x, low, step):
     b = (x >= low + 3 * step).to(tl.int32) | ((x >= low + 4 * step).to(tl.int32) << 16)
     c = (x >= low + 5 * step).to(tl.int32) | ((x >= low + 6 * step).to(tl.int32) << 16)
     d = (x >= low + 7 * step).to(tl.int32)
-    a, b, c, d = tl.reduce((a, b, c, d), 0, _add)
+    a, b, c, d = _sums(a, b, c, d)
     return a & 0xFFFF, a >> 16, b & 0xFFFF, b >> 16, c & 0xFFFF, c >> 16, d
 
 
