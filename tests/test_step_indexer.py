@@ -9,6 +9,7 @@ from test_indexer import FNUZ, filled, random_q
 
 import dsv4x
 from dsv4x import ExtraPages, StepMetadata, TopkMethod, layouts
+from dsv4x.common.core.logits_calls import PagedLogitsCall
 from dsv4x.common.dispatch import registry
 from dsv4x.common.step import indexer as step_indexer
 
@@ -94,11 +95,20 @@ def test_every_batch_is_its_tokens_one_by_one(batch, method, kernel_device, rng)
         assert torch.equal(unknown.run(method=method, next_n=given, **kernels).cpu(), want)
 
 
-@pytest.mark.parametrize("layout", [layouts.INDEXER_FP4, FNUZ], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", [layouts.INDEXER_FP4, FNUZ, layouts.INDEXER_MXFP8], ids=lambda layout: layout.name)
 def test_other_encodings(layout, kernel_device, rng):
     kernel, device = kernel_device
     case = Case("mixed", rng, device, layout)
     assert torch.equal(case.run(kernel=kernel, topk_kernel=kernel).cpu(), case.want())
+
+
+def test_plans_are_made_for_what_is_multiplied():
+    """A plan and the call that it serves take their launch shapes from the same encodings."""
+    cache = dsv4x.PagedCache.zeros(2, layouts.INDEXER_MXFP8, 64)
+    q = torch.zeros(1, 1, 64, 128, dtype=torch.float8_e4m3fn)
+    lens, table = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int32)
+    call = PagedLogitsCall(q, None, cache, torch.zeros(1, 64), lens, table, 128)
+    assert call.rows.k_encoding == "mxfp8"
 
 
 def test_out_and_cut_batches_are_the_same_rows(kernel_device, rng):

@@ -19,7 +19,7 @@ class PagedRows(NamedTuple):
             entries. None: row b of the lengths is request b, and R is B.
         page_size: entries a page.
         most: entries that a row has at most, whatever its length says.
-        q_encoding, k_encoding: ``"e4m3fn"``, ``"e4m3fnuz"`` or ``"e2m1"``.
+        q_encoding, k_encoding: ``"e4m3fn"``, ``"e4m3fnuz"`` or ``"e2m1"``, of K also ``"mxfp8"``.
         unscored: a request whose rows have no more entries than this needs no logits.
     """
 
@@ -80,7 +80,7 @@ class PagedLogitsCall(NamedTuple):
         most = min(self.max_context_len, self.block_table.shape[1] * self.cache.page_size)
         return PagedRows(
             self.context_lens, self.block_table, self.requests, self.cache.page_size, most, encoding_of(self.q),
-            self.cache.layout.value_encoding, self.unscored,
+            self.cache.layout.operand_encoding, self.unscored,
         )  # fmt: skip
 
     def part(self, requests: slice) -> PagedLogitsCall:

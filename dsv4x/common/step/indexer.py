@@ -370,13 +370,8 @@ def _fast(
             return None
         shared = _shared_plan(meta, run, slice(0, call.q.shape[0]), record, call)
         call = call._replace(plan=shared.value)
-    device, shape, lens, most, requests = (
-        call.q.device,
-        call.q.shape,
-        call.context_lens,
-        call.max_context_len,
-        call.requests,
-    )
+    device, shape, lens = call.q.device, call.q.shape, call.context_lens
+    most, requests = call.max_context_len, call.requests
     score = record.run if record.prepare is None else call_on(device, record.prepare, call)
     k, method, stable, kernel = selection
     rows_lens, space = lens.reshape(-1), _space_of(meta, run, method, call)
@@ -389,11 +384,9 @@ def _fast(
         q, q_scale, cache, weights, out = layer
         scales = None if q_scale is None else q_scale.view(*shape[:3], -1)
         plan = None if shared is None else shared.value
-        logits = score(
-            PagedLogitsCall(
-                q.view(shape), scales, cache, weights, lens, table, most, None, None, False, requests, plan, k
-            )
-        )
+        logits = score(PagedLogitsCall(
+            q.view(shape), scales, cache, weights, lens, table, most, None, None, False, requests, plan, k,
+        ))  # fmt: skip
         choose(logits, rows_lens, k, method, None, space, out)
 
     def run_on(layer: _Layer) -> None:
