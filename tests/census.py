@@ -147,7 +147,9 @@ def _loop(blocks: list[_Block], way: Iterable[int]) -> Loop:
     return Loop(names)
 
 
-PRODUCTS = ("decode_kernel", "prefill_kernel", "paged_mqa_logits_kernel", "mqa_logits_kernel")
+PRODUCTS = (
+    "decode_kernel", "prefill_kernel", "paged_mqa_logits_kernel", "scheduled_mqa_logits_kernel", "mqa_logits_kernel",
+)  # fmt: skip
 """The kernels with matrix products."""
 
 
