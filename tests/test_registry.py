@@ -687,4 +687,4 @@ def test_picks_among_measured_decode_kernels_are_close_to_the_best():
         regrets.append((row["us"][picked] / min(row["us"].values()), row["tokens"]))
     assert len(regrets) == 180
     assert max(regret for regret, _ in regrets) < 1.2
-    assert sum(regret > 1.05 for regret, tokens in regrets if tokens >= 64) <= 1
+    assert max(regret for regret, tokens in regrets if tokens >= 64) <= 1.05
