@@ -8,7 +8,7 @@ import torch
 
 import dsv4x
 from dsv4x import PagedCache, TopkMethod, layouts, reference
-from dsv4x.common.core.logits_calls import FlatLogitsCall, PagedLogitsCall
+from dsv4x.common.core.logits_calls import FlatLogitsCall, PagedLogitsCall, SelectionCall
 from dsv4x.cuda import flashinfer_topk
 from dsv4x.rocm import aiter_indexer
 
@@ -179,7 +179,7 @@ def test_selection_keeps_the_contract(select, rng, method, starts):
         table = torch.randint(-1, 9, (3, 10), generator=rng).int()
         space = {"block_table": table, "page_size": 8, "pages": 8, "next_n": 2, "requests": None}
     got, want = (torch.empty(6, 30, dtype=torch.int32) for _ in range(2))
-    select(logits, lens, 30, method, first, space, got)
+    select(SelectionCall(logits, lens, 30, method, first, space, got))
     reference.topk_transform(logits, lens, 30, method, first, space, want)
     assert torch.equal(got, want)
 

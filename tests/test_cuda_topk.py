@@ -12,6 +12,7 @@ import torch
 import dsv4x
 from dsv4x import Problem, TopkMethod
 from dsv4x.common import reference
+from dsv4x.common.core.logits_calls import SelectionCall
 from dsv4x.common.dispatch import registry
 from dsv4x.cuda import cuda_topk, nvrtc
 
@@ -39,7 +40,9 @@ def emulate(tmp_path_factory):
         size = 0 if late is None else late.numel() * late.element_size()
         addresses = [ctypes.c_void_p(0 if x is None else x.data_ptr()) for x in (source[1], late)]
         write_late(*addresses, ctypes.c_size_t(size))
-        arguments = cuda_topk.pack_arguments(spread, source, selected, outs)
+        arguments = cuda_topk.pack_arguments(
+            spread, SelectionCall(*source[:2], *selected[:2], source[2], selected[2], *outs)
+        )
         shared_bytes = cuda_topk._SHARED + spread.resident * THREADS * 16
         assert run(arguments, spread.blocks, spread.cluster, shared_bytes), "threads wait for each other"
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import dsv4x
 from dsv4x import TopkMethod, topk_transform
+from dsv4x.common.core.logits_calls import SelectionCall
 from dsv4x.common.kernels import topk as kernels
 
 NEITHER = [HealthCheck.function_scoped_fixture]
@@ -161,7 +162,7 @@ def test_programs_follow_the_rows_and_loads_the_alignment(rows, width, change, w
     monkeypatch.setattr(kernels, "_launch_topk", lambda *given, num_warps: launches.append(given))
     starts = torch.zeros(rows, dtype=torch.int32) if change else None
     out = torch.empty(rows, 8, dtype=torch.int32)
-    kernels.topk_transform(torch.empty(rows, width), None, 8, TopkMethod.LOCAL, starts, {}, out)
+    kernels.topk_transform(SelectionCall(torch.empty(rows, width), None, 8, TopkMethod.LOCAL, starts, {}, out))
     ((grid, _, numbers, constexprs),) = launches
     names = dict(zip(kernels.topk_kernel.arg_names[-len(constexprs) :], constexprs))
     assert (grid, names["ALIGNED"], names["LISTS"]) == (programs, wide, width > 4096)

@@ -7,8 +7,6 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from . import reference
 from .core import layouts
 from .core.ambient import without_grad
@@ -149,7 +147,7 @@ def _reference_scratch(problem: AttentionProblem) -> int:
     return tensor_bytes(entries, 40) + tensor_bytes(logits, 24) + tensor_bytes(problem.tokens * problem.heads * 512, 16)
 
 
-def _unpacked(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _unpacked(run: Callable[..., Any]) -> Callable[..., Any]:
     """Give the oracle, whose signature is the op's, a call's record."""
     return lambda call: run(*call)
 
@@ -239,7 +237,9 @@ def register_portable() -> None:
     _pair("mqa_logits", "mqa_logits", reference_run=flat, **logits)
     _pair("gather_indexer_k", "mqa_logits")
     _pair("get_paged_mqa_logits_metadata", "schedule")
-    _pair("topk_transform", "topk", triton_us=_topk_triton_us)
+    _pair(
+        "topk_transform", "topk", reference_run=_unpacked(reference.topk_transform), triton_us=_topk_triton_us
+    )  # fmt: skip
     _pair("topk_merge", "topk")
     _pair("merge_attention_states", "merge")
     scratch: dict[str, Any] = {"triton_scratch": _triton_scratch, "reference_scratch": _reference_scratch}

@@ -6,11 +6,11 @@ import ctypes
 import functools
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from ..common.core.spaces import TopkMethod
+from ..common.core.logits_calls import SelectionCall
 from ..common.dispatch import costs
 from ..common.dispatch.problem import SelectionProblem
 from ..common.dispatch.registry import Kernel, register
@@ -80,14 +80,9 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def pack_arguments(
-    spread: Shape,
-    source: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
-    selected: tuple[int, TopkMethod, dict[str, Any]],
-    outs: tuple[torch.Tensor, torch.Tensor | None],
-) -> ctypes.Array[ctypes.c_char]:
-    """The kernel's struct of ``(logits, lengths, row_starts)``, ``(k, method, space)`` and ``(out, out_local)``."""
-    (logits, lengths, starts), (k, method, space), (out, local) = source, selected, outs
+def pack_arguments(spread: Shape, call: SelectionCall) -> ctypes.Array[ctypes.c_char]:
+    """The kernel's struct of a call."""
+    logits, lengths, k, method, starts, space, out, local = call
     rows, width = logits.shape
     bases, requests, table = space.get("bases"), space.get("requests"), space.get("block_table")
     address, stride = logits.data_ptr(), logits.stride(0)
@@ -112,20 +107,11 @@ def pack_arguments(
     return arguments
 
 
-def topk_transform(
-    logits: torch.Tensor,
-    lengths: torch.Tensor | None,
-    k: int,
-    method: TopkMethod,
-    row_starts: torch.Tensor | None,
-    space: dict[str, Any],
-    out: torch.Tensor,
-    out_local: torch.Tensor | None = None,
-) -> None:
-    """One launch over rows > 0."""
-    device = logits.get_device()
-    spread = shape(device, *logits.shape)
-    arguments = pack_arguments(spread, (logits, lengths, row_starts), (k, method, space), (out, out_local))
+def topk_transform(call: SelectionCall) -> None:
+    """One launch."""
+    device = call.logits.get_device()
+    spread = shape(device, *call.logits.shape)
+    arguments = pack_arguments(spread, call)
     launch = nvrtc.Launch(spread.blocks, THREADS, spread.cluster, _SHARED + spread.resident * _LOAD)
     TOPK(device, launch, torch.cuda.current_stream(device).cuda_stream, arguments)
 

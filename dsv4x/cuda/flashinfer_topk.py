@@ -7,11 +7,10 @@ keeps the order of float32, in which a NaN is the largest and -0 is below 0, and
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import torch
 
-from ..common.core.spaces import TopkMethod
+from ..common.core.logits_calls import SelectionCall
 from ..common.dispatch.problem import SelectionProblem
 from ..common.dispatch.registry import Kernel, register
 from ..common.ops.topk import plain_order, put_in_space, row_ranges
@@ -36,23 +35,14 @@ def _reasons(problem: SelectionProblem) -> list[str]:
     return [f"{FUNCTION} of {where} has no {', '.join(lacking)}"] if lacking else []
 
 
-def topk_transform(
-    logits: torch.Tensor,
-    lengths: torch.Tensor | None,
-    k: int,
-    method: TopkMethod,
-    row_starts: torch.Tensor | None,
-    space: dict[str, Any],
-    out: torch.Tensor,
-    out_local: torch.Tensor | None = None,
-) -> None:
-    """``top_k_ragged_transform`` for local indices, put in order and in the space asked for. rows > 0."""
-    starts, lens = row_ranges(logits, lengths, row_starts)
+def topk_transform(call: SelectionCall) -> None:
+    """``top_k_ragged_transform`` for local indices, put in order and in the space asked for."""
+    starts, lens = row_ranges(call.logits, call.lengths, call.row_starts)
     local = getattr(FLASHINFER.load(), FUNCTION)(
-        plain_order(logits),
+        plain_order(call.logits),
         torch.zeros_like(starts),
         lens,
-        k,
+        call.k,
         deterministic=True,
         tie_break=_SMALLEST_INDEX,
         dsa_graph_safe=True,
@@ -60,7 +50,7 @@ def topk_transform(
     )
     # No index is past its row's length, so this stands for none, behind all others.
     local = torch.where(local < 0, 2**31 - 1, local).sort(dim=1).values
-    put_in_space(local, lens, method, space, out, out_local)
+    put_in_space(local, lens, call.method, call.space, call.out, call.out_local)
 
 
 def register_kernels() -> None:

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from ..common.core import layouts
-from ..common.core.logits_calls import FlatLogitsCall, PagedLogitsCall
-from ..common.core.spaces import TopkMethod
+from ..common.core.logits_calls import FlatLogitsCall, PagedLogitsCall, SelectionCall
 from ..common.core.vendor import TRITON, VendorLibrary
 from ..common.dispatch.costs import TRITON_LOGITS_RATES, logits_us
 from ..common.dispatch.problem import LogitsProblem, SelectionProblem
@@ -167,21 +166,12 @@ def mqa_logits(call: FlatLogitsCall) -> torch.Tensor:
     return out
 
 
-def topk_transform(
-    logits: torch.Tensor,
-    lengths: torch.Tensor | None,
-    k: int,
-    method: TopkMethod,
-    row_starts: torch.Tensor | None,
-    space: dict[str, Any],
-    out: torch.Tensor,
-    out_local: torch.Tensor | None = None,
-) -> None:
-    """``top_k_per_row_prefill`` for columns, which become local indices and those of the space asked for. rows > 0."""
-    rows = logits.shape[0]
-    starts, lens = row_ranges(logits, lengths, row_starts)
-    values = plain_order(logits)
-    columns = torch.empty(rows, k, dtype=torch.int32, device=logits.device)
+def topk_transform(call: SelectionCall) -> None:
+    """``top_k_per_row_prefill`` for columns, which become local indices and those of the space asked for."""
+    rows = call.logits.shape[0]
+    starts, lens = row_ranges(call.logits, call.lengths, call.row_starts)
+    values = plain_order(call.logits)
+    columns = torch.empty(rows, call.k, dtype=torch.int32, device=values.device)
     entry_point("topk_transform")(
         logits=values,
         rowStarts=starts,
@@ -191,10 +181,11 @@ def topk_transform(
         numRows=rows,
         stride0=values.stride(0),
         stride1=values.stride(1),
-        k=k,
+        k=call.k,
         stable=True,
     )
-    put_in_space(torch.where(columns >= 0, columns - starts[:, None], -1), lens, method, space, out, out_local)
+    local = torch.where(columns >= 0, columns - starts[:, None], -1)
+    put_in_space(local, lens, call.method, call.space, call.out, call.out_local)
 
 
 def _logits_us(problem: LogitsProblem) -> float:

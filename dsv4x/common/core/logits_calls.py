@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .layouts import PagedCache
+from .spaces import TopkMethod
 
 
 class PagedRows(NamedTuple):
@@ -125,3 +126,27 @@ class FlatLogitsCall(NamedTuple):
     max_seqlen_k: int | None = None
     out: torch.Tensor | None = None
     clean_logits: bool = True
+
+
+class SelectionCall(NamedTuple):
+    """One call of ``topk_transform``, whose arguments these are, checked.
+
+    Attributes:
+        logits: float32 ``[rows, N]``, rows contiguous; rows > 0.
+        lengths: int32 or int64 ``[rows]``, entries of each row; any value, to be clamped. None for all columns.
+        k: indices a row.
+        method: the index space of ``out``.
+        row_starts: int32 or int64 ``[rows]``, the column of each row's entry 0; any value, to be clamped. None for 0.
+        space: what makes indices of that space of local ones, by the op's argument names; empty for LOCAL.
+        out: int32 ``[rows, k]``, rows contiguous, -1 for none.
+        out_local: int32 ``[rows, k]``, rows contiguous, for the same selection in the local space, or None.
+    """
+
+    logits: torch.Tensor
+    lengths: torch.Tensor | None
+    k: int
+    method: TopkMethod
+    row_starts: torch.Tensor | None
+    space: dict[str, Any]
+    out: torch.Tensor
+    out_local: torch.Tensor | None = None

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..core.logits_calls import SelectionCall
 from ..core.platform import platform
 from ..core.spaces import TopkMethod
 from .decode import depends_early
@@ -658,18 +659,10 @@ def _launch(source: _Rows, k: int, method: TopkMethod, space: dict[str, Any], ta
     )  # fmt: skip
 
 
-def topk_transform(
-    logits: torch.Tensor,
-    lengths: torch.Tensor | None,
-    k: int,
-    method: TopkMethod,
-    row_starts: torch.Tensor | None,
-    space: dict[str, Any],
-    out: torch.Tensor,
-    out_local: torch.Tensor | None = None,
-) -> None:
-    """One launch over rows > 0."""
-    _launch(_Rows(logits, starts=row_starts, lengths=lengths), k, method, space, _Target(out, out_local))
+def topk_transform(call: SelectionCall) -> None:
+    """One launch."""
+    rows = _Rows(call.logits, starts=call.row_starts, lengths=call.lengths)
+    _launch(rows, call.k, call.method, call.space, _Target(call.out, call.out_local))
 
 
 def topk_merge(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..core import checks
+from ..core.logits_calls import SelectionCall
 from ..core.spaces import INT32_MAX, TopkMethod, check_pool
 from ..dispatch.problem import SelectionProblem
 from ..dispatch.registry import select
@@ -76,7 +77,7 @@ def topk_transform(
         out: int32 ``[rows, k]``, rows contiguous, or None.
         out_local: int32 ``[rows, k]``, rows contiguous, for the same selection in the local space, place by place; an
             entry that the method's space has no index of is there too. None for none.
-        kernel: ``"triton"``, ``"flashinfer"``, ``"aiter"`` or ``"reference"``; None picks.
+        kernel: ``"cuda"``, ``"triton"``, ``"flashinfer"``, ``"aiter"`` or ``"reference"``; None picks.
 
     Returns:
         int32 ``[rows, k]``: ``min(length, k)`` indices, then -1. With PAGED a -1 may also stand between them.
@@ -144,7 +145,7 @@ def launch_topk(
     )
     record = select(problem, kernel)
     if rows:
-        record.launch(logits.device, logits, lengths, k, method, row_starts, space, *outs)
+        record.launch(logits.device, SelectionCall(logits, lengths, k, method, row_starts, space, *outs))
     return outs[0]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ..core import checks, layouts
 from ..core.layouts import PagedCache
-from ..core.logits_calls import PagedLogitsCall, PagedRows
+from ..core.logits_calls import PagedLogitsCall, PagedRows, SelectionCall
 from ..core.platform import capturing
 from ..core.spaces import INT32_MAX, TopkMethod
 from ..dispatch.problem import SelectionProblem
@@ -387,7 +387,8 @@ def _fast(
         logits = score(PagedLogitsCall(
             q.view(shape), scales, cache, weights, lens, table, most, None, None, False, requests, plan, k,
         ))  # fmt: skip
-        choose(logits, rows_lens, k, method, None, space, out)
+        assert out is not None
+        choose(SelectionCall(logits, rows_lens, k, method, None, space, out))
 
     def run_on(layer: _Layer) -> None:
         # An update may have brought another tensor of the same shape.
