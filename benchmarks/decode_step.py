@@ -7,10 +7,13 @@ R requests of one token each behind ``context`` tokens; everything is as wide as
   kernels as prediction picks them.
 - ``chain``: DeepGEMM's ``fp8_paged_mqa_logits`` bare, SGLang 0.5.23's v2 selection to slots, FlashMLA bare. Once a
   graph DeepGEMM's schedule, SGLang's plan and a schedule of FlashMLA for each kind. q is padded to 64 or 128 heads
-  before the clock, and what a server's own metadata takes is left out: rows, lengths and slots are there.
+  before the clock, and what a server's own metadata takes is left out: rows, lengths and slots are there. Neither
+arm is given a buffer for its result: this FlashMLA takes none.
 
 ``window``, ``c4``, ``c128`` and ``indexer`` (logits and selection alone) are microseconds a layer: the difference of
 graphs of ten layers and of two. ``model`` is a graph of 2 window, 21 C4 and 20 C128 layers with all that is made once.
+The L2 is flushed before each layer, as the weights that a model reads between two of them do; the flushes' own time, of
+graphs of flushes in the same turns, is taken off both arms.
 Medians of replays; the arms take turns. Outputs and selections of both are compared before the clock starts.
 ``width`` is dsv4x's indexer where nothing is wider than the context, and at the limit.
 ``host`` has the host's microseconds of an eager indexer step, queued behind GPU work so that nothing waits.
@@ -27,8 +30,9 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from flash_mla import get_mla_metadata
@@ -50,13 +54,14 @@ POINTS = [
 MODEL = {"window": 2, "c4": 21, "c128": 20}
 RATIOS = {"window": 1, "c4": 4, "c128": 128}
 MORE, FEWER = 10, 2
+FLUSHED = 96 << 20
 INDEX_HEADS, ENTRIES = 64, LIMIT // 4
 HOST_POINTS = ((1, 4096), (64, 4096), (256, 4096))
 
 
-def replays(graphs: dict[str, torch.cuda.CUDAGraph], count: int) -> dict[str, float]:
+def replays(graphs: dict[Any, torch.cuda.CUDAGraph], count: int) -> dict[Any, float]:
     """The median microseconds of each graph's replays, all in turns."""
-    times: dict[str, list[float]] = {name: [] for name in graphs}
+    times: dict[Any, list[float]] = {name: [] for name in graphs}
     began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     for turn in range(count):
         for name in list(graphs)[:: 1 if turn % 2 else -1]:
@@ -80,6 +85,7 @@ class Case(Decode):
         self.index_q = fp8(requests, INDEX_HEADS, 128)
         self.index_weights = torch.randn(requests, INDEX_HEADS, device="cuda", generator=generator)
         self.entries = torch.full((requests,), context // 4, dtype=torch.int32, device="cuda")
+        self.passed = torch.empty(FLUSHED, dtype=torch.uint8, device="cuda")
 
     def take(self, heads: int, k: int, padded: bool) -> None:
         """Query heads, as they are or in a q of 64 or 128 whose others are zero, and entries to select."""
@@ -89,7 +95,6 @@ class Case(Decode):
         self.q[:, :heads] = self.wide_q[:, :heads]
         self.sink = torch.zeros(whole, device="cuda")
         self.sink[:heads] = self.wide_sink[:heads]
-        self.out = {ratio: torch.empty_like(self.q) for ratio in RATIOS.values()}
         self.slots = torch.empty(self.requests, k, dtype=torch.int32, device="cuda")
 
     def metadata(self) -> dsv4x.StepMetadata:
@@ -110,7 +115,8 @@ class Ours:
         self.case, self.k = case, k
         case.take(heads, k, padded=False)
         self.step = case.metadata()
-        self.q, self.sink, self.out, self.slots = case.q, case.sink, case.out, case.slots
+        self.q, self.sink, self.slots = case.q, case.sink, case.slots
+        self.out: dict[int, torch.Tensor] = {}
         arch = dsv4x.platform.limits(self.q.device).arch
         shared = {"tokens": case.requests, "width": case.limit // 4}
         logits = dsv4x.Problem("paged_mqa_logits", "cuda", arch, heads=INDEX_HEADS, caches=(case.index.spec,), **shared)
@@ -147,10 +153,9 @@ class Ours:
 
     def attention(self, kind: str) -> None:
         arguments, options = self._layer(kind)
-        dsv4x.sparse_mla_attention(
-            *arguments, attn_sink=self.sink, out=self.out[RATIOS[kind]], return_lse=False, path="direct",
-            kernel=self.kernels[kind], **options,
-        )  # fmt: skip
+        self.out[RATIOS[kind]], _ = dsv4x.sparse_mla_attention(
+            *arguments, attn_sink=self.sink, return_lse=False, path="direct", kernel=self.kernels[kind], **options
+        )
 
 
 class Chain:
@@ -197,15 +202,31 @@ class Chain:
         self.out[RATIOS[kind]] = self.calls[kind]()[0][:, 0]
 
 
+def flushes(case: Case, count: int) -> None:
+    """The L2 flushed so many times."""
+    for _ in range(count):
+        case.passed.zero_()
+
+
 def layers(arm: Ours | Chain, counts: dict[str, int]) -> None:
     """What is made once, and so many layers of each kind; ``indexer`` is a C4 layer's without its attention."""
     arm.once(tuple(counts))
     for kind, count in counts.items():
         for _ in range(count):
+            flushes(arm.case, 1)
             if kind in ("c4", "indexer"):
                 arm.indexer()
             if kind != "indexer":
                 arm.attention(kind)
+
+
+def layer_us(case: Case, arms: Mapping[str, Ours | Chain], kind: str, count: int) -> dict[str, float]:
+    """Microseconds of one layer of this kind, of each arm, without the flush before it."""
+    runs = {(name, n): functools.partial(layers, arm, {kind: n}) for name, arm in arms.items() for n in (FEWER, MORE)}
+    runs |= {("flush", n): functools.partial(flushes, case, n) for n in (FEWER, MORE)}
+    times = replays({key: graph_of(run) for key, run in runs.items()}, count)
+    each = {name: (times[name, MORE] - times[name, FEWER]) / (MORE - FEWER) for name in (*arms, "flush")}
+    return {name: each[name] - each["flush"] for name in arms}
 
 
 def graph_of(run: Run) -> torch.cuda.CUDAGraph:
@@ -238,17 +259,11 @@ def measure(case: Case, heads: int, k: int, peers: bool, count: int) -> dict[str
         if max(row["difference"].values()) > 0.01:
             print("BAD", row["difference"], flush=True)
     row["kernels"] = arms["dsv4x"].kernels
-    us = {}
-    for kind in ("window", "indexer", "c4", "c128"):
-        graphs = {
-            f"{name} {number}": graph_of(functools.partial(layers, arm, {kind: number}))
-            for name, arm in arms.items()
-            for number in (FEWER, MORE)
-        }
-        times = replays(graphs, count)
-        us[kind] = {n: (times[f"{n} {MORE}"] - times[f"{n} {FEWER}"]) / (MORE - FEWER) for n in arms}
+    us = {kind: layer_us(case, arms, kind, count) for kind in ("window", "indexer", "c4", "c128")}
     graphs = {name: graph_of(functools.partial(layers, arm, MODEL)) for name, arm in arms.items()}
-    us["model"] = replays(graphs, max(5, count // 2))
+    graphs["flush"] = graph_of(functools.partial(flushes, case, sum(MODEL.values())))
+    times = replays(graphs, max(5, count // 2))
+    us["model"] = {name: times[name] - times["flush"] for name in arms}
     row["us"] = {kind: {name: round(value, 2) for name, value in times.items()} for kind, times in us.items()}
     if peers:
         # Above 1 dsv4x is ahead.
@@ -262,11 +277,7 @@ def width(requests: int, context: int, count: int) -> dict[str, object]:
     for name, limit in (("narrow", context), ("wide", LIMIT)):
         ours = Ours(Case(requests, context, limit), 64, 512)
         layers(ours, {"indexer": 1})
-        graphs = {
-            str(number): graph_of(functools.partial(layers, ours, {"indexer": number})) for number in (FEWER, MORE)
-        }
-        found = replays(graphs, count)
-        times[name] = round((found[str(MORE)] - found[str(FEWER)]) / (MORE - FEWER), 2)
+        times[name] = round(layer_us(ours.case, {"dsv4x": ours}, "indexer", count)["dsv4x"], 2)
     return {"requests": requests, "context": context, "us": times}
 
 
@@ -300,7 +311,12 @@ def host(case: Case, peers: bool) -> dict[str, float]:
         chain = Chain(case, 64, 512)
         layers(chain, {"indexer": 1})
         runs["chain"] = chain.indexer
-        runs["chain with schedule and plan"] = functools.partial(layers, chain, {"indexer": 1})
+
+        def planned() -> None:
+            chain.once(("indexer",))
+            chain.indexer()
+
+        runs["chain with schedule and plan"] = planned
     return host_us(runs, rounds=10)
 
 

@@ -101,7 +101,9 @@ def test_a_step_waits_for_the_longer_of_host_and_gpu():
 def step_kernel(decoding, topk, kernel=None):
     """The direct path's kernel for a step whose attention call is ``decoding``, with top-k as local entries or none."""
     device = torch.device("cpu")
-    step = Step(None, None, device, decoding.tokens, decoding.heads, decoding.caches, topk, topk > 0, False, True)
+    step = Step(
+        None, None, device, decoding.tokens, decoding.heads, decoding.caches, topk, topk > 0, False, True, False
+    )
     return kernel_of(Direct(), step, decoding, kernel)
 
 

@@ -667,6 +667,38 @@ def test_padded_heads_count_in_the_prediction(base, flash_reasons):
     assert times[2] > times[1]
 
 
+@pytest.mark.parametrize("base", [DECODE, PREFILL])
+def test_a_result_that_has_to_be_copied_into_its_place_costs_that(base, flash_reasons, monkeypatch):
+    flash_reasons(base)
+    record = registry.find(base.op, "flash_mla")
+
+    def copying_us(function, heads):
+        module = types.SimpleNamespace(flash_mla_with_kvcache=function, flash_mla_sparse_fwd=function)
+        monkeypatch.setattr(flash_mla, "FLASH_MLA", types.SimpleNamespace(reason=None, load=lambda: module))
+        asked = dataclasses.replace(problem(base, tokens=4096), heads=heads)
+        return record.predicted_us(dataclasses.replace(asked, out=True)) - record.predicted_us(asked)
+
+    # Read and written once, at no more than what an H200's memory moves.
+    assert copying_us(lambda q: None, 128) > 4 * 4096 * 128 * 512 / 4.8e6
+    assert copying_us(lambda q, out=None: None, 128) == 0
+    # The copy that cuts padded heads off brings the rest to its place.
+    assert copying_us(lambda q: None, 16) == 0
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120", "gfx942", "gfx950"])
+def test_the_reference_comes_last_on_a_gpu_however_large_the_problem(arch):
+    for large in (
+        Problem("topk_transform", "cuda", arch, tokens=8192, width=1 << 20, k=2048, interpreter=False),
+        Problem("paged_mqa_logits", "cuda", arch, tokens=4096, width=1 << 18, heads=64, interpreter=False),
+        Problem("mqa_logits", "cuda", arch, tokens=65536, width=1 << 18, heads=64, rows=1 << 18, interpreter=False),
+        Problem("sparse_mla_decode", "cuda", arch, tokens=65536, width=2048, heads=128, interpreter=False),
+        Problem("sparse_mla_prefill", "cuda", arch, tokens=65536, width=2048, heads=128, interpreter=False),
+    ):
+        others = [kernel for kernel in registry.kernels(large.op) if kernel.name == "triton"]
+        assert len(others) == 1
+        assert others[0].predicted_us(large) < registry.find(large.op, "reference").predicted_us(large)
+
+
 def test_picks_among_measured_decode_kernels_are_close_to_the_best():
     """Of one H100's rows in graphs: what choosing by prediction costs over choosing by the measurement."""
     found = json.loads((Path(__file__).parent.parent / "benchmarks/results/decode-choice-h100.json").read_text())

@@ -308,6 +308,22 @@ def padding_us(problem: AttentionProblem) -> float:
     return call + problem.tokens * (token + head * problem.heads)
 
 
+# A copy of the result into the caller's buffer, which most builds do not take: a call, and bytes read and written a
+# microsecond, of an H100 (benchmarks/results/decode-step-h100.json: what `out` cost at 128 heads).
+_COPY = (1.5, 3.2e6)
+
+
+def _copy_us(problem: AttentionProblem) -> float:
+    """What it takes to copy the result to its place; where heads are padded, the padding's copy brings it there."""
+    if not problem.out or problem.heads not in HEADS:
+        return 0.0
+    name = "flash_mla_with_kvcache" if problem.op == "sparse_mla_decode" else "flash_mla_sparse_fwd"
+    if FLASH_MLA.reason is None and "out" in parameters(getattr(FLASH_MLA.load(), name)):
+        return 0.0
+    call, rate = _COPY
+    return call + 4.0 * problem.tokens * problem.heads * VALUE_DIM / rate
+
+
 # In a captured graph layers that share lengths schedule themselves once: 10 us of an H100, over at least four layers.
 _SCHEDULING_US = 2.5
 # What padding q and cutting the output takes of the host in an eager decode call.
@@ -321,7 +337,7 @@ def _host_us(problem: AttentionProblem) -> float:
 
 def _predicted_us(problem: AttentionProblem) -> float:
     scheduling = _SCHEDULING_US if problem.capturing and problem.op == "sparse_mla_decode" else 0.0
-    return _kernel_us(problem) + padding_us(problem) + scheduling
+    return _kernel_us(problem) + padding_us(problem) + _copy_us(problem) + scheduling
 
 
 def _kernel_us(problem: AttentionProblem) -> float:

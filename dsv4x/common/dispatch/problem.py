@@ -96,6 +96,7 @@ class AttentionProblem(CacheProblem):
         lse: whether the lse has to be returned.
         split_k: the splits of each row's entries that the caller fixed; 0 where the kernel decides.
         local: whether the extra indices are local entries, of which the kernel has to make slots.
+        out: whether the result goes into a buffer of the caller's; some vendors' kernels only make their own.
     """
 
     heads: int = 0
@@ -106,6 +107,7 @@ class AttentionProblem(CacheProblem):
     lse: bool = True
     split_k: int = 0
     local: bool = False
+    out: bool = False
 
     @property
     def entries_read(self) -> int:

@@ -405,9 +405,9 @@ def _join_lists(list_ptr, ends_ptr, counter_ptr, count, part, parts, ROOM: tl.co
 
 @triton.jit(
     do_not_specialize=(
-        "starts_ptr", "lens_ptr", "bases_ptr", "requests_ptr", "table_ptr", "rows", "columns", "k", "parts",
-        "part_columns", "next_n", "requests", "table_width", "page_size", "pages", "logits_stride", "table_stride",
-        "selected_stride", "local_stride",
+        "starts_ptr", "lens_ptr", "bases_ptr", "requests_ptr", "table_ptr", "selected_ptr", "local_ptr", "values_ptr",
+        "rows", "columns", "k", "parts", "part_columns", "next_n", "requests", "table_width", "page_size", "pages",
+        "logits_stride", "table_stride", "selected_stride", "local_stride",
     )
 )  # fmt: skip
 def topk_kernel(
@@ -627,7 +627,8 @@ def _launch(source: _Rows, k: int, method: TopkMethod, space: dict[str, Any], ta
     # From the rows alone: the device knows their lengths.
     parts = max(1, min(_PARTS.value, programs // rows)) if lists else 1
     grid = rows * parts
-    scratch = counters = out
+    # What stands for them is specialized already: another tensor's alignment would be one more compilation.
+    scratch = counters = logits
     if lists:
         grid = grid if parts > 1 else min(rows, 2 * programs)
         scratch = _scratch(logits.device, grid, room)

@@ -215,6 +215,7 @@ def problem_of(call: AttentionCall) -> AttentionProblem:
             width=call.indices.shape[1],
             rows=call.kv.shape[0],
             lse=call.lse,
+            out=call.out is not None,
         )
     extra = call.extra
     return AttentionProblem.on(
@@ -229,6 +230,7 @@ def problem_of(call: AttentionCall) -> AttentionProblem:
         caches=(call.swa.cache.spec,) if extra is None else (call.swa.cache.spec, extra.cache.spec),
         lse=call.lse,
         split_k=call.split_k or 0,
+        out=call.out is not None,
     )
 
 

@@ -124,6 +124,7 @@ def explain_step(
     *,
     path: str | None = None,
     topk_slots: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
     heads: int | None = None,
 ) -> StepExplanation:
     """The path :func:`~dsv4x.sparse_mla_attention` takes for these arguments, which are its own, and the times it
@@ -133,7 +134,7 @@ def explain_step(
         TypeError, ValueError: as :func:`~dsv4x.sparse_mla_attention`; also where ``kernel`` is no kernel's name.
     """
     layer = Layer(
-        q, swa_cache, extra_cache, topk_indices, topk_slots, None, None, VALUE_DIM**-0.5, None, 1.0, 1.0,
+        q, swa_cache, extra_cache, topk_indices, topk_slots, None, None, VALUE_DIM**-0.5, out, 1.0, 1.0,
         q.shape[1] if heads is None else heads, return_lse,
     )  # fmt: skip
     chunk = chunk_of(meta) if chunk is None else chunk

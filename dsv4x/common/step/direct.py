@@ -35,7 +35,7 @@ class Direct:
         return AttentionProblem.on(
             "sparse_mla_decode", step.device, tokens=step.tokens, heads=step.heads,
             width=step.meta.swa_indices.shape[1], extra_width=step.extra_width, entries=step.entries,
-            caches=step.caches, lse=step.lse,
+            caches=step.caches, lse=step.lse, out=step.out,
         )  # fmt: skip
 
     def refusal(self, step: Step, problem: AttentionProblem) -> str:

@@ -34,6 +34,7 @@ class Gathered:
         return AttentionProblem.on(
             "sparse_mla_prefill", step.device, tokens=step.tokens, heads=step.heads,
             width=indices.combined_topk_width(entries, meta.window_size), entries=step.entries, rows=rows, lse=step.lse,
+            out=step.out,
         )  # fmt: skip
 
     def refusal(self, step: Step, problem: AttentionProblem) -> str:

@@ -53,6 +53,7 @@ class Step(NamedTuple):
         topk: width of the top-k rows; 0 where nothing selects.
         local, slots: whether top-k comes as local entries, and as slots.
         lse: whether the lse is wanted.
+        out: whether the result goes into a buffer of the caller's.
     """
 
     meta: AttentionMetadata
@@ -65,6 +66,7 @@ class Step(NamedTuple):
     local: bool
     slots: bool
     lse: bool
+    out: bool
 
     @classmethod
     def of(cls, layer: Layer, meta: AttentionMetadata, chunk: SparsePrefillChunkCache) -> Step:
@@ -76,6 +78,7 @@ class Step(NamedTuple):
         return cls(
             meta, chunk, layer.q.device, layer.q.shape[0], layer.heads, caches, topk,
             layer.topk_indices is not None, layer.topk_slots is not None, layer.return_lse,
+            layer.out is not None,
         )  # fmt: skip
 
     @property

@@ -36,7 +36,7 @@ class Referenced:
         return AttentionProblem.on(
             "sparse_mla_prefill", step.device, tokens=min(block, step.tokens), heads=step.heads,
             width=indices.combined_topk_width(step.topk, meta.window_size), entries=step.entries, rows=rows,
-            lse=step.lse,
+            lse=step.lse, out=step.out,
         )  # fmt: skip
 
     def refusal(self, step: Step, problem: AttentionProblem) -> str:
