@@ -9,6 +9,9 @@ pages begin on 16 bytes, and so do their strides; index rows on 32 (SM100). What
 vLLM's copy has ``out``, which upstream lacks, and from 0.33 on prefill kernels for fewer heads on SM90, whose out may
 be a slice of heads. It kept the pages of DSv4 that upstream dropped with its 2026.09.30 release, of which the prefill
 kernel of bf16 rows is used: SM100 and 512 values alone.
+
+V4.1's pages are that release's, on SM100, and those of the wheel without ``use_legacy``. Their kernels were never run
+here, and what they round is not published: they run by name only.
 """
 
 from __future__ import annotations
@@ -45,9 +48,18 @@ SMALL_HEADS = (8, 16, 32)
 INDEX_ALIGNMENT = 32
 DECODE_WIDTH = 64
 PREFILL_WIDTH = 128
-SM100_PAGE_ALIGNMENT = {layouts.DSV4.name: 576, layouts.DSV32.name: 656}
 BF16_LAYOUTS = (layouts.BF16_512.name, layouts.BF16_576.name)
-DECODE_LAYOUTS = (layouts.DSV4.name, layouts.DSV32.name, *BF16_LAYOUTS)
+V41_LAYOUTS = (layouts.DSV41_FP8.name, layouts.DSV41_FP4.name)
+# What V4.1's kernels read: 528-byte entries, and 528 or 288 bytes in an extra cache.
+V41_CACHES = (V41_LAYOUTS[:1], V41_LAYOUTS[:1] * 2, V41_LAYOUTS)
+# Their index widths: which of 64 and 128 one needs is not published, and this is a multiple of both.
+V41_WIDTH = 128
+DECODE_LAYOUTS = (layouts.DSV4.name, layouts.DSV32.name, *BF16_LAYOUTS, *V41_LAYOUTS)
+# SM100 reads pages by tensor maps of whole entries; of DSv4's, whose scales stand apart, of their values.
+SM100_PAGE_ALIGNMENT = {
+    layouts.DSV4.name: 576,
+    **{layout.name: layout.entry_bytes for layout in (layouts.DSV32, layouts.DSV41_FP8, layouts.DSV41_FP4)},
+}
 
 # FlashMLA holds one float32 partial output a token and head; this bounds that buffer to 1 GiB. A bound of 256 MiB was
 # measured to cost 13 % at 4096 tokens: it has no out argument, so each part's output is copied.
@@ -67,9 +79,9 @@ def max_batch(heads: int, shared_memory: int) -> int:
     return min(scheduler_limit(shared_memory), _MAX_PARTIAL_ELEMENTS // (heads * VALUE_DIM))
 
 
-def _options(function: Callable[..., Any]) -> dict[str, bool]:
-    """What an entry point takes to reach the V4 kernels: newer wheels moved them behind ``use_legacy``."""
-    return {"use_legacy": True} if "use_legacy" in parameters(function) else {}
+def _options(function: Callable[..., Any], layout: str = layouts.DSV4.name) -> dict[str, bool]:
+    """What an entry point takes to reach the kernels of a layout: newer wheels moved V4's behind ``use_legacy``."""
+    return {"use_legacy": layout not in V41_LAYOUTS} if "use_legacy" in parameters(function) else {}
 
 
 def _out(function: Callable[..., Any], call: AttentionCall, heads: int, *middle: int) -> dict[str, torch.Tensor]:
@@ -117,11 +129,33 @@ def _dropped(problem: AttentionProblem) -> list[str]:
     return reasons
 
 
+def _reads_v41(problem: AttentionProblem) -> bool:
+    return any(cache.layout in V41_LAYOUTS for cache in problem.caches)
+
+
+def _v41_reasons(problem: AttentionProblem) -> list[str]:
+    """Why V4.1's kernels cannot read these caches. The build is asked where a GPU could run it."""
+    names = tuple(cache.layout for cache in problem.caches)
+    reasons = []
+    if names not in V41_CACHES:
+        need = f"{V41_LAYOUTS[0]}, alone or with an extra cache of {' or '.join(V41_LAYOUTS)}"
+        reasons.append(f"caches of {' and '.join(names)}, need {need}")
+    if problem.device == "cuda" and problem.arch in ARCHS and FLASH_MLA.reason is None:
+        if problem.arch == "sm_90":
+            reasons.append("arch is sm_90, need SM100 for V4.1's pages")
+        elif "enable_batch_invariant" not in parameters(FLASH_MLA.load().flash_mla_with_kvcache):
+            reasons.append(f"flash_mla at {FLASH_MLA.path} predates 2026.09.30, whose kernels read V4.1's pages")
+    return reasons
+
+
 def _decode_reasons(problem: AttentionProblem) -> list[str]:
-    reasons = _wheel_reasons(problem)
-    if len(problem.caches) == 2 and any(cache.layout != layouts.DSV4.name for cache in problem.caches):
-        names = " and ".join(cache.layout for cache in problem.caches)
-        reasons.append(f"two caches of {names}, need {layouts.DSV4.name} for both, or one cache")
+    if _reads_v41(problem):
+        reasons = _v41_reasons(problem)
+    else:
+        reasons = _wheel_reasons(problem)
+        if len(problem.caches) == 2 and any(cache.layout != layouts.DSV4.name for cache in problem.caches):
+            names = " and ".join(cache.layout for cache in problem.caches)
+            reasons.append(f"two caches of {names}, need {layouts.DSV4.name} for both, or one cache")
     for cache in problem.caches:
         if cache.pages * cache.page_size > 2**31 - 1:
             reasons.append(f"cache has {cache.pages * cache.page_size} slots, need < 2**31")
@@ -217,13 +251,14 @@ def _decode_part(call: DecodeCall, schedule: dict[Any, Any] | None, start: int) 
     takes_lens = swa.cache.layout.name != layouts.DSV32.name
     # Where the kernel takes no lengths, the pass over the indices makes -1 of what stands past them.
     trusted = call.trusted and (takes_lens or swa.lens is None)
-    indices, lens = _indices_for(swa.indices, swa.lens, swa.cache.capacity, DECODE_WIDTH, trusted)
+    multiple = V41_WIDTH if swa.cache.layout.name in V41_LAYOUTS else DECODE_WIDTH
+    indices, lens = _indices_for(swa.indices, swa.lens, swa.cache.capacity, multiple, trusted)
     if not takes_lens:
         lens = None
     e_indices = e_lens = None
     shapes: tuple[Any, ...] = (q.shape, swa.cache.page_size, indices.shape[1])
     if extra is not None:
-        e_indices, e_lens = _indices_for(extra.indices, extra.lens, extra.cache.capacity, DECODE_WIDTH, trusted)
+        e_indices, e_lens = _indices_for(extra.indices, extra.lens, extra.cache.capacity, multiple, trusted)
         shapes += (extra.cache.page_size, e_indices.shape[1])
     function = FLASH_MLA.load().flash_mla_with_kvcache
     values, lse = function(
@@ -242,7 +277,7 @@ def _decode_part(call: DecodeCall, schedule: dict[Any, Any] | None, start: int) 
         extra_indices_in_kvcache=None if e_indices is None else e_indices.unsqueeze(1),
         topk_length=lens,
         extra_topk_length=e_lens,
-        **_options(function),
+        **_options(function, swa.cache.layout.name),
         **_out(function, call, q.shape[1], 1),
     )
     return deliver(call, values.squeeze(1), lse.squeeze(2))
@@ -341,6 +376,9 @@ def _predicted_us(problem: AttentionProblem) -> float:
 
 
 def _kernel_us(problem: AttentionProblem) -> float:
+    """Infinite for V4.1's pages, so that their kernels are not picked unasked."""
+    if _reads_v41(problem):
+        return float("inf")
     padded = next((h for h in HEADS if problem.heads <= h), HEADS[-1])
     table = costs.table_of(problem.arch)
     if table is not None:
@@ -386,9 +424,10 @@ def _decode_scratch(problem: AttentionProblem) -> int:
     splits = (tokens + parts) * heads
     partial = tensor_bytes(splits * VALUE_DIM, 4) + tensor_bytes(splits, 4)
     schedule = tensor_bytes(parts, _SCHEDULE_BYTES) + tensor_bytes(tokens + 1, 4)
-    rows = _index_bytes(tokens, problem.width, DECODE_WIDTH)
+    multiple = V41_WIDTH if _reads_v41(problem) else DECODE_WIDTH
+    rows = _index_bytes(tokens, problem.width, multiple)
     if len(problem.caches) > 1:
-        rows += _index_bytes(tokens, problem.extra_width, DECODE_WIDTH)
+        rows += _index_bytes(tokens, problem.extra_width, multiple)
     return partial + schedule + rows + _around_bytes(problem, tokens)
 
 
