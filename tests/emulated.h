@@ -19,11 +19,9 @@
 
 using std::max;
 using std::min;
-inline unsigned min(unsigned a, int b) { return a < (unsigned)b ? a : (unsigned)b; }
 
 struct float4 { float x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 struct Barrier {
@@ -99,7 +97,6 @@ inline unsigned __ballot_sync(unsigned, bool x) {
     return bits;
   });
 }
-inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
 inline unsigned __reduce_add_sync(unsigned, unsigned x) {
   return exchange(x, [](uint64_t* v) {
     unsigned sum = 0;
@@ -116,17 +113,13 @@ T __shfl_up_sync(unsigned, T x, int d) {
   int lane = running->thread.x % 32;
   return exchange((uint64_t)x, [=](uint64_t* v) { return (T)v[lane >= d ? lane - d : lane]; });
 }
-template <class T>
-T __shfl_xor_sync(unsigned, T x, int d) {
-  int lane = running->thread.x % 32;
-  return exchange((uint64_t)x, [=](uint64_t* v) { return (T)v[lane ^ d]; });
-}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(x); }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline int __float_as_int(float x) { int y; memcpy(&y, &x, 4); return y; }
 inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
 inline unsigned atomicAdd(unsigned* p, unsigned x) { unsigned old = *p; *p += x; return old; }
+inline unsigned atomicOr(unsigned* p, unsigned x) { unsigned old = *p; *p |= x; return old; }
 
 static unsigned char* block_memory() { return running->block->memory.data(); }
 static unsigned cluster_rank() { return running->block->rank; }
@@ -137,10 +130,12 @@ static unsigned remote(const void* p, int rank) { return (unsigned)rank << 24 | 
 static unsigned char* place(unsigned address) { return blocks.at(address >> 24).memory.data() + (address & 0xffffff); }
 static unsigned load_remote(unsigned address) { return *(unsigned*)place(address); }
 static uint64_t load_remote_u64(unsigned address) { return *(uint64_t*)place(address); }
-static uint4 load_remote_four(unsigned address) { return *(uint4*)place(address); }
 static long long load_integer(const void* p, long long at, bool wide) {
   return wide ? ((const long long*)p)[at] : ((const int*)p)[at];
 }
+static int load_int(const int* p) { return *p; }
+static float4 load_aligned(const float* p) { return *(const float4*)p; }
+static void fetch_ahead(const float*, int) {}
 
 // What a kernel in front writes while this one waits for it.
 static void* late_target;
