@@ -19,8 +19,8 @@ from dsv4x.cuda import cuda_topk, nvrtc
 THREADS = 64
 COMPILER = shutil.which("c++") or shutil.which("g++")
 INF = float("inf")
-# Registers hold rows of 512 columns, or of 2048 where there are no longer ones.
-LONG = cuda_topk.Build(THREADS, 1, 2, 2560)
+# Registers hold rows of 2048 columns.
+LONG = cuda_topk.Build(THREADS, 1, 8, 2048)
 SHORT = cuda_topk.Build(THREADS, 1, 8, 0)
 
 
@@ -31,7 +31,7 @@ def emulate(tmp_path_factory):
         pytest.skip("no C++ compiler")
     header = Path(__file__).with_name("emulated.h")
     libraries = {}
-    for build in (LONG, SHORT):
+    for build in [build._replace(aligned=aligned) for build in (LONG, SHORT) for aligned in (True, False)]:
         path = tmp_path_factory.mktemp("emulated") / "topk.so"
         source = f'-DKERNEL_SOURCE="{cuda_topk.function(build).path}"'
         options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-DSAMPLES=512", *build.options, source]
@@ -44,9 +44,10 @@ def emulate(tmp_path_factory):
         build, blocks = spread
         size = 0 if late is None else late.numel() * late.element_size()
         addresses = [ctypes.c_void_p(0 if x is None else x.data_ptr()) for x in (source[1], late)]
-        libraries[build].write_late(*addresses, ctypes.c_size_t(size))
         call = SelectionCall(*source[:2], *selected[:2], source[2], selected[2], *outs)
+        build = build._replace(aligned=cuda_topk.is_aligned(call))
         arguments = cuda_topk._PARAMS.pack(*cuda_topk.fields(call))
+        libraries[build].write_late(*addresses, ctypes.c_size_t(size))
         ended = libraries[build].emulate(arguments, source[0].shape[0] * blocks, blocks, build.shared_bytes)
         assert ended, "threads wait for each other"
 
@@ -107,7 +108,7 @@ def test_emulated_selection_is_the_references(kind, spread, emulate, rng):
 @pytest.mark.parametrize("wide", [torch.int32, torch.int64])
 def test_emulated_spaces_starts_and_hostile_numbers(wide, spread, emulate, rng):
     torch.manual_seed(1)
-    rows, width, k = 7, 1500, 130
+    rows, width, k = 7, 1500 if spread[0] is SHORT else 2600, 130
     logits = torch.randn(rows, width)
     extreme = torch.tensor([-(2**31), -1, 0, 3, 700, 1501, 2**31 - 1]).to(wide)
     lens = extreme[torch.randperm(rows)]
@@ -133,12 +134,13 @@ def test_emulated_spaces_starts_and_hostile_numbers(wide, spread, emulate, rng):
 
 @pytest.mark.parametrize("spread", SPREADS, ids=spread_name)
 def test_emulated_lengths_written_by_the_kernel_in_front(spread, emulate, rng):
+    width = 2000 if spread[0] is SHORT else 4000
     torch.manual_seed(2)
-    logits, k = torch.randn(1, 2000), 100
-    table = torch.randint(0, 50, (1, 40)).int()
+    logits, k = torch.randn(1, width), 100
+    table = torch.randint(0, 50, (1, 70)).int()
     paged = {"block_table": table, "page_size": 64, "pages": 50, "next_n": 1, "requests": None}
-    for guess in (-1, 0, 99, 100, 260, 2000, 9999):
-        for length in (0, 50, 101, 512, 513, 1999):
+    for guess in (-1, 0, 99, 100, 260, 2048, 9999):
+        for length in (0, 50, 101, 2049, width - 1):
             lens, late = torch.tensor([guess]).int(), torch.tensor([length]).int()
             want, got = (torch.full((1, k), -7, dtype=torch.int32) for _ in range(2))
             reference.topk_transform(logits, late, k, TopkMethod.PAGED, None, paged, want)
@@ -147,7 +149,7 @@ def test_emulated_lengths_written_by_the_kernel_in_front(spread, emulate, rng):
 
 
 @pytest.mark.parametrize("blocks", [1, 4])
-def test_emulated_rows_wider_than_the_bits_of_one_turn(blocks, emulate):
+def test_emulated_rows_of_many_tiles(blocks, emulate):
     torch.manual_seed(3)
     logits, k = torch.randn(1, 300_001), 700
     logits[0, 200_000:] += 1

@@ -27,8 +27,8 @@ _TOPK_US = {
     256: (8.2, 14.6, 42.8, 256.1),
 }
 
-_PARAMS = struct.Struct("<8q4q11i4x")
-_LENGTHS64, _STARTS64, _BASES64, _REQUESTS64, _ALIGNED = 1, 2, 4, 8, 16
+_PARAMS = struct.Struct("<8q4q10iIi")
+_LENGTHS64, _STARTS64, _BASES64, _REQUESTS64 = 1, 2, 4, 8
 
 
 class Build(NamedTuple):
@@ -39,17 +39,20 @@ class Build(NamedTuple):
         blocks: of a multiprocessor, at least.
         held: loads of four columns that a thread's registers hold.
         room: entries that are kept of a row longer than that; 0 where there is none.
+        aligned: whether four columns can be loaded at once.
     """
 
     threads: int
     blocks: int
     held: int
     room: int
+    aligned: bool = True
 
     @property
     def options(self) -> tuple[str, ...]:
         """The compiler's."""
         given = {"THREADS": self.threads, "BLOCKS": self.blocks, "HELD": self.held, "LONG": int(self.room > 0)}
+        given["ALIGNED"] = int(self.aligned)
         return tuple(f"-D{name}={value}" for name, value in given.items()) + (
             (f"-DROOM={self.room}",) if self.room else ()
         )
@@ -57,13 +60,14 @@ class Build(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """Of a block, at most."""
-        return 20 * 1024 + (4 * self.threads + 8 * self.room if self.room else 0)
+        bins = 4096 if self.threads >= 1024 else 2048
+        return 22 * 1024 + 4 * bins + 4 * self.held * self.threads + 8 * self.room
 
 
-SHORTEST = Build(512, 4, 1, 0)
-SHORT = Build(1024, 2, 2, 0)
+SHORTEST = Build(512, 3, 1, 0)
+SHORT = Build(512, 2, 4, 0)
 FEW = Build(1024, 1, 2, 8192)
-MANY = Build(512, 2, 4, 8192)
+MANY = Build(512, 2, 3, 6144)
 BUILDS = (SHORTEST, SHORT, FEW, MANY)
 
 
@@ -85,10 +89,11 @@ def spread(multiprocessors: int, rows: int, width: int) -> tuple[Build, int]:
 
 
 @functools.lru_cache(4096)
-def prepared(device: int, rows: int, width: int) -> nvrtc.Prepared:
+def prepared(device: int, rows: int, width: int, aligned: bool) -> nvrtc.Prepared:
     """The launch for rows of at most ``width`` columns."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     build, blocks = spread(multiprocessors, rows, width)
+    build = build._replace(aligned=aligned)
     launch = nvrtc.Launch(rows * blocks, build.threads, blocks, build.shared_bytes)
     return function(build).prepare(device, launch, _PARAMS)
 
@@ -97,16 +102,26 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+@functools.lru_cache(64)
+def page_division(page_size: int) -> tuple[int, int]:
+    """(factor, shift) so that ``column // page_size`` is ``2 * column * factor >> 32 + shift`` below 2^31."""
+    shift = (page_size - 1).bit_length()
+    return -(-(1 << 31 + shift) // page_size), shift
+
+
+def is_aligned(call: SelectionCall) -> bool:
+    """Whether every row's columns can be loaded four at a time."""
+    logits = call.logits
+    return call.row_starts is None and not (logits.shape[1] | logits.stride(0)) & 3 and not logits.data_ptr() & 15
+
+
 def fields(call: SelectionCall) -> tuple[int, ...]:
     """The kernel's struct of a call."""
     logits, lengths, k, method, starts, space, out, local = call
     rows, width = logits.shape
-    address, stride = logits.data_ptr(), logits.stride(0)
     flags = _LENGTHS64 if lengths is not None and lengths.dtype is torch.int64 else 0
     if starts is not None:
         flags |= _STARTS64 if starts.dtype is torch.int64 else 0
-    elif not (width | stride) & 3 and not address & 15:
-        flags |= _ALIGNED
     bases, requests, table = space.get("bases"), space.get("requests"), space.get("block_table")
     if bases is not None and bases.dtype is torch.int64:
         flags |= _BASES64
@@ -116,19 +131,18 @@ def fields(call: SelectionCall) -> tuple[int, ...]:
     if table is not None:
         page_size, (num_requests, table_width), table_stride = space["page_size"], table.shape, table.stride(0)
     return (
-        address, _address(lengths), _address(starts), _address(bases), _address(requests), _address(table),
+        logits.data_ptr(), _address(lengths), _address(starts), _address(bases), _address(requests), _address(table),
         out.data_ptr(), _address(local),
-        stride, table_stride, out.stride(0), 0 if local is None else local.stride(0),
+        logits.stride(0), table_stride, out.stride(0), 0 if local is None else local.stride(0),
         rows, width, k, method.value, flags,
-        space.get("next_n", 1), num_requests, table_width, page_size,
-        page_size.bit_length() - 1 if page_size & (page_size - 1) == 0 else -1, space.get("pages", 0),
+        space.get("next_n", 1), num_requests, table_width, page_size, space.get("pages", 0), *page_division(page_size),
     )  # fmt: skip
 
 
 def topk_transform(call: SelectionCall) -> None:
     """One launch."""
     device = call.logits.get_device()
-    launch = prepared(device, *call.logits.shape)
+    launch = prepared(device, *call.logits.shape, is_aligned(call))
     launch(torch._C._cuda_getCurrentRawStream(device), *fields(call))
 
 

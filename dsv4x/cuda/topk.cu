@@ -1,13 +1,13 @@
 // Selection of each row's k largest logits, equal ones by the smaller index, in the order of their indices.
 //
 // A row's way follows from its length, which the device reads. No more than k entries: all of them, without logits. Up
-// to kHeldColumns: one block, the keys in its registers. Longer: the blocks of a cluster stream a slice each, once, and
-// keep the entries above a bound from a sample of the row; the first block then selects from what was kept. Where the
-// bound kept too few or too many, the row is counted, as often as it takes to find one that cannot.
+// to kItems: one block, the values in its registers. Longer: the blocks of a cluster stream a slice each, once, and keep
+// the entries above a bound from a sample of the row, in their order; the first block then selects from what was kept.
+// Where the bound kept too few or too many, the row is counted, as often as it takes to find one that cannot.
 //
-// An entry's order is its key's, then its index's. Keys are counted in 4096 bins, of which one holds the k-th. While it
-// holds too many to be compared with each other, its range is cut into 4096 bins again: of keys, and then of columns
-// where all keys in it are one. Ranges are exact in integers, so nothing depends on the values.
+// An entry's order is its value's, then its column's. Entries are counted in kBins bins, of which one holds the k-th.
+// While it holds too many to be compared with each other, its range is cut into as many bins again: of keys, and then
+// of columns where all keys in it are one. Ranges are exact in integers, so nothing depends on the values.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -25,38 +25,43 @@ typedef long long i64;
 #ifndef LONG
 #define LONG 1  // whether rows can have more columns than registers hold
 #endif
+#ifndef ALIGNED
+#define ALIGNED 1  // whether four columns can be loaded at once
+#endif
 #ifndef ROOM
 #define ROOM 8192  // entries that are kept of a long row
 #endif
 #ifndef SAMPLES
-#define SAMPLES 8192
+#define SAMPLES 4096
 #endif
 #ifndef STREAMED
-#define STREAMED 4  // loads of four columns that a thread waits for at once
+#define STREAMED 4  // loads of four columns, a thread's, between two barriers
+#endif
+#ifndef BITS
+#define BITS (THREADS < 1024 ? 11 : 12)  // of a bin's number
 #endif
 
 namespace {
 
 constexpr int kWarps = THREADS / 32;
-constexpr int kBins = 4096;
+constexpr int kBins = 1 << BITS;
 constexpr int kOwnBins = kBins / THREADS;
-constexpr int kHeldColumns = 4 * HELD * THREADS;
-constexpr int kRanked = 256;                             // most entries that are compared with each other
-constexpr int kPlaces = (2048 + THREADS - 1) / THREADS;  // of a row, a thread's
-constexpr int kKept = ROOM / THREADS;                    // of a long row's entries, a thread's
-constexpr int kSampled = SAMPLES / 4 / THREADS;          // loads of four columns
-constexpr int kAhead = 64 * 1024;                        // bytes of a slice that are fetched during its row's sample
+constexpr int kItems = 4 * HELD * THREADS;
+constexpr int kChunk = 128;         // columns that a warp loads at once
+constexpr int kMost = 2048;         // k
+constexpr u32 kRanked = 256;        // most entries that are compared with each other
+constexpr int kPlaces = (kMost + THREADS - 1) / THREADS;              // of a row, a thread's
+constexpr int kListed = (kMost + (int)kRanked + THREADS - 1) / THREADS;  // of the entries of a list, a thread's
 constexpr u32 kAll = 0xffffffffu;
-constexpr u32 kInfinity = 0x7f800000;
-constexpr u32 kLargest = kInfinity | 0x80000000u;  // key, of infinity
-// Bins of 1/64 of a power of two from 2^-16 to 2^16; the first and the last of either sign take what is beyond.
-constexpr int kLeast = (127 - 16) * 64;
-// Bins of a long row's kept entries: 1/1024 of a power of two.
-constexpr int kFine = 13;
+constexpr u32 kLargest = 0xff800000u, kSmallest = 0x007fffffu;  // keys, of the infinities
+constexpr int kFine = 25 - BITS;  // kBins bins of this many bits are four powers of two
 
-static_assert(kWarps <= 32 && HELD <= 8 && kBins % THREADS == 0 && kOwnBins % 4 == 0 && SAMPLES % (4 * THREADS) == 0, "");
+static_assert(kWarps <= 32 && HELD <= 8 && kBins % (2 * THREADS) == 0, "");
 
-enum Flags { kLengths64 = 1, kStarts64 = 2, kBases64 = 4, kRequests64 = 8, kAligned = 16 };
+enum Flags { kLengths64 = 1, kStarts64 = 2, kBases64 = 4, kRequests64 = 8 };
+
+// What bins are of: half precision's values; keys above the range's least, in kFine bits; the range, in shift bits.
+enum Bins { kOfValues, kOfKept, kOfRange };
 
 }  // namespace
 
@@ -71,38 +76,56 @@ struct Params {
   int* local;            // may be null
   i64 logits_stride, table_stride, out_stride, local_stride;
   int rows, width, k, method, flags;
-  int next_n, num_requests, table_width, page_size, page_shift, pages;
+  int next_n, num_requests, table_width, page_size, pages;
+  u32 page_factor;  // a column's page is 2 * column * page_factor >> 32 + page_shift
+  int page_shift;
 };
 
 namespace {
 
 struct Row {
-  const float* logits;
   const int* table;
   i64 base;
   int table_limit;
 };
 
-struct Crossing {
-  u32 bin, before, count;
+// The entries among which the k-th is: those of `low` <= key <= `high`, or, where these are one, of a range of columns.
+struct Range {
+  u32 low, high;
+  int first, last;
+  u32 wanted;  // of the entries inside; those above are selected
+  u32 count;   // of the entries inside
+
+  __device__ __forceinline__ bool one_key() const { return low == high; }
+  __device__ __forceinline__ bool holds(u32 key, int column) const {
+    return key >= low && key <= high && (low != high || (column >= first && column <= last));
+  }
+  __device__ __forceinline__ int shift() const {
+    return max(0, 32 - BITS - __clz(low != high ? high - low : (u32)(last - first)));
+  }
+  // Of an entry inside; in descending order of entries.
+  __device__ __forceinline__ u32 bin(u32 key, int column, int shift) const {
+    return (low != high ? high - key : (u32)(column - first)) >> shift;
+  }
 };
 
 struct Shared {
-  u32 bins[kBins];  // zero but while they are counted and found, or hold bits of columns
-  u64 staged[kRanked];
-  u32 counts[HELD * kWarps];
+  u32 bins[kBins];  // zero but while they are counted and found
+  alignas(16) u64 list[kMost + kRanked];
+  u64 ties[kRanked];
+  int pages[HELD * THREADS];  // of four columns each
+  u32 counts[2 * 32];
   u32 sums[32];
-  Crossing crossing;
-  u64 least;
-  u32 stage_size;
-  u32 list_size;
+  u32 unselected[kListed * kWarps];
+  Range range;
+  u32 num_ties;
 #if LONG
-  u32 prefix[THREADS];
-  u64 list[ROOM];
+  u32 kept_by[16];  // the cluster's blocks
+  alignas(16) u64 kept[ROOM];
 #endif
 };
 
-static_assert(sizeof(Shared) <= 20 * 1024 + (LONG ? 4 * THREADS + 8 * ROOM : 0), "what the host gives a block");
+static_assert(sizeof(Shared) <= 22 * 1024 + 4 * kBins + 4 * HELD * THREADS + (LONG ? 8 * ROOM : 0), "");
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x >> 5; }
@@ -157,6 +180,23 @@ __device__ __forceinline__ u64 load_remote_u64(u32 address) {
   return x;
 }
 
+__device__ __forceinline__ void store_remote(u32 address, u32 x) {
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
+// Two values in half precision, rounded toward zero; the first in the low half.
+__device__ __forceinline__ u32 halves_of(float x, float y) {
+  u32 both;
+  asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(y), "f"(x));
+  return both;
+}
+
+__device__ __forceinline__ float value_of_half(u32 half) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"((unsigned short)half));
+  return x;
+}
+
 // Past the first level's cache: it may hold what was there before the kernels in front ended.
 __device__ __forceinline__ i64 load_integer(const void* pointer, i64 at, bool wide) {
   i64 x;
@@ -189,6 +229,9 @@ __device__ __forceinline__ void fetch_ahead(const float* pointer, int bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(pointer), "r"(bytes) : "memory");
 }
 
+// Computes the pointer here, rather than where it is used.
+__device__ __forceinline__ void settle(const float*& pointer) { asm volatile("" : "+l"(pointer)); }
+
 // Waits until the kernels in front have ended, and lets the next one start: it waits for this one in its turn.
 __device__ __forceinline__ void wait_for_kernels_in_front() {
   asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
@@ -209,9 +252,31 @@ __device__ __forceinline__ u32 warp_scan(u32 x) {
 
 __device__ __forceinline__ int clamped(i64 x, int most) { return (int)(x < 0 ? 0 : x > most ? (i64)most : x); }
 
-// Keys are unsigned and ordered as the values; NaN is -inf, -0 is 0. No value has key 0.
+// As it was loaded: nothing waits for it before its value is needed.
+struct Length {
+  int low, high;
+};
+
+__device__ __forceinline__ Length load_length(const Params& p, int number) {
+  bool wide = p.flags & kLengths64;
+  const int* pointer = (const int*)p.lengths + ((i64)number << (wide ? 1 : 0));
+  Length length = {load_int(pointer), 0};
+  if (wide) length.high = load_int(pointer + 1);
+  return length;
+}
+
+__device__ __forceinline__ int clamped_length(const Params& p, const Length& length, int most) {
+  bool wide = p.flags & kLengths64;
+  return clamped(wide ? (i64)length.high << 32 | (u32)length.low : (i64)length.low, most);
+}
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+
+// NaN is -inf, and -0 is 0.
+__device__ __forceinline__ float plain(float x) { return fmaxf(x, -infinity()) + 0.0f; }
+
+// Of plain values: unsigned, and in their order.
 __device__ __forceinline__ u32 key_of(float x) {
-  x = fmaxf(x, __int_as_float(0xff800000)) + 0.0f;
   int bits = __float_as_int(x);
   return (u32)bits ^ ((u32)(bits >> 31) | 0x80000000u);
 }
@@ -224,87 +289,70 @@ __device__ __forceinline__ float value_of(u32 key) {
 __device__ __forceinline__ u64 composite(u32 key, int column) { return (u64)key << 32 | (u32)~column; }
 __device__ __forceinline__ int column_of(u64 entry) { return (int)~(u32)entry; }
 
-// Bins are in descending order of the keys.
-__device__ __forceinline__ u32 bin_of(u32 key) {
-  int y = (int)(key >> 17) - 16384;
-  int sign = y >> 31;
-  int q = min(max((y ^ sign) - kLeast, 0), 2047);
-  return (u32)((2047 - q) ^ (sign & 4095));
+__device__ __forceinline__ float& part(float4& x, int j) { return j == 0 ? x.x : j == 1 ? x.y : j == 2 ? x.z : x.w; }
+__device__ __forceinline__ float part(const float4& x, int j) {
+  return j == 0 ? x.x : j == 1 ? x.y : j == 2 ? x.z : x.w;
 }
 
-// The entries among which the k-th is: those of `low` <= key <= `high`, or, where these are one, of a range of columns.
-struct Range {
-  u32 low, high;
-  int first, last;
-  u32 wanted;  // of the entries inside; those above are selected
+// Counts four plain values in bins of half precision's, in descending order; those that are NaN are none.
+__device__ __forceinline__ void count_values(Shared& s, const float4& x, bool all) {
+  u32 halves[2] = {halves_of(x.x, x.y), halves_of(x.z, x.w)};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    u32 both = halves[j / 2];
+    u32 ordered = both ^ ((~both >> 15 & 0x00010001u) * 0x7fffu);
+    u32 bin = (j % 2 ? ordered >> (32 - BITS) : ordered >> (16 - BITS) & (kBins - 1));
+    if (all || part(x, j) == part(x, j)) atomicAdd(&s.bins[bin], 1u);
+  }
+}
 
-  __device__ __forceinline__ bool holds(u32 key, int column) const {
-    return key >= low && key <= high && (low != high || (column >= first && column <= last));
-  }
-  __device__ __forceinline__ int shift() const {
-    return max(0, 20 - __clz(low != high ? high - low : (u32)(last - first)));
-  }
-  // Of an entry inside; in descending order of entries.
-  __device__ __forceinline__ u32 bin(u32 key, int column, int shift) const {
-    return (low != high ? high - key : (u32)(column - first)) >> shift;
-  }
-  __device__ __forceinline__ void narrow(const Crossing& c, int shift) {
-    wanted -= c.before;
-    u32 from = c.bin << shift, size = (1u << shift) - 1;
-    if (low != high) {
-      high -= from;
-      low = high - low > size ? high - size : low;
+// A bin of a range: `before` entries come before the bin's, which are `count`.
+template <int OF>
+__device__ __forceinline__ Range narrowed(Range r, u32 bin, u32 before, u32 count, int shift) {
+  r.wanted -= before;
+  r.count = count;
+  if (OF == kOfValues) {
+    u32 first = bin << (16 - BITS), last = first + (1u << (16 - BITS)) - 1;
+    if (first < 0x8000u) {
+      u32 half = first ^ 0x7fffu;
+      r.low = key_of(value_of_half(last ^ 0x7fffu));
+      r.high = half >= 0x7c00u ? kLargest : key_of(value_of_half(half + 1)) - 1;
     } else {
-      first += (int)from;
-      last = (u32)(last - first) > size ? first + (int)size : last;
+      u32 least = first & 0x7fffu, most = last & 0x7fffu;
+      r.low = most >= 0x7c00u ? kSmallest : key_of(-value_of_half(most + 1)) + 1;
+      r.high = key_of(-value_of_half(least));
+    }
+  } else if (OF == kOfKept) {
+    r.low += (kBins - 1 - bin) << kFine;
+    r.high = bin == 0 ? kLargest : min(r.low + ((1u << kFine) - 1), kLargest);
+  } else {
+    u32 from = bin << shift, size = (1u << shift) - 1;
+    if (r.low != r.high) {
+      r.high -= from;
+      r.low = r.high - r.low > size ? r.high - size : r.low;
+    } else {
+      r.first += (int)from;
+      r.last = (u32)(r.last - r.first) > size ? r.first + (int)size : r.last;
     }
   }
-  // Of a bin of bin_of.
-  __device__ __forceinline__ void narrow_values(const Crossing& c) {
-    wanted -= c.before;
-    int q = c.bin < 2048 ? 2047 - (int)c.bin : (int)c.bin - 2048;
-    u32 least = q == 0 ? 0 : (u32)(q + kLeast) << 17;
-    u32 most = q == 2047 ? kInfinity : ((u32)(q + 1 + kLeast) << 17) - 1;
-    low = c.bin < 2048 ? least | 0x80000000u : most ^ 0x7fffffffu;
-    high = c.bin < 2048 ? most | 0x80000000u : least ^ 0x7fffffffu;
-  }
-  // The least entry of the range.
-  __device__ __forceinline__ u64 least() const { return composite(low, low == high ? last : 0x7fffffff); }
-};
-
-// Every value, in a row of `length` columns.
-__device__ __forceinline__ Range whole(int length, u32 wanted) { return {0, kAll, 0, length - 1, wanted}; }
-
-__device__ __forceinline__ float4 load_columns(const Params& p, const float* row, int column, int end) {
-  const float nothing = __int_as_float(0xff800000);
-  float4 x = {nothing, nothing, nothing, nothing};
-  if (p.flags & kAligned) {
-    if (column < end) x = load_aligned(row + column);
-    return x;
-  }
-  if (column < end) x.x = row[column];
-  if (column + 1 < end) x.y = row[column + 1];
-  if (column + 2 < end) x.z = row[column + 2];
-  if (column + 3 < end) x.w = row[column + 3];
-  return x;
+  // No entry has the key of -0, which is not less than 0.
+  if (r.high == 0x7fffffffu && r.low != r.high) --r.high;
+  return r;
 }
 
-__device__ __forceinline__ float part(const float4& x, int j) { return j == 0 ? x.x : j == 1 ? x.y : j == 2 ? x.z : x.w; }
-
-// The bin that holds the wanted-th of those counted, by all threads. Bins are zero afterwards, but of a cluster, whose
-// blocks are `blocks`: there a barrier has to come before they are.
-__device__ __forceinline__ Crossing find(Shared& s, u32 wanted, int blocks) {
-  uint4* bins = (uint4*)s.bins + threadIdx.x * (kOwnBins / 4);
+// The bin that holds the wanted-th of a range's entries, by all threads. Bins are zero afterwards, but of a cluster's
+// blocks, where a barrier has to come before they are.
+template <int OF>
+__device__ __forceinline__ Range find(Shared& s, const Range& r, int shift, int blocks) {
+  uint2* bins = (uint2*)&s.bins[kOwnBins * threadIdx.x];
   u32 own[kOwnBins];
   u32 sum = 0;
 #pragma unroll
-  for (int i = 0; i < kOwnBins / 4; ++i) {
-    uint4 four = bins[i];
-    own[4 * i] = four.x;
-    own[4 * i + 1] = four.y;
-    own[4 * i + 2] = four.z;
-    own[4 * i + 3] = four.w;
-    if (blocks == 1) bins[i] = make_uint4(0, 0, 0, 0);
+  for (int i = 0; i < kOwnBins / 2; ++i) {
+    uint2 two = bins[i];
+    own[2 * i] = two.x;
+    own[2 * i + 1] = two.y;
+    if (blocks == 1) bins[i] = make_uint2(0, 0);
   }
 #if LONG
   if (blocks > 1) {
@@ -323,55 +371,25 @@ __device__ __forceinline__ Crossing find(Shared& s, u32 wanted, int blocks) {
   if (lane_id() == 31) s.sums[warp_id()] = end;
   __syncthreads();
   u32 before = warp_sum(lane_id() < warp_id() ? s.sums[lane_id()] : 0) + end - sum;
-  if (before < wanted && before + sum >= wanted) {
-    Crossing c = {0, 0, 0};
+  if (before < r.wanted && before + sum >= r.wanted) {
+    u32 bin = kOwnBins * threadIdx.x, count = own[0], last = before;
 #pragma unroll
-    for (int i = 0; i < kOwnBins; ++i) {
-      if (before < wanted && before + own[i] >= wanted) c = {kOwnBins * threadIdx.x + i, before, own[i]};
-      before += own[i];
+    for (int i = 1; i < kOwnBins; ++i) {
+      last += own[i - 1];
+      if (last < r.wanted) {
+        before = last;
+        count = own[i];
+        bin = kOwnBins * threadIdx.x + i;
+      }
     }
-    s.crossing = c;
+    s.range = narrowed<OF>(r, bin, before, count, shift);
   }
   __syncthreads();
-  return s.crossing;
-}
-
-// The least selected entry. `c` is what was found of the range `r`, narrowed since; `each(f)` calls f(key, column) for
-// this thread's entries.
-template <class Each>
-__device__ __forceinline__ u64 choose(Shared& s, Range r, u32 count, const Each& each) {
-#pragma unroll 1
-  while (count != r.wanted && count > kRanked) {
-    int shift = r.shift();
-    each([&](u32 key, int column) {
-      if (r.holds(key, column)) atomicAdd(&s.bins[r.bin(key, column, shift)], 1u);
-    });
-    __syncthreads();
-    Crossing c = find(s, r.wanted, 1);
-    r.narrow(c, shift);
-    count = c.count;
-  }
-  if (count == r.wanted) return r.least();
-  each([&](u32 key, int column) {
-    if (r.holds(key, column)) s.staged[atomicAdd(&s.stage_size, 1u)] = composite(key, column);
-  });
-  __syncthreads();
-  int lane = lane_id();
-#pragma unroll 1
-  for (u32 i = warp_id(); i < count; i += kWarps) {
-    u64 entry = s.staged[i];
-    u32 above = 0;
-#pragma unroll 1
-    for (u32 at = 0; at < count; at += 32)
-      above += __popc(__ballot_sync(kAll, at + lane < count && s.staged[min(at + lane, count - 1)] > entry));
-    if (above == r.wanted - 1 && lane == 0) s.least = entry;
-  }
-  __syncthreads();
-  return s.least;
+  return s.range;
 }
 
 __device__ __forceinline__ int page_number(const Params& p, int column) {
-  return p.page_shift >= 0 ? column >> p.page_shift : (int)((u32)column / (u32)p.page_size);
+  return (int)(__umulhi(2 * (u32)column, p.page_factor) >> p.page_shift);
 }
 
 __device__ __forceinline__ int load_page(const Params& p, const Row& row, int column) {
@@ -386,7 +404,7 @@ __device__ __forceinline__ int in_space(const Params& p, const Row& row, int col
     return row.base >= 0 && moved <= 0x7fffffff ? (int)moved : -1;
   }
   if (p.method == 2) {
-    int at = p.page_shift >= 0 ? column & (p.page_size - 1) : column - page_number(p, column) * p.page_size;
+    int at = column - page_number(p, column) * p.page_size;
     return page < 0 || page >= p.pages ? -1 : page * p.page_size + at;
   }
   return column;
@@ -397,9 +415,8 @@ __device__ __forceinline__ void write(const Params& p, const Row& row, int numbe
   if (p.local) p.local[number * p.local_stride + place] = column;
 }
 
-__device__ __forceinline__ Row make_row(const Params& p, int number, int first) {
+__device__ __forceinline__ Row make_row(const Params& p, int number) {
   Row row;
-  row.logits = p.logits + number * p.logits_stride + first;
   row.base = 0;
   row.table = p.table;
   row.table_limit = 0;
@@ -414,6 +431,18 @@ __device__ __forceinline__ Row make_row(const Params& p, int number, int first) 
     }
   }
   return row;
+}
+
+__device__ __forceinline__ float4 load_columns(const float* row, int column, int end) {
+  float4 x = {0.0f, 0.0f, 0.0f, 0.0f};
+#if ALIGNED
+  if (column < end) x = load_aligned(row + column);
+#else
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    if (column + j < end) part(x, j) = row[column + j];
+#endif
+  return x;
 }
 
 // Of a row of no more than k entries.
@@ -445,87 +474,207 @@ __device__ __forceinline__ void select_all(
   }
 }
 
-// A row whose logits registers hold: a thread has four columns of each THREADS * 4.
-struct Held {
-  float4 logits[HELD];
-  int pages[HELD];  // of the first of four columns
+// The entries that are selected from: of a short row, its columns; of a long one, what was kept of it. A warp has
+// `loads` chunks of them, one behind the other.
+struct Items {
+  float4 x[HELD];
+  int pages[HELD];  // of a short row whose pages four columns share
+  int loads;
+  int first;
+  int size;
 };
 
-__device__ __forceinline__ bool whole_pages(const Params& p) { return p.method == 2 && p.page_shift >= 2; }
-
-__device__ __forceinline__ Held load_held(const Params& p, const Row& row, int length) {
-  Held held;
-#pragma unroll
-  for (int i = 0; i < HELD; ++i) held.logits[i] = load_columns(p, row.logits, 4 * (i * THREADS + threadIdx.x), length);
-#pragma unroll
-  for (int i = 0; i < HELD; ++i) {
-    int column = 4 * (i * THREADS + threadIdx.x);
-    held.pages[i] = column < length && whole_pages(p) ? load_page(p, row, column) : -1;
-  }
-  return held;
+__device__ __forceinline__ Items make_items(int size) {
+  Items items;
+  items.size = size;
+  items.loads = (size + kChunk * kWarps - 1) / (kChunk * kWarps);
+  items.first = warp_id() * items.loads * kChunk + 4 * lane_id();
+  return items;
 }
 
-struct HeldKeys {
-  u32 held[4 * HELD];
+__device__ __forceinline__ bool pages_of_four(const Params& p) { return p.method == 2 && p.page_size % 4 == 0; }
 
-  template <class F>
-  __device__ __forceinline__ void operator()(F f) const {
+__device__ __forceinline__ Items load_row(const Params& p, const Row& row, const float* logits, int length) {
+  Items items = make_items(length);
 #pragma unroll
-    for (int i = 0; i < 4 * HELD; ++i) f(held[i], 4 * (i / 4 * THREADS + (int)threadIdx.x) + i % 4);
+  for (int i = 0; i < HELD; ++i)
+    items.x[i] = load_columns(logits, items.first + i * kChunk, i < items.loads ? length : 0);
+#pragma unroll
+  for (int i = 0; i < HELD; ++i) {
+    int column = items.first + i * kChunk;
+    items.pages[i] = i < items.loads && column < length && pages_of_four(p) ? load_page(p, row, column) : -1;
   }
-};
+  return items;
+}
 
-__device__ __forceinline__ void select_held(
-    const Params& p, Shared& s, const Row& row, int number, int length, const Held& held) {
-  HeldKeys keys;
+// The place among the warp's of the first of this lane's items that are in `mine`, four bits, and how many they are.
+__device__ __forceinline__ u32 place_of(u32 mine, u32& all) {
+  u32 before = 0, below = (1u << lane_id()) - 1;
+  all = 0;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    u32 votes = __ballot_sync(kAll, mine >> j & 1);
+    before += __popc(votes & below);
+    all += __popc(votes);
+  }
+  return before;
+}
+
+// Selects from a row of more than k entries; s.bins are zero. `KEPT`: items are s.kept, with keys from `low` on.
+template <bool KEPT>
+__device__ __forceinline__ void select_items(
+    const Params& p, Shared& s, const Row& row, int number, int length, Items& items, u32 low) {
   int lane = lane_id(), warp = warp_id();
+#if LONG
+  auto column_at = [&](int slot) { return KEPT ? (int)(u32)s.kept[slot] : slot; };
+#else
+  auto column_at = [&](int slot) { return slot; };
+#endif
 #pragma unroll
-  for (int i = 0; i < 4 * HELD; ++i) {
-    int column = 4 * (i / 4 * THREADS + threadIdx.x) + i % 4;
-    keys.held[i] = column < length ? key_of(part(held.logits[i / 4], i % 4)) : 0;
-    if (column < length) atomicAdd(&s.bins[bin_of(keys.held[i])], 1u);
+  for (int i = 0; i < HELD; ++i) {
+    int slot = items.first + i * kChunk;
+    if (i < items.loads && slot < items.size) {
+      bool all = slot + 4 <= items.size;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (!KEPT) part(items.x[i], j) = plain(part(items.x[i], j));
+        if (!all && slot + j >= items.size) part(items.x[i], j) = __int_as_float(0x7fffffff);
+      }
+      if (KEPT) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          if (all || slot + j < items.size)
+            atomicAdd(&s.bins[kBins - 1 - min((key_of(part(items.x[i], j)) - low) >> kFine, (u32)kBins - 1)], 1u);
+      } else {
+        count_values(s, items.x[i], all);
+        if (pages_of_four(p)) s.pages[slot / 4] = items.pages[i];
+      }
+    } else {
+      items.x[i] = {__int_as_float(0x7fffffff), __int_as_float(0x7fffffff), __int_as_float(0x7fffffff),
+                    __int_as_float(0x7fffffff)};
+    }
   }
   __syncthreads();
-  Range r = whole(length, p.k);
-  Crossing c = find(s, r.wanted, 1);
-  r.narrow_values(c);
-  u64 least = choose(s, r, c.count, keys);
+  Range r = {KEPT ? low : 0, kAll, 0, length - 1, (u32)p.k, 0};
+  r = find<KEPT ? kOfKept : kOfValues>(s, r, 0, 1);
+#pragma unroll 1
+  while (r.count != r.wanted && r.count > kRanked) {
+    int shift = r.shift();
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float x = part(items.x[i], j);
+        int slot = items.first + i * kChunk + j;
+        if (!(x == x)) continue;
+        u32 key = key_of(x);
+        int column = column_at(slot);
+        if (r.holds(key, column)) atomicAdd(&s.bins[r.bin(key, column, shift)], 1u);
+      }
+    }
+    __syncthreads();
+    r = find<kOfRange>(s, r, shift, 1);
+  }
 
-  u32 selected = 0, below[HELD];
+  // The entries above the range and in it, in order.
+  float least = value_of(r.low);
+  u32 mine = 0, places[HELD], sum = 0;
 #pragma unroll
   for (int i = 0; i < HELD; ++i) {
-    u32 all = 0;
-    below[i] = 0;
+    places[i] = sum;
+    if (i >= items.loads) continue;
+    u32 four = 0, all;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) four |= (u32)(part(items.x[i], j) >= least) << j;
+    if (r.one_key()) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        int slot = items.first + i * kChunk + j;
+        if (part(items.x[i], j) == least && column_at(slot) > r.last) four &= ~(1u << j);
+      }
+    }
+    places[i] += place_of(four, all);
+    sum += all;
+    mine |= four << (4 * i);
+  }
+  if (lane == 0) s.counts[warp] = sum;
+  __syncthreads();
+  u32 before = warp_sum(lane < warp ? s.counts[lane] : 0);
+  bool ranked = r.count != r.wanted;
+#pragma unroll
+  for (int i = 0; i < HELD; ++i) {
+    if (!(mine >> (4 * i) & 15)) continue;
+    u32 place = before + places[i];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      bool mine = composite(keys.held[4 * i + j], 4 * (i * THREADS + (int)threadIdx.x) + j) >= least;
-      u32 votes = __ballot_sync(kAll, mine);
-      selected |= (u32)mine << (4 * i + j);
-      below[i] += __popc(votes & ((1u << lane) - 1));
-      all += __popc(votes);
+      if (!(mine >> (4 * i + j) & 1)) continue;
+      int column = column_at(items.first + i * kChunk + j);
+      u64 entry = composite(key_of(part(items.x[i], j)), column);
+      s.list[place++] = entry;
+      if (ranked && r.holds((u32)(entry >> 32), column)) s.ties[atomicAdd(&s.num_ties, 1u)] = entry;
     }
-    if (lane == 0) s.counts[i * kWarps + warp] = all;
   }
   __syncthreads();
-  u32 before = 0;
+
+  u32 size = p.k - r.wanted + r.count;
+  // Of a long row, the first pages are on their way while its entries are ranked.
+  constexpr int kUnrolled = KEPT ? kListed : 1, kFetched = kListed < 2 ? kListed : 2;
+  int pages[kFetched];
+  if (KEPT) {
 #pragma unroll
-  for (int i = 0; i < HELD; ++i) {
-    if (4 * i * THREADS >= length) break;
-    u32 count = lane < kWarps ? s.counts[i * kWarps + lane] : 0;
-    u32 place = before + warp_sum(lane < warp ? count : 0) + below[i];
-    before += warp_sum(count);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (!(selected >> (4 * i + j) & 1)) continue;
-      int column = 4 * (i * THREADS + (int)threadIdx.x) + j;
-      int page = whole_pages(p) ? held.pages[i] : load_page(p, row, column);
-      write(p, row, number, place, column, page);
-      ++place;
+    for (int i = 0; i < kFetched; ++i) {
+      u32 at = i * THREADS + threadIdx.x;
+      pages[i] = at < size ? load_page(p, row, column_of(s.list[at])) : -1;
     }
+  }
+  u32 selected = 0;
+  if (ranked) {
+#pragma unroll 1
+    for (int i = 0; i * THREADS < size; ++i) {
+      u32 at = i * THREADS + threadIdx.x;
+      u64 entry = at < size ? s.list[at] : 0;
+      bool chosen = entry != 0;
+      if (chosen && r.holds((u32)(entry >> 32), column_of(entry))) {
+        u32 rank = 0;
+#pragma unroll 4
+        for (u32 t = 0; t < r.count; ++t) rank += s.ties[t] > entry;
+        chosen = rank < r.wanted;
+      }
+      selected |= (u32)chosen << i;
+      u32 votes = __ballot_sync(kAll, chosen);
+      if (lane == 0) s.unselected[i * kWarps + warp] = 32 - __popc(votes);
+    }
+    __syncthreads();
+  }
+  u32 skipped = 0;
+#pragma unroll kUnrolled
+  for (int i = 0; i < kListed; ++i) {
+    if (i * THREADS >= size) break;
+    u32 at = i * THREADS + threadIdx.x, place = at;
+    bool chosen = at < size;
+    if (ranked) {
+      chosen = selected >> i & 1;
+      u32 own = lane < kWarps ? s.unselected[i * kWarps + lane] : 0;
+      u32 votes = __ballot_sync(kAll, chosen);
+      place -= skipped + warp_sum(lane < warp ? own : 0) + __popc(~votes & ((1u << lane) - 1));
+      skipped += warp_sum(own);
+    }
+    if (!chosen) continue;
+    int column = column_of(s.list[at]);
+    int page = KEPT && i < kFetched ? pages[i < kFetched ? i : 0]
+               : !KEPT && pages_of_four(p) ? s.pages[column / 4]
+                                           : load_page(p, row, column);
+    write(p, row, number, place, column, page);
   }
 }
 
 #if LONG
+
+constexpr int kSampled = SAMPLES / 4 / THREADS;  // loads of four columns, a thread's
+constexpr int kAhead = 64 * 1024;                // bytes of a slice that are fetched during its row's sample
+constexpr int kTile = kChunk * STREAMED * kWarps;
+
+static_assert(ROOM >= kMost && ROOM <= kItems && SAMPLES % (4 * THREADS) == 0 && STREAMED <= 4, "");
 
 // A row's columns for each of its blocks, a power of two of them.
 __device__ __forceinline__ int share_of(int length, int blocks) {
@@ -545,13 +694,13 @@ struct Sample {
   float4 logits[kSampled];
 };
 
-__device__ __forceinline__ Sample load_sample(const Params& p, const Row& row, int length) {
+__device__ __forceinline__ Sample load_sample(const float* row, int length) {
   Sample sample;
   u32 vectors = (u32)length / 4;
 #pragma unroll
   for (int i = 0; i < kSampled; ++i) {
     u32 at = (u32)((u64)(i * THREADS + threadIdx.x) * vectors / (SAMPLES / 4));
-    sample.logits[i] = load_columns(p, row.logits, (int)(4 * at), length);
+    sample.logits[i] = load_columns(row, (int)(4 * at), length);
   }
   return sample;
 }
@@ -559,91 +708,129 @@ __device__ __forceinline__ Sample load_sample(const Params& p, const Row& row, i
 // A key that between k and ROOM of the row's are not below, most likely: a bin's least.
 __device__ __forceinline__ u32 sampled_bound(const Params& p, Shared& s, int length, const Sample& sample) {
 #pragma unroll
-  for (int i = 0; i < 4 * kSampled; ++i) atomicAdd(&s.bins[bin_of(key_of(part(sample.logits[i / 4], i % 4)))], 1u);
+  for (int i = 0; i < kSampled; ++i) {
+    float4 x = sample.logits[i];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) part(x, j) = plain(part(x, j));
+    count_values(s, x, true);
+  }
   __syncthreads();
   // 4.3 standard deviations more than the k-th of the row has before it in the sample.
   float expected = (float)p.k * (float)SAMPLES / (float)length;
   int wanted = (int)(expected + 10.25f + 4.3f * sqrtf(expected + 4.63f));
-  Range r = whole(length, 0);
-  r.narrow_values(find(s, (u32)min(wanted, SAMPLES), 1));
-  return r.low;
+  Range r = {0, kAll, 0, length - 1, (u32)min(wanted, SAMPLES), 0};
+  return find<kOfValues>(s, r, 0, 1).low;
 }
 
-// Calls f(columns, column, end) for this thread's columns of the slice, four at a time.
-template <class F>
-__device__ __forceinline__ void stream(const Params& p, const Row& row, int begin, int end, F f) {
+struct Tile {
+  float4 x[STREAMED];
+};
+
+__device__ __forceinline__ Tile load_tile(const float* row, int first, int end) {
+  Tile tile;
+#pragma unroll
+  for (int i = 0; i < STREAMED; ++i) tile.x[i] = load_columns(row, first + i * kChunk, end);
+  return tile;
+}
+
+// Keeps the slice's entries from (`low`, `last`) on, in order, as far as there is room; returns the number of all.
+__device__ __forceinline__ u32 keep(
+    Shared& s, const float* row, int begin, int end, u32 low, int last) {
+  float bound = value_of(low);
+  int lane = lane_id(), warp = warp_id(), turn = 0;
+  u32 kept = 0;
+  int column = begin + warp * STREAMED * kChunk + 4 * lane;
+  Tile next = load_tile(row, column, end);
 #pragma unroll 1
-  for (int at = begin + 4 * (int)threadIdx.x; at < end; at += 4 * THREADS * STREAMED) {
-    float4 some[STREAMED];
+  for (int from = begin; from < end; from += kTile, column += kTile, turn ^= 32) {
+    Tile tile = next;
+    next = load_tile(row, column + kTile, end);
+    u32 mine = 0, places = 0, counts = 0, sum = 0;
 #pragma unroll
-    for (int i = 0; i < STREAMED; ++i) some[i] = load_columns(p, row.logits, at + 4 * i * THREADS, end);
+    for (int i = 0; i < STREAMED; ++i) {
+      const float4& x = tile.x[i];
+      // Of NaN, neither is true.
+      bool none = x.x < bound && x.y < bound && x.z < bound && x.w < bound;
+      if (!__any_sync(kAll, !none)) continue;
+      u32 four = 0, all;
+      if (!none) {
 #pragma unroll
-    for (int i = 0; i < STREAMED; ++i) f(some[i], at + 4 * i * THREADS);
-  }
-}
-
-// Lists the slice's entries from `least` on, in any order, as far as there is room; s.list_size counts all.
-__device__ __forceinline__ void keep(const Params& p, Shared& s, const Row& row, int begin, int end, u64 least) {
-  float bound = value_of((u32)(least >> 32));
-  stream(p, row, begin, end, [&](const float4& x, int column) {
-    // Of NaN, neither is true.
-    if (x.x < bound && x.y < bound && x.z < bound && x.w < bound) return;
-    u64 entries[4];
-    u32 found = 0;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      entries[j] = composite(key_of(part(x, j)), column + j);
-      if (column + j >= end || entries[j] < least) entries[j] = 0;
-      found += entries[j] != 0;
+        for (int j = 0; j < 4; ++j) {
+          float value = plain(part(x, j));
+          int at = column + i * kChunk + j;
+          if (at < end && (value > bound || (value == bound && at <= last))) four |= 1u << j;
+        }
+      }
+      places |= place_of(four, all) << (8 * i);
+      counts |= all << (8 * i);
+      sum += all;
+      mine |= four << (4 * i);
     }
-    if (found == 0) return;
-    u32 at = atomicAdd(&s.list_size, found);
+    if (lane == 0) s.counts[turn + warp] = sum;
+    __syncthreads();
+    u32 own = lane < kWarps ? s.counts[turn + lane] : 0;
+    u32 before = kept + warp_sum(lane < warp ? own : 0);
+    kept += warp_sum(own);
+    if (sum == 0) continue;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (entries[j] == 0) continue;
-      if (at < ROOM) s.list[at] = entries[j];
-      ++at;
+    for (int i = 0; i < STREAMED; ++i) {
+      u32 place = before + (places >> (8 * i) & 255);
+      before += counts >> (8 * i) & 255;
+      if (!(mine >> (4 * i) & 15)) continue;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (!(mine >> (4 * i + j) & 1)) continue;
+        if (place < ROOM)
+          s.kept[place] = (u64)(u32)__float_as_int(plain(part(tile.x[i], j))) << 32 | (u32)(column + i * kChunk + j);
+        ++place;
+      }
     }
-  });
-}
-
-// The number of entries that the row's blocks listed, and those of the blocks up to this lane's.
-__device__ __forceinline__ u32 listed(Shared& s, int blocks, u32& end) {
-  if (blocks == 1) {
-    end = s.list_size;
-    return end;
   }
-  end = warp_scan(lane_id() < blocks ? load_remote(remote(&s.list_size, lane_id())) : 0);
-  return __shfl_sync(kAll, end, 31);
+  return kept;
 }
 
-// An entry from which on there are between k and ROOM, by all of the row's blocks.
-__device__ __forceinline__ u64 counted_bound(
-    const Params& p, Shared& s, const Row& row, int length, int begin, int end, int blocks) {
-  Range r = whole(length, p.k);
+// Where the entries that each block kept end, among those of all, in the lane of its rank.
+__device__ __forceinline__ u32 exchange_kept(Shared& s, u32 kept, int rank, int blocks) {
+  if (threadIdx.x < blocks) store_remote(remote(&s.kept_by[rank], threadIdx.x), kept);
+  barrier_of(blocks);
+  return warp_scan(lane_id() < blocks ? s.kept_by[lane_id()] : 0);
+}
+
+// A range from whose least entry on there are between k and ROOM, by all of the row's blocks.
+__device__ __noinline__ Range counted_range(
+    const Params& p, Shared& s, const float* row, int length, int begin, int end, int blocks) {
+  Range r = {0, kAll, 0, length - 1, (u32)p.k, 0};
+#pragma unroll 1
   for (bool values = true;; values = false) {
     int shift = r.shift();
-    stream(p, row, begin, end, [&](const float4& x, int column) {
 #pragma unroll 1
+    for (int column = begin + 4 * (int)threadIdx.x; column < end; column += 4 * THREADS) {
+      float4 x = load_columns(row, column, end);
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        part(x, j) = column + j < end ? plain(part(x, j)) : __int_as_float(0x7fffffff);
+      if (values) {
+        count_values(s, x, false);
+        continue;
+      }
+#pragma unroll
       for (int j = 0; j < 4; ++j) {
         u32 key = key_of(part(x, j));
-        if (column + j < end && r.holds(key, column + j))
-          atomicAdd(&s.bins[values ? bin_of(key) : r.bin(key, column + j, shift)], 1u);
+        if (column + j < end && r.holds(key, column + j)) atomicAdd(&s.bins[r.bin(key, column + j, shift)], 1u);
       }
-    });
+    }
     barrier_of(blocks);
-    Crossing c = find(s, r.wanted, blocks);
+    r = values ? find<kOfValues>(s, r, shift, blocks) : find<kOfRange>(s, r, shift, blocks);
     if (blocks > 1) {
       barrier_of(blocks);
       for (int i = threadIdx.x; i < kBins; i += THREADS) s.bins[i] = 0;
     }
     __syncthreads();
-    if (values) r.narrow_values(c); else r.narrow(c, shift);
-    if (p.k - r.wanted + c.count <= ROOM) return r.least();
+    if (p.k - r.wanted + r.count <= ROOM) return r;
   }
 }
 
-// Appends the other blocks' lists to this one's.
+// Appends the other blocks' entries to this one's.
 __device__ __forceinline__ void gather(Shared& s, int blocks, u32 end, u32 size) {
   u32 own = __shfl_sync(kAll, end, 0);
 #pragma unroll 1
@@ -658,112 +845,55 @@ __device__ __forceinline__ void gather(Shared& s, int blocks, u32 end, u32 size)
         start = ended;
       }
     }
-    if (at < size) s.list[at] = load_remote_u64(remote(&s.list[at - start], block));
-  }
-}
-
-struct ListedKeys {
-  const u64* list;
-  u32 size;
-
-  template <class F>
-  __device__ __forceinline__ void operator()(F f) const {
-#pragma unroll 2
-    for (u32 at = threadIdx.x; at < size; at += THREADS) f((u32)(list[at] >> 32), column_of(list[at]));
-  }
-};
-
-// Selects from the list, which holds all entries that can be.
-__device__ __forceinline__ void select_listed(
-    const Params& p, Shared& s, const Row& row, int number, int length, u32 size, u32 low) {
-  int pages[kKept];
-#pragma unroll
-  for (int i = 0; i < kKept; ++i) {
-    u32 at = i * THREADS + threadIdx.x;
-    pages[i] = at < size ? load_page(p, row, column_of(s.list[at])) : -1;
-  }
-  ListedKeys each = {s.list, size};
-  each([&](u32 key, int) { atomicAdd(&s.bins[kBins - 1 - min((key - low) >> kFine, (u32)kBins - 1)], 1u); });
-  __syncthreads();
-  Range r = whole(length, p.k);
-  Crossing c = find(s, r.wanted, 1);
-  r.wanted -= c.before;
-  r.low = low + ((kBins - 1 - c.bin) << kFine);
-  r.high = c.bin == 0 ? kLargest : min(r.low + ((1u << kFine) - 1), kLargest);
-  u64 least = choose(s, r, c.count, each);
-
-  // The order of columns is that of their bits.
-  u32 base = 0;
-#pragma unroll 1
-  for (int from = 0; from < length; from += 32 * kBins) {
-#pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      u32 at = i * THREADS + threadIdx.x;
-      if (at >= size) break;
-      u32 column = (u32)(column_of(s.list[at]) - from);
-      if (s.list[at] >= least && column < 32 * kBins) atomicOr(&s.bins[column >> 5], 1u << (column & 31));
-    }
-    __syncthreads();
-    const uint4* words = (const uint4*)s.bins + threadIdx.x * (kOwnBins / 4);
-    u32 own = 0;
-#pragma unroll
-    for (int i = 0; i < kOwnBins / 4; ++i)
-      own += __popc(words[i].x) + __popc(words[i].y) + __popc(words[i].z) + __popc(words[i].w);
-    u32 end = warp_scan(own);
-    if (lane_id() == 31) s.sums[warp_id()] = end;
-    __syncthreads();
-    u32 sum = lane_id() < kWarps ? s.sums[lane_id()] : 0;
-    s.prefix[threadIdx.x] = base + warp_sum(lane_id() < warp_id() ? sum : 0) + end - own;
-    base += warp_sum(sum);
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kKept; ++i) {
-      u32 at = i * THREADS + threadIdx.x;
-      if (at >= size) break;
-      u64 entry = s.list[at];
-      u32 column = (u32)(column_of(entry) - from);
-      if (entry < least || column >= 32 * kBins) continue;
-      u32 word = column >> 5, group = word / kOwnBins;
-      u32 place = s.prefix[group] + __popc(s.bins[word] & ((1u << (column & 31)) - 1));
-#pragma unroll
-      for (int w = 0; w < kOwnBins - 1; ++w)
-        if (group * kOwnBins + w < word) place += __popc(s.bins[group * kOwnBins + w]);
-      write(p, row, number, place, column_of(entry), pages[i]);
-    }
-    if (from + 32 * kBins >= length) break;
-    __syncthreads();
-    for (int i = threadIdx.x; i < kBins; i += THREADS) s.bins[i] = 0;
-    __syncthreads();
+    if (at < size) s.kept[at] = load_remote_u64(remote(&s.kept[at - start], block));
   }
 }
 
 __device__ __forceinline__ void select_long(
-    const Params& p, Shared& s, const Row& row, int number, int length, const Sample& sample, int rank, int blocks) {
+    const Params& p, Shared& s, const float* logits, int number, int length, const Sample& sample, int rank,
+    int blocks) {
+  // No block's memory is written to before it runs.
+  if (blocks > 1) cluster_arrive();
   int share = share_of(length, blocks);
   int begin = min(rank * share, length), end = min(begin + share, length);
-  u32 low = sampled_bound(p, s, length, sample), ends;
-  keep(p, s, row, begin, end, (u64)low << 32);
-  barrier_of(blocks);
-  u32 size = listed(s, blocks, ends);
-  if (size < (u32)p.k || size > ROOM) {
+  u32 low = sampled_bound(p, s, length, sample), ended, size;
+  int last = length;
+  bool alone = blocks == 1, ready = alone;
+#pragma unroll 1
+  for (;;) {
+    ended = size = keep(s, logits, begin, end, low, last);
+    if (!ready) cluster_wait();
+    ready = true;
+    if (!alone) {
+      ended = exchange_kept(s, size, rank, blocks);
+      size = __shfl_sync(kAll, ended, 31);
+    }
+    if (size >= (u32)p.k && size <= ROOM) break;
     barrier_of(blocks);
-    if (threadIdx.x == 0) s.list_size = 0;
-    __syncthreads();
-    u64 least = counted_bound(p, s, row, length, begin, end, blocks);
-    low = (u32)(least >> 32);
-    keep(p, s, row, begin, end, least);
-    barrier_of(blocks);
-    size = listed(s, blocks, ends);
+    Range r = counted_range(p, s, logits, length, begin, end, blocks);
+    low = r.low;
+    if (r.one_key()) last = r.last;
   }
-  // No block ends while another reads its memory.
-  if (blocks > 1) {
-    if (rank == 0) gather(s, blocks, ends, size);
-    __syncthreads();
+  if (!alone) {
+    if (rank == 0) gather(s, blocks, ended, size);
+    // No block ends while another reads its memory.
     cluster_arrive();
     cluster_wait();
     if (rank != 0) return;
+  } else {
+    __syncthreads();
   }
-  select_listed(p, s, row, number, length, size, low);
+  Items items = make_items((int)size);
+#pragma unroll
+  for (int i = 0; i < HELD; ++i) {
+    int slot = items.first + i * kChunk;
+    if (i < items.loads && slot < items.size) {
+      const uint4* four = (const uint4*)&s.kept[slot];
+      items.x[i] = {__int_as_float((int)four[0].y), __int_as_float((int)four[0].w), __int_as_float((int)four[1].y),
+                    __int_as_float((int)four[1].w)};
+    }
+  }
+  select_items<true>(p, s, make_row(p, number), number, length, items, low);
 }
 
 #endif
@@ -776,43 +906,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) topk(const __grid_
   int number = (int)(blockIdx.x >> (__ffs(blocks) - 1));
 
   // A kernel in front may still write the length: what is read before the wait is a guess.
-  int most = p.width;
-  int guess = p.lengths && !p.starts ? clamped(load_integer(p.lengths, number, p.flags & kLengths64), most) : most;
+  int guess = p.lengths ? clamped_length(p, load_length(p, number), p.width) : p.width;
+  const float* logits = p.logits + number * p.logits_stride;
+  settle(logits);
 #pragma unroll
-  for (int i = 0; i < kOwnBins / 4; ++i)
-    ((uint4*)s.bins)[threadIdx.x * (kOwnBins / 4) + i] = make_uint4(0, 0, 0, 0);
-  if (threadIdx.x == 0) s.stage_size = s.list_size = 0;
+  for (int i = 0; i < kOwnBins / 2; ++i) ((uint2*)s.bins)[i * THREADS + threadIdx.x] = make_uint2(0, 0);
+  if (threadIdx.x == 0) s.num_ties = 0;
   __syncthreads();
   wait_for_kernels_in_front();
 
-  int first = p.starts ? clamped(load_integer(p.starts, number, p.flags & kStarts64), p.width) : 0;
-  most -= first;
-  int length = p.lengths ? clamped(load_integer(p.lengths, number, p.flags & kLengths64), most) : most;
-  if (p.starts) guess = length;
-  Row row = make_row(p, number, first);
-  for (;; guess = length) {
-    // What is loaded for the guess is on its way together with the length.
+  int most = p.width;
+  Length loaded = p.lengths ? load_length(p, number) : Length{most, 0};
+  if (p.starts) {
+    int first = clamped(load_integer(p.starts, number, p.flags & kStarts64), p.width);
+    most -= first;
+    logits += first;
+    guess = clamped_length(p, loaded, most);
+  }
+  // What is loaded for the guess is on its way together with the length.
+  for (;;) {
+    int length;
     if (guess <= p.k) {
-      if (rank != 0 && guess == length) return;
-      Pages pages = load_pages(p, row, guess);
-      if (guess != length) continue;
-      return select_all(p, row, number, length, pages);
-    }
-    if (!LONG || guess <= kHeldColumns) {
-      if (rank != 0 && guess == length) return;
-      Held held = load_held(p, row, guess);
-      if (guess != length) continue;
-      return select_held(p, s, row, number, length, held);
-    }
+      Row row = make_row(p, number);
+      Pages pages = load_pages(p, row, rank == 0 ? guess : 0);
+      length = clamped_length(p, loaded, most);
+      if (guess == length) return rank == 0 ? select_all(p, row, number, length, pages) : void();
+    } else if (!LONG || guess <= kItems) {
+      Row row = make_row(p, number);
+      Items items = load_row(p, row, logits, rank == 0 ? guess : 0);
+      length = clamped_length(p, loaded, most);
+      if (guess == length) return rank == 0 ? select_items<false>(p, s, row, number, length, items, 0) : void();
+    } else {
 #if LONG
-    Sample sample = load_sample(p, row, guess);
-    if (p.flags & kAligned && threadIdx.x == 0) {
-      int share = share_of(guess, blocks), begin = min(rank * share, guess);
-      int ahead = min(4 * (min(begin + share, guess) - begin) & ~15, kAhead);
-      if (ahead > 0) fetch_ahead(row.logits + begin, ahead);
-    }
-    if (guess != length) continue;
-    return select_long(p, s, row, number, length, sample, rank, blocks);
+      Sample sample = load_sample(logits, guess);
+      if (ALIGNED && threadIdx.x == 0) {
+        int share = share_of(guess, blocks), begin = min(rank * share, guess);
+        int ahead = min(4 * (min(begin + share, guess) - begin) & ~15, kAhead);
+        if (ahead > 0) fetch_ahead(logits + begin, ahead);
+      }
+      length = clamped_length(p, loaded, most);
+      if (guess == length) return select_long(p, s, logits, number, length, sample, rank, blocks);
 #endif
+    }
+    guess = length;
   }
 }
