@@ -150,7 +150,7 @@ static void cluster_wait() { cluster_barrier.wait_for(running->turn); }
 static unsigned remote(const void* p, int rank) { return (unsigned)rank << 24 | (unsigned)((unsigned char*)p - block_memory()); }
 static unsigned char* place(unsigned address) { return blocks.at(address >> 24).memory.data() + (address & 0xffffff); }
 static unsigned load_remote(unsigned address) { return *(unsigned*)place(address); }
-static uint64_t load_remote_u64(unsigned address) { return *(uint64_t*)place(address); }
+static void store_remote_u64(unsigned address, uint64_t x) { *(uint64_t*)place(address) = x; }
 static long long load_integer(const void* p, long long at, bool wide) {
   return wide ? ((const long long*)p)[at] : ((const int*)p)[at];
 }

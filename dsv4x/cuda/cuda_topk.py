@@ -61,13 +61,13 @@ class Build(NamedTuple):
     def shared_bytes(self) -> int:
         """Of a block, at most."""
         bins = 4096 if self.threads >= 1024 else 2048
-        return 22 * 1024 + 4 * bins + 4 * self.held * self.threads + 8 * self.room
+        return 3 * 1024 + 4 * bins + 8 * self.room
 
 
 SHORTEST = Build(512, 3, 1, 0)
 SHORT = Build(512, 2, 4, 0)
-FEW = Build(1024, 1, 2, 8192)
-MANY = Build(512, 2, 3, 6144)
+FEW = Build(1024, 1, 2, 16384)
+MANY = Build(512, 2, 3, 8192)
 BUILDS = (SHORTEST, SHORT, FEW, MANY)
 
 

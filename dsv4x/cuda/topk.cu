@@ -29,13 +29,10 @@ typedef long long i64;
 #define ALIGNED 1  // whether four columns can be loaded at once
 #endif
 #ifndef ROOM
-#define ROOM 8192  // entries that are kept of a long row
+#define ROOM 8192  // entries that are kept of a long row, in equal parts of its blocks
 #endif
 #ifndef SAMPLES
 #define SAMPLES 4096
-#endif
-#ifndef STREAMED
-#define STREAMED 4  // loads of four columns, a thread's, between two barriers
 #endif
 #ifndef BITS
 #define BITS (THREADS < 1024 ? 11 : 12)  // of a bin's number
@@ -51,7 +48,6 @@ constexpr int kChunk = 128;         // columns that a warp loads at once
 constexpr int kMost = 2048;         // k
 constexpr u32 kRanked = 256;        // most entries that are compared with each other
 constexpr int kPlaces = (kMost + THREADS - 1) / THREADS;              // of a row, a thread's
-constexpr int kListed = (kMost + (int)kRanked + THREADS - 1) / THREADS;  // of the entries of a list, a thread's
 constexpr u32 kAll = 0xffffffffu;
 constexpr u32 kLargest = 0xff800000u, kSmallest = 0x007fffffu;  // keys, of the infinities
 constexpr int kFine = 25 - BITS;  // kBins bins of this many bits are four powers of two
@@ -89,6 +85,11 @@ struct Row {
   int table_limit;
 };
 
+struct Outs {
+  int* space;
+  int* local;
+};
+
 // The entries among which the k-th is: those of `low` <= key <= `high`, or, where these are one, of a range of columns.
 struct Range {
   u32 low, high;
@@ -111,12 +112,10 @@ struct Range {
 
 struct Shared {
   u32 bins[kBins];  // zero but while they are counted and found
-  alignas(16) u64 list[kMost + kRanked];
   u64 ties[kRanked];
-  int pages[HELD * THREADS];  // of four columns each
+  u64 least;
   u32 counts[2 * 32];
   u32 sums[32];
-  u32 unselected[kListed * kWarps];
   Range range;
   u32 num_ties;
 #if LONG
@@ -125,7 +124,7 @@ struct Shared {
 #endif
 };
 
-static_assert(sizeof(Shared) <= 22 * 1024 + 4 * kBins + 4 * HELD * THREADS + (LONG ? 8 * ROOM : 0), "");
+static_assert(sizeof(Shared) <= 3 * 1024 + 4 * kBins + (LONG ? 8 * ROOM : 0), "");
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x & 31; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x >> 5; }
@@ -148,15 +147,7 @@ __device__ __forceinline__ u32 cluster_size() {
   return x;
 }
 
-// A barrier of the cluster that makes known what its blocks wrote to their own shared memory, and nothing else: a
-// release of all memory would wait for global memory.
-__device__ __forceinline__ void cluster_arrive() {
-#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1207
-  asm volatile("fence.release.sync_restrict::shared::cta.cluster;\nbarrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#else
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
@@ -174,14 +165,12 @@ __device__ __forceinline__ u32 load_remote(u32 address) {
   return x;
 }
 
-__device__ __forceinline__ u64 load_remote_u64(u32 address) {
-  u64 x;
-  asm volatile("ld.shared::cluster.u64 %0, [%1];" : "=l"(x) : "r"(address) : "memory");
-  return x;
-}
-
 __device__ __forceinline__ void store_remote(u32 address, u32 x) {
   asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void store_remote_u64(u32 address, u64 x) {
+  asm volatile("st.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(x) : "memory");
 }
 
 // Two values in half precision, rounded toward zero; the first in the low half.
@@ -294,15 +283,15 @@ __device__ __forceinline__ float part(const float4& x, int j) {
   return j == 0 ? x.x : j == 1 ? x.y : j == 2 ? x.z : x.w;
 }
 
-// Counts four plain values in bins of half precision's, in descending order; those that are NaN are none.
-__device__ __forceinline__ void count_values(Shared& s, const float4& x, bool all) {
+// Counts the first `valid` of four plain values in bins of half precision's, in descending order.
+__device__ __forceinline__ void count_values(Shared& s, const float4& x, int valid) {
   u32 halves[2] = {halves_of(x.x, x.y), halves_of(x.z, x.w)};
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     u32 both = halves[j / 2];
     u32 ordered = both ^ ((~both >> 15 & 0x00010001u) * 0x7fffu);
     u32 bin = (j % 2 ? ordered >> (32 - BITS) : ordered >> (16 - BITS) & (kBins - 1));
-    if (all || part(x, j) == part(x, j)) atomicAdd(&s.bins[bin], 1u);
+    if (j < valid) atomicAdd(&s.bins[bin], 1u);
   }
 }
 
@@ -392,9 +381,12 @@ __device__ __forceinline__ int page_number(const Params& p, int column) {
   return (int)(__umulhi(2 * (u32)column, p.page_factor) >> p.page_shift);
 }
 
+// What the table has for a column of the row, -1 past its end.
 __device__ __forceinline__ int load_page(const Params& p, const Row& row, int column) {
+  if (row.table_limit <= 0) return -1;
   int number = page_number(p, column);
-  return p.method == 2 && number < row.table_limit ? load_int(row.table + number) : -1;
+  int page = load_int(row.table + min(number, row.table_limit - 1));
+  return number < row.table_limit ? page : -1;
 }
 
 // `page` is what the table has for the column.
@@ -410,9 +402,9 @@ __device__ __forceinline__ int in_space(const Params& p, const Row& row, int col
   return column;
 }
 
-__device__ __forceinline__ void write(const Params& p, const Row& row, int number, u32 place, int column, int page) {
-  p.out[number * p.out_stride + place] = in_space(p, row, column, page);
-  if (p.local) p.local[number * p.local_stride + place] = column;
+__device__ __forceinline__ void write(const Params& p, const Outs& outs, u32 place, int index, int column) {
+  outs.space[place] = index;
+  if (p.local) outs.local[place] = column;
 }
 
 __device__ __forceinline__ Row make_row(const Params& p, int number) {
@@ -420,7 +412,10 @@ __device__ __forceinline__ Row make_row(const Params& p, int number) {
   row.base = 0;
   row.table = p.table;
   row.table_limit = 0;
-  if (p.method == 1) row.base = load_integer(p.bases, number, p.flags & kBases64);
+  if (p.method == 1) {
+    row.base = load_integer(p.bases, number, p.flags & kBases64);
+    if (row.base > 0x7fffffff) row.base = -1;
+  }
   if (p.method == 2) {
     i64 request = p.requests      ? load_integer(p.requests, number, p.flags & kRequests64)
                   : p.next_n == 1 ? number
@@ -431,6 +426,10 @@ __device__ __forceinline__ Row make_row(const Params& p, int number) {
     }
   }
   return row;
+}
+
+__device__ __forceinline__ Outs make_outs(const Params& p, int number) {
+  return {p.out + number * p.out_stride, p.local + number * p.local_stride};
 }
 
 __device__ __forceinline__ float4 load_columns(const float* row, int column, int end) {
@@ -462,96 +461,95 @@ __device__ __forceinline__ Pages load_pages(const Params& p, const Row& row, int
 
 __device__ __forceinline__ void select_all(
     const Params& p, const Row& row, int number, int length, const Pages& pages) {
+  Outs outs = make_outs(p, number);
 #pragma unroll
   for (int i = 0; i < kPlaces; ++i) {
     int place = threadIdx.x + i * THREADS;
-    if (place < length) {
-      write(p, row, number, place, place, pages.held[i]);
-    } else if (place < p.k) {
-      p.out[number * p.out_stride + place] = -1;
-      if (p.local) p.local[number * p.local_stride + place] = -1;
+    if (place < p.k) {
+      bool there = place < length;
+      write(p, outs, place, there ? in_space(p, row, place, pages.held[i]) : -1, there ? place : -1);
     }
   }
 }
 
-// The entries that are selected from: of a short row, its columns; of a long one, what was kept of it. A warp has
-// `loads` chunks of them, one behind the other.
-struct Items {
-  float4 x[HELD];
-  int pages[HELD];  // of a short row whose pages four columns share
-  int loads;
-  int first;
-  int size;
+// Indices of four columns, one behind the other; of those past `last`, none.
+struct Four {
+  int first, last;
+
+  __device__ __forceinline__ int index(int j) const { return j <= last ? first + j : -1; }
 };
 
-__device__ __forceinline__ Items make_items(int size) {
-  Items items;
-  items.size = size;
-  items.loads = (size + kChunk * kWarps - 1) / (kChunk * kWarps);
-  items.first = warp_id() * items.loads * kChunk + 4 * lane_id();
-  return items;
+__device__ __forceinline__ Four indices_of(const Params& p, const Row& row, int column, int page) {
+  if (p.method == 1) {
+    i64 first = row.base + column;
+    return {(int)first, row.base < 0 ? -1 : (int)max((i64)-1, min((i64)3, 0x7fffffff - first))};
+  }
+  if (p.method == 2) return {in_space(p, row, column, page), page < 0 || page >= p.pages ? -1 : 3};
+  return {column, 3};
 }
 
-__device__ __forceinline__ bool pages_of_four(const Params& p) { return p.method == 2 && p.page_size % 4 == 0; }
+__device__ __forceinline__ bool pages_of_four(const Params& p) { return p.page_size % 4 == 0; }
 
-__device__ __forceinline__ Items load_row(const Params& p, const Row& row, const float* logits, int length) {
-  Items items = make_items(length);
+// The entries that are selected from, in order: a warp's are one behind the other, of each of its chunks four a lane.
+// Of a short row they are its columns; of a long one, what was kept of it.
+template <bool KEPT>
+struct Items {
+  static constexpr int kPages = KEPT ? 4 * HELD : HELD;
+
+  float4 x[HELD];
+  int column[kPages];
+  int pages[kPages];
+  int valid[HELD];  // of four
+
+  __device__ __forceinline__ int column_at(int at) const { return KEPT ? column[at] : column[at / 4] + at % 4; }
+
+  // What `f(i)` has of the item `at`, which is known only where it runs.
+  template <class F>
+  static __device__ __forceinline__ auto pick(int at, F f) {
+    auto found = f(0);
+#pragma unroll
+    for (int i = 1; i < 4 * HELD; ++i) found = at == i ? f(i) : found;
+    return found;
+  }
+};
+
+__device__ __forceinline__ int chunks_of(int size) { return (size + kChunk - 1) / kChunk; }
+
+__device__ __forceinline__ Items<false> load_row(const Params& p, const Row& row, const float* logits, int length) {
+  Items<false> items;
+  int loads = (chunks_of(length) + kWarps - 1) / kWarps;
+#pragma unroll
+  for (int i = 0; i < HELD; ++i) {
+    items.column[i] = (warp_id() * loads + i) * kChunk + 4 * lane_id();
+    items.valid[i] = i < loads ? min(max(length - items.column[i], 0), 4) : 0;
+    items.x[i] = load_columns(logits, items.column[i], i < loads ? length : 0);
+  }
 #pragma unroll
   for (int i = 0; i < HELD; ++i)
-    items.x[i] = load_columns(logits, items.first + i * kChunk, i < items.loads ? length : 0);
-#pragma unroll
-  for (int i = 0; i < HELD; ++i) {
-    int column = items.first + i * kChunk;
-    items.pages[i] = i < items.loads && column < length && pages_of_four(p) ? load_page(p, row, column) : -1;
-  }
+    items.pages[i] = p.method == 2 && items.valid[i] > 0 && pages_of_four(p) ? load_page(p, row, items.column[i]) : -1;
   return items;
 }
 
-// The place among the warp's of the first of this lane's items that are in `mine`, four bits, and how many they are.
-__device__ __forceinline__ u32 place_of(u32 mine, u32& all) {
-  u32 before = 0, below = (1u << lane_id()) - 1;
-  all = 0;
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    u32 votes = __ballot_sync(kAll, mine >> j & 1);
-    before += __popc(votes & below);
-    all += __popc(votes);
-  }
-  return before;
-}
-
-// Selects from a row of more than k entries; s.bins are zero. `KEPT`: items are s.kept, with keys from `low` on.
+// Selects from a row of more than k entries; s.bins are zero. `KEPT`: of what was kept, all keys are from `low` on.
 template <bool KEPT>
 __device__ __forceinline__ void select_items(
-    const Params& p, Shared& s, const Row& row, int number, int length, Items& items, u32 low) {
+    const Params& p, Shared& s, const Row& row, int number, int length, Items<KEPT>& items, u32 low) {
   int lane = lane_id(), warp = warp_id();
-#if LONG
-  auto column_at = [&](int slot) { return KEPT ? (int)(u32)s.kept[slot] : slot; };
-#else
-  auto column_at = [&](int slot) { return slot; };
-#endif
 #pragma unroll
   for (int i = 0; i < HELD; ++i) {
-    int slot = items.first + i * kChunk;
-    if (i < items.loads && slot < items.size) {
-      bool all = slot + 4 <= items.size;
+    float4& x = items.x[i];
+    int valid = items.valid[i];
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      part(x, j) = j < valid ? KEPT ? part(x, j) : plain(part(x, j)) : __int_as_float(0x7fffffff);
+    if (KEPT) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        if (!KEPT) part(items.x[i], j) = plain(part(items.x[i], j));
-        if (!all && slot + j >= items.size) part(items.x[i], j) = __int_as_float(0x7fffffff);
-      }
-      if (KEPT) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          if (all || slot + j < items.size)
-            atomicAdd(&s.bins[kBins - 1 - min((key_of(part(items.x[i], j)) - low) >> kFine, (u32)kBins - 1)], 1u);
-      } else {
-        count_values(s, items.x[i], all);
-        if (pages_of_four(p)) s.pages[slot / 4] = items.pages[i];
+        u32 bin = kBins - 1 - min((key_of(part(x, j)) - low) >> kFine, (u32)kBins - 1);
+        if (j < valid) atomicAdd(&s.bins[bin], 1u);
       }
     } else {
-      items.x[i] = {__int_as_float(0x7fffffff), __int_as_float(0x7fffffff), __int_as_float(0x7fffffff),
-                    __int_as_float(0x7fffffff)};
+      count_values(s, x, valid);
     }
   }
   __syncthreads();
@@ -561,110 +559,83 @@ __device__ __forceinline__ void select_items(
   while (r.count != r.wanted && r.count > kRanked) {
     int shift = r.shift();
 #pragma unroll
-    for (int i = 0; i < HELD; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        float x = part(items.x[i], j);
-        int slot = items.first + i * kChunk + j;
-        if (!(x == x)) continue;
-        u32 key = key_of(x);
-        int column = column_at(slot);
-        if (r.holds(key, column)) atomicAdd(&s.bins[r.bin(key, column, shift)], 1u);
-      }
+    for (int at = 0; at < 4 * HELD; ++at) {
+      u32 key = key_of(part(items.x[at / 4], at % 4));
+      int column = items.column_at(at);
+      if (at % 4 < items.valid[at / 4] && r.holds(key, column)) atomicAdd(&s.bins[r.bin(key, column, shift)], 1u);
     }
     __syncthreads();
     r = find<kOfRange>(s, r, shift, 1);
   }
 
-  // The entries above the range and in it, in order.
-  float least = value_of(r.low);
-  u32 mine = 0, places[HELD], sum = 0;
+  u64 least = composite(r.low, r.one_key() ? r.last : 0x7fffffff);
+  if (r.count != r.wanted) {
+    float lowest = value_of(r.low), highest = value_of(r.high);
+    u32 inside = 0;
+#pragma unroll
+    for (int at = 0; at < 4 * HELD; ++at) {
+      float x = part(items.x[at / 4], at % 4);
+      inside |= (u32)(x >= lowest && x <= highest) << at;
+    }
+    while (inside != 0) {
+      int at = __ffs(inside) - 1;
+      inside &= inside - 1;
+      u32 key = key_of(items.pick(at, [&](int i) { return part(items.x[i / 4], i % 4); }));
+      int column = items.pick(at, [&](int i) { return items.column_at(i); });
+      if (r.holds(key, column)) s.ties[atomicAdd(&s.num_ties, 1u)] = composite(key, column);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (u32 i = warp; i < r.count; i += kWarps) {
+      u64 entry = s.ties[i];
+      u32 above = 0;
+#pragma unroll 1
+      for (u32 at = 0; at < r.count; at += 32)
+        above += __popc(__ballot_sync(kAll, at + lane < r.count && s.ties[min(at + lane, r.count - 1)] > entry));
+      if (above == r.wanted - 1 && lane == 0) s.least = entry;
+    }
+    __syncthreads();
+    least = s.least;
+  }
+
+  float bound = value_of((u32)(least >> 32));
+  int last = column_of(least);
+  u32 selected = 0, places[HELD], sum = 0, below = (1u << lane) - 1;
 #pragma unroll
   for (int i = 0; i < HELD; ++i) {
     places[i] = sum;
-    if (i >= items.loads) continue;
-    u32 four = 0, all;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) four |= (u32)(part(items.x[i], j) >= least) << j;
-    if (r.one_key()) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        int slot = items.first + i * kChunk + j;
-        if (part(items.x[i], j) == least && column_at(slot) > r.last) four &= ~(1u << j);
-      }
+    for (int j = 0; j < 4; ++j) {
+      float x = part(items.x[i], j);
+      bool mine = x > bound || (x == bound && items.column_at(4 * i + j) <= last);
+      u32 votes = __ballot_sync(kAll, mine);
+      selected |= (u32)mine << (4 * i + j);
+      places[i] += __popc(votes & below);
+      sum += __popc(votes);
     }
-    places[i] += place_of(four, all);
-    sum += all;
-    mine |= four << (4 * i);
   }
   if (lane == 0) s.counts[warp] = sum;
+  Outs outs = make_outs(p, number);
+  Four four[HELD];
+  if (!KEPT) {
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) four[i] = indices_of(p, row, items.column[KEPT ? 0 : i], items.pages[KEPT ? 0 : i]);
+  }
   __syncthreads();
   u32 before = warp_sum(lane < warp ? s.counts[lane] : 0);
-  bool ranked = r.count != r.wanted;
+  bool apart = KEPT || (p.method == 2 && !pages_of_four(p));
 #pragma unroll
   for (int i = 0; i < HELD; ++i) {
-    if (!(mine >> (4 * i) & 15)) continue;
     u32 place = before + places[i];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      if (!(mine >> (4 * i + j) & 1)) continue;
-      int column = column_at(items.first + i * kChunk + j);
-      u64 entry = composite(key_of(part(items.x[i], j)), column);
-      s.list[place++] = entry;
-      if (ranked && r.holds((u32)(entry >> 32), column)) s.ties[atomicAdd(&s.num_ties, 1u)] = entry;
+      int at = 4 * i + j;
+      if (!(selected >> at & 1)) continue;
+      int column = items.column_at(at);
+      int index = apart ? in_space(p, row, column, KEPT ? items.pages[KEPT ? at : 0] : load_page(p, row, column))
+                        : four[i].index(j);
+      write(p, outs, place++, index, column);
     }
-  }
-  __syncthreads();
-
-  u32 size = p.k - r.wanted + r.count;
-  // Of a long row, the first pages are on their way while its entries are ranked.
-  constexpr int kUnrolled = KEPT ? kListed : 1, kFetched = kListed < 2 ? kListed : 2;
-  int pages[kFetched];
-  if (KEPT) {
-#pragma unroll
-    for (int i = 0; i < kFetched; ++i) {
-      u32 at = i * THREADS + threadIdx.x;
-      pages[i] = at < size ? load_page(p, row, column_of(s.list[at])) : -1;
-    }
-  }
-  u32 selected = 0;
-  if (ranked) {
-#pragma unroll 1
-    for (int i = 0; i * THREADS < size; ++i) {
-      u32 at = i * THREADS + threadIdx.x;
-      u64 entry = at < size ? s.list[at] : 0;
-      bool chosen = entry != 0;
-      if (chosen && r.holds((u32)(entry >> 32), column_of(entry))) {
-        u32 rank = 0;
-#pragma unroll 4
-        for (u32 t = 0; t < r.count; ++t) rank += s.ties[t] > entry;
-        chosen = rank < r.wanted;
-      }
-      selected |= (u32)chosen << i;
-      u32 votes = __ballot_sync(kAll, chosen);
-      if (lane == 0) s.unselected[i * kWarps + warp] = 32 - __popc(votes);
-    }
-    __syncthreads();
-  }
-  u32 skipped = 0;
-#pragma unroll kUnrolled
-  for (int i = 0; i < kListed; ++i) {
-    if (i * THREADS >= size) break;
-    u32 at = i * THREADS + threadIdx.x, place = at;
-    bool chosen = at < size;
-    if (ranked) {
-      chosen = selected >> i & 1;
-      u32 own = lane < kWarps ? s.unselected[i * kWarps + lane] : 0;
-      u32 votes = __ballot_sync(kAll, chosen);
-      place -= skipped + warp_sum(lane < warp ? own : 0) + __popc(~votes & ((1u << lane) - 1));
-      skipped += warp_sum(own);
-    }
-    if (!chosen) continue;
-    int column = column_of(s.list[at]);
-    int page = KEPT && i < kFetched ? pages[i < kFetched ? i : 0]
-               : !KEPT && pages_of_four(p) ? s.pages[column / 4]
-                                           : load_page(p, row, column);
-    write(p, row, number, place, column, page);
   }
 }
 
@@ -672,9 +643,10 @@ __device__ __forceinline__ void select_items(
 
 constexpr int kSampled = SAMPLES / 4 / THREADS;  // loads of four columns, a thread's
 constexpr int kAhead = 64 * 1024;                // bytes of a slice that are fetched during its row's sample
-constexpr int kTile = kChunk * STREAMED * kWarps;
+constexpr int kStreamed = 4;                     // loads of four columns, a thread's, between two barriers
 
-static_assert(ROOM >= kMost && ROOM <= kItems && SAMPLES % (4 * THREADS) == 0 && STREAMED <= 4, "");
+// A bound that was counted leaves kMost entries, in chunks that up to eight blocks did not fill.
+static_assert(ROOM >= kMost && HELD * kWarps >= kMost / kChunk + 8 && SAMPLES % (4 * THREADS) == 0, "");
 
 // A row's columns for each of its blocks, a power of two of them.
 __device__ __forceinline__ int share_of(int length, int blocks) {
@@ -712,7 +684,7 @@ __device__ __forceinline__ u32 sampled_bound(const Params& p, Shared& s, int len
     float4 x = sample.logits[i];
 #pragma unroll
     for (int j = 0; j < 4; ++j) part(x, j) = plain(part(x, j));
-    count_values(s, x, true);
+    count_values(s, x, 4);
   }
   __syncthreads();
   // 4.3 standard deviations more than the k-th of the row has before it in the sample.
@@ -723,80 +695,88 @@ __device__ __forceinline__ u32 sampled_bound(const Params& p, Shared& s, int len
 }
 
 struct Tile {
-  float4 x[STREAMED];
+  float4 x[kStreamed];
 };
 
-__device__ __forceinline__ Tile load_tile(const float* row, int first, int end) {
+__device__ __forceinline__ Tile load_tile(const float* row, int first, int loads, int end) {
   Tile tile;
 #pragma unroll
-  for (int i = 0; i < STREAMED; ++i) tile.x[i] = load_columns(row, first + i * kChunk, end);
+  for (int i = 0; i < kStreamed; ++i) tile.x[i] = load_columns(row, first + i * kChunk, i < loads ? end : 0);
   return tile;
 }
 
-// Keeps the slice's entries from (`low`, `last`) on, in order, as far as there is room; returns the number of all.
+// A lane's counts of four items are packed so, a byte each: of the loads 0, 2, 1 and 3.
+__device__ __forceinline__ u32 packed_counts(u32 mine) {
+  u32 pairs = mine - (mine >> 1 & 0x5555u);
+  u32 fours = (pairs & 0x3333u) + (pairs >> 2 & 0x3333u);
+  return (fours & 0x0f0fu) | (fours & 0xf0f0u) << 12;
+}
+
+__device__ __forceinline__ u32 packed_count(u32 counts, int load) {
+  return counts >> (load == 1 ? 16 : load == 2 ? 8 : 8 * load) & 255;
+}
+
+// Keeps the slice's entries from (`low`, `last`) on, in order, at `kept` of the first block, as far as there is room;
+// returns the number of all.
 __device__ __forceinline__ u32 keep(
-    Shared& s, const float* row, int begin, int end, u32 low, int last) {
+    Shared& s, const float* row, int begin, int end, u32 low, int last, u32 kept, u32 room) {
   float bound = value_of(low);
   int lane = lane_id(), warp = warp_id(), turn = 0;
-  u32 kept = 0;
-  int column = begin + warp * STREAMED * kChunk + 4 * lane;
-  Tile next = load_tile(row, column, end);
+  int loads = min((chunks_of(end - begin) + kWarps - 1) / kWarps, kStreamed), step = loads * kChunk * kWarps;
+  // NaN, and columns of one key, need more than one comparison.
+  bool plainly = low > kSmallest && last == 0x7fffffff;
+  u32 size = 0;
+  int column = begin + warp * loads * kChunk + 4 * lane;
+  Tile next = load_tile(row, column, loads, end);
 #pragma unroll 1
-  for (int from = begin; from < end; from += kTile, column += kTile, turn ^= 32) {
+  for (int from = begin; from < end; from += step, column += step, turn ^= 32) {
     Tile tile = next;
-    next = load_tile(row, column + kTile, end);
-    u32 mine = 0, places = 0, counts = 0, sum = 0;
+    next = load_tile(row, column + step, loads, end);
+    u32 mine = 0;
+    if (plainly && from + step <= end) {
 #pragma unroll
-    for (int i = 0; i < STREAMED; ++i) {
-      const float4& x = tile.x[i];
-      // Of NaN, neither is true.
-      bool none = x.x < bound && x.y < bound && x.z < bound && x.w < bound;
-      if (!__any_sync(kAll, !none)) continue;
-      u32 four = 0, all;
-      if (!none) {
+      for (int at = 0; at < 4 * kStreamed; ++at) mine |= (u32)(part(tile.x[at / 4], at % 4) >= bound) << at;
+      mine &= (1u << (4 * loads)) - 1;
+    } else {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          float value = plain(part(x, j));
-          int at = column + i * kChunk + j;
-          if (at < end && (value > bound || (value == bound && at <= last))) four |= 1u << j;
-        }
+      for (int at = 0; at < 4 * kStreamed; ++at) {
+        float x = part(tile.x[at / 4], at % 4) = plain(part(tile.x[at / 4], at % 4));
+        int where = column + at / 4 * kChunk + at % 4;
+        mine |= (u32)(at / 4 < loads && where < end && (x > bound || (x == bound && where <= last))) << at;
       }
-      places |= place_of(four, all) << (8 * i);
-      counts |= all << (8 * i);
-      sum += all;
-      mine |= four << (4 * i);
     }
+    u32 counts = packed_counts(mine), ends = 0, all = 0;
+    if (__any_sync(kAll, mine != 0)) {
+      ends = warp_scan(counts);
+      all = __shfl_sync(kAll, ends, 31);
+    }
+    u32 sum = (all & 0x00ff00ffu) + (all >> 8 & 0x00ff00ffu);
+    sum = (sum & 0xffffu) + (sum >> 16);
     if (lane == 0) s.counts[turn + warp] = sum;
     __syncthreads();
     u32 own = lane < kWarps ? s.counts[turn + lane] : 0;
-    u32 before = kept + warp_sum(lane < warp ? own : 0);
-    kept += warp_sum(own);
-    if (sum == 0) continue;
+    u32 before = size + warp_sum(lane < warp ? own : 0);
+    size += warp_sum(own);
 #pragma unroll
-    for (int i = 0; i < STREAMED; ++i) {
-      u32 place = before + (places >> (8 * i) & 255);
-      before += counts >> (8 * i) & 255;
-      if (!(mine >> (4 * i) & 15)) continue;
+    for (int i = 0; i < kStreamed; ++i) {
+      u32 total = packed_count(all, i);
+      if (total == 0) continue;
+      u32 place = before + packed_count(ends - counts, i);
+      before += total;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        if (!(mine >> (4 * i + j) & 1)) continue;
-        if (place < ROOM)
-          s.kept[place] = (u64)(u32)__float_as_int(plain(part(tile.x[i], j))) << 32 | (u32)(column + i * kChunk + j);
-        ++place;
+        bool kept_one = mine >> (4 * i + j) & 1;
+        float x = part(tile.x[i], j) + 0.0f;
+        if (kept_one && place < room)
+          store_remote_u64(kept + 8 * place, (u64)(u32)__float_as_int(x) << 32 | (u32)(column + i * kChunk + j));
+        place += kept_one;
       }
     }
   }
-  return kept;
+  return size;
 }
 
-// Where the entries that each block kept end, among those of all, in the lane of its rank.
-__device__ __forceinline__ u32 exchange_kept(Shared& s, u32 kept, int rank, int blocks) {
-  if (threadIdx.x < blocks) store_remote(remote(&s.kept_by[rank], threadIdx.x), kept);
-  barrier_of(blocks);
-  return warp_scan(lane_id() < blocks ? s.kept_by[lane_id()] : 0);
-}
-
-// A range from whose least entry on there are between k and ROOM, by all of the row's blocks.
+// A range from whose least entry on there are between k and kMost, by all of the row's blocks.
 __device__ __noinline__ Range counted_range(
     const Params& p, Shared& s, const float* row, int length, int begin, int end, int blocks) {
   Range r = {0, kAll, 0, length - 1, (u32)p.k, 0};
@@ -807,10 +787,9 @@ __device__ __noinline__ Range counted_range(
     for (int column = begin + 4 * (int)threadIdx.x; column < end; column += 4 * THREADS) {
       float4 x = load_columns(row, column, end);
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
-        part(x, j) = column + j < end ? plain(part(x, j)) : __int_as_float(0x7fffffff);
+      for (int j = 0; j < 4; ++j) part(x, j) = plain(part(x, j));
       if (values) {
-        count_values(s, x, false);
+        count_values(s, x, end - column);
         continue;
       }
 #pragma unroll
@@ -826,27 +805,35 @@ __device__ __noinline__ Range counted_range(
       for (int i = threadIdx.x; i < kBins; i += THREADS) s.bins[i] = 0;
     }
     __syncthreads();
-    if (p.k - r.wanted + r.count <= ROOM) return r;
+    if (p.k - r.wanted + r.count <= kMost) return r;
   }
 }
 
-// Appends the other blocks' entries to this one's.
-__device__ __forceinline__ void gather(Shared& s, int blocks, u32 end, u32 size) {
-  u32 own = __shfl_sync(kAll, end, 0);
-#pragma unroll 1
-  for (u32 warp_at = own + warp_id() * 32; warp_at < size; warp_at += THREADS) {
-    u32 at = warp_at + lane_id(), start = own;
-    int block = 1;
-#pragma unroll 1
-    for (int q = 1; q < blocks - 1; ++q) {
-      u32 ended = __shfl_sync(kAll, end, q);
-      if (at >= ended) {
-        block = q + 1;
-        start = ended;
-      }
-    }
-    if (at < size) s.kept[at] = load_remote_u64(remote(&s.kept[at - start], block));
+// The first block's items: chunks of the blocks' parts, `size` of them in the lane of a block's rank.
+__device__ __forceinline__ Items<true> load_kept(const Params& p, Shared& s, const Row& row, u32 size, int part_size) {
+  Items<true> items;
+  u32 chunks = chunks_of((int)size), ends = warp_scan(chunks);
+  int loads = ((int)__shfl_sync(kAll, ends, 31) + kWarps - 1) / kWarps;
+#pragma unroll
+  for (int i = 0; i < HELD; ++i) {
+    u32 chunk = warp_id() * loads + i;
+    int block = __popc(__ballot_sync(kAll, ends <= chunk)) & 31;
+    int slot = ((int)(chunk - __shfl_sync(kAll, ends - chunks, block))) * kChunk + 4 * lane_id();
+    int valid = i < loads ? min(max((int)__shfl_sync(kAll, size, block) - slot, 0), 4) : 0;
+    const uint4* two = (const uint4*)&s.kept[valid > 0 ? block * part_size + slot : 0];
+    uint4 first = two[0], second = two[1];
+    items.valid[i] = valid;
+    items.x[i] = {__int_as_float((int)first.y), __int_as_float((int)first.w), __int_as_float((int)second.y),
+                  __int_as_float((int)second.w)};
+    items.column[4 * i] = (int)first.x;
+    items.column[4 * i + 1] = (int)first.z;
+    items.column[4 * i + 2] = (int)second.x;
+    items.column[4 * i + 3] = (int)second.z;
   }
+#pragma unroll
+  for (int at = 0; at < 4 * HELD; ++at)
+    items.pages[at] = p.method == 2 && at % 4 < items.valid[at / 4] ? load_page(p, row, items.column[at]) : -1;
+  return items;
 }
 
 __device__ __forceinline__ void select_long(
@@ -856,44 +843,27 @@ __device__ __forceinline__ void select_long(
   if (blocks > 1) cluster_arrive();
   int share = share_of(length, blocks);
   int begin = min(rank * share, length), end = min(begin + share, length);
-  u32 low = sampled_bound(p, s, length, sample), ended, size;
-  int last = length;
-  bool alone = blocks == 1, ready = alone;
+  int part_size = ROOM >> (__ffs(blocks) - 1);
+  u32 low = sampled_bound(p, s, length, sample), size;
+  int last = 0x7fffffff;
+  if (blocks > 1) cluster_wait();
 #pragma unroll 1
   for (;;) {
-    ended = size = keep(s, logits, begin, end, low, last);
-    if (!ready) cluster_wait();
-    ready = true;
-    if (!alone) {
-      ended = exchange_kept(s, size, rank, blocks);
-      size = __shfl_sync(kAll, ended, 31);
-    }
-    if (size >= (u32)p.k && size <= ROOM) break;
+    u32 own = keep(s, logits, begin, end, low, last, remote(&s.kept[rank * part_size], 0), part_size);
+    if (threadIdx.x < blocks) store_remote(remote(&s.kept_by[rank], threadIdx.x), own);
+    barrier_of(blocks);
+    size = lane_id() < blocks ? s.kept_by[lane_id()] : 0;
+    bool fits = !__any_sync(kAll, size > part_size) && warp_sum(chunks_of((int)size)) <= HELD * kWarps;
+    if (fits && warp_sum(size) >= (u32)p.k) break;
     barrier_of(blocks);
     Range r = counted_range(p, s, logits, length, begin, end, blocks);
     low = r.low;
     if (r.one_key()) last = r.last;
   }
-  if (!alone) {
-    if (rank == 0) gather(s, blocks, ended, size);
-    // No block ends while another reads its memory.
-    cluster_arrive();
-    cluster_wait();
-    if (rank != 0) return;
-  } else {
-    __syncthreads();
-  }
-  Items items = make_items((int)size);
-#pragma unroll
-  for (int i = 0; i < HELD; ++i) {
-    int slot = items.first + i * kChunk;
-    if (i < items.loads && slot < items.size) {
-      const uint4* four = (const uint4*)&s.kept[slot];
-      items.x[i] = {__int_as_float((int)four[0].y), __int_as_float((int)four[0].w), __int_as_float((int)four[1].y),
-                    __int_as_float((int)four[1].w)};
-    }
-  }
-  select_items<true>(p, s, make_row(p, number), number, length, items, low);
+  if (rank != 0) return;
+  Row row = make_row(p, number);
+  Items<true> items = load_kept(p, s, row, size, part_size);
+  select_items<true>(p, s, row, number, length, items, low);
 }
 
 #endif
@@ -933,7 +903,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) topk(const __grid_
       if (guess == length) return rank == 0 ? select_all(p, row, number, length, pages) : void();
     } else if (!LONG || guess <= kItems) {
       Row row = make_row(p, number);
-      Items items = load_row(p, row, logits, rank == 0 ? guess : 0);
+      Items<false> items = load_row(p, row, logits, rank == 0 ? guess : 0);
       length = clamped_length(p, loaded, most);
       if (guess == length) return rank == 0 ? select_items<false>(p, s, row, number, length, items, 0) : void();
     } else {
