@@ -14,16 +14,17 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
 
 using std::max;
 using std::min;
-inline unsigned min(unsigned a, int b) { return a < (unsigned)b ? a : (unsigned)b; }
 
 struct float4 { float x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct alignas(8) uint2 { unsigned x, y; };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 struct Barrier {
@@ -116,17 +117,30 @@ T __shfl_up_sync(unsigned, T x, int d) {
   int lane = running->thread.x % 32;
   return exchange((uint64_t)x, [=](uint64_t* v) { return (T)v[lane >= d ? lane - d : lane]; });
 }
-template <class T>
-T __shfl_xor_sync(unsigned, T x, int d) {
-  int lane = running->thread.x % 32;
-  return exchange((uint64_t)x, [=](uint64_t* v) { return (T)v[lane ^ d]; });
-}
+inline unsigned __umulhi(unsigned x, unsigned y) { return (uint64_t)x * y >> 32; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(x); }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline int __float_as_int(float x) { int y; memcpy(&y, &x, 4); return y; }
 inline float __int_as_float(int x) { float y; memcpy(&y, &x, 4); return y; }
 inline unsigned atomicAdd(unsigned* p, unsigned x) { unsigned old = *p; *p += x; return old; }
+
+static unsigned half_of(float x) {
+  unsigned bits = __float_as_int(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  int exponent = (int)(magnitude >> 23) - 127;
+  unsigned digits = (magnitude & 0x7fffff) | 0x800000;
+  if (magnitude > 0x7f800000) return 0x7fff;
+  if (magnitude == 0x7f800000) return sign | 0x7c00;
+  if (exponent > 15) return sign | 0x7bff;
+  if (exponent >= -14) return sign | (magnitude >> 13) - (112 << 10);
+  return exponent < -24 ? sign : sign | digits >> (-1 - exponent);
+}
+static unsigned halves_of(float x, float y) { return half_of(x) | half_of(y) << 16; }
+static float value_of_half(unsigned half) {
+  int exponent = half >> 10 & 31, digits = half & 0x3ff;
+  float x = exponent == 31 ? INFINITY : exponent ? std::ldexp((float)(digits | 0x400), exponent - 25) : std::ldexp((float)digits, -24);
+  return half & 0x8000 ? -x : x;
+}
 
 static unsigned char* block_memory() { return running->block->memory.data(); }
 static unsigned cluster_rank() { return running->block->rank; }
@@ -136,11 +150,15 @@ static void cluster_wait() { cluster_barrier.wait_for(running->turn); }
 static unsigned remote(const void* p, int rank) { return (unsigned)rank << 24 | (unsigned)((unsigned char*)p - block_memory()); }
 static unsigned char* place(unsigned address) { return blocks.at(address >> 24).memory.data() + (address & 0xffffff); }
 static unsigned load_remote(unsigned address) { return *(unsigned*)place(address); }
-static uint64_t load_remote_u64(unsigned address) { return *(uint64_t*)place(address); }
-static uint4 load_remote_four(unsigned address) { return *(uint4*)place(address); }
+static void store_remote_u64(unsigned address, uint64_t x) { *(uint64_t*)place(address) = x; }
 static long long load_integer(const void* p, long long at, bool wide) {
   return wide ? ((const long long*)p)[at] : ((const int*)p)[at];
 }
+static void store_remote(unsigned address, unsigned x) { *(unsigned*)place(address) = x; }
+static int load_int(const int* p) { return *p; }
+static float4 load_aligned(const float* p) { return *(const float4*)p; }
+static void settle(const float*&) {}
+static void fetch_ahead(const float*, int) {}
 
 // What a kernel in front writes while this one waits for it.
 static void* late_target;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import struct
 from pathlib import Path
@@ -18,8 +17,6 @@ from . import nvrtc
 
 ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 K_MAX = 2048
-THREADS = 512
-TOPK = nvrtc.Function(Path(__file__).with_name("topk.cu"), "topk")
 
 # Of an H100 (benchmarks/results/selection-h100.json, k 1024, narrow buffers): rows -> us at costs.SELECTION_WIDTHS.
 _TOPK_US = {
@@ -30,90 +27,123 @@ _TOPK_US = {
     256: (8.2, 14.6, 42.8, 256.1),
 }
 
-_PARAMS = struct.Struct("<8q4q13i4x")
-_LENGTHS64, _STARTS64, _BASES64, _REQUESTS64, _ALIGNED = 1, 2, 4, 8, 16
-# Of shared memory: what the kernel keeps beside a slice's keys, and the keys that a thread loads at once.
-_SHARED = 30 * 1024
-_LOAD = 16 * THREADS
+_PARAMS = struct.Struct("<8q4q10iIi")
+_LENGTHS64, _STARTS64, _BASES64, _REQUESTS64 = 1, 2, 4, 8
 
 
-class Shape(NamedTuple):
-    """How rows are spread over blocks.
+class Build(NamedTuple):
+    """What the source is compiled with.
 
     Attributes:
-        cluster: blocks of a cluster.
-        solo_columns: the longest row that one block has to itself, where there are clusters.
-        blocks: of the grid.
-        resident: loads of a thread whose keys stay in shared memory.
+        threads: of a block.
+        blocks: of a multiprocessor, at least.
+        held: loads of four columns that a thread's registers hold.
+        room: entries that are kept of a row longer than that; 0 where there is none.
+        aligned: whether four columns can be loaded at once.
     """
 
-    cluster: int
-    solo_columns: int
+    threads: int
     blocks: int
-    resident: int
+    held: int
+    room: int
+    aligned: bool = True
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The compiler's."""
+        given = {"THREADS": self.threads, "BLOCKS": self.blocks, "HELD": self.held, "LONG": int(self.room > 0)}
+        given["ALIGNED"] = int(self.aligned)
+        return tuple(f"-D{name}={value}" for name, value in given.items()) + (
+            (f"-DROOM={self.room}",) if self.room else ()
+        )
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block, at most."""
+        bins = 4096 if self.threads >= 1024 else 2048
+        return 3 * 1024 + 4 * bins + 8 * self.room
+
+
+SHORTEST = Build(512, 3, 1, 0)
+SHORT = Build(512, 2, 4, 0)
+FEW = Build(1024, 1, 2, 16384)
+MANY = Build(512, 2, 3, 8192)
+BUILDS = (SHORTEST, SHORT, FEW, MANY)
 
 
 @functools.cache
-def _limits(device: int) -> tuple[int, int]:
-    """(multiprocessors, shared memory that a block may have so that two fit)."""
-    found = torch.cuda.get_device_properties(device)
-    optin: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    each = min(optin, found.shared_memory_per_multiprocessor // 2 - 1024)
-    return found.multi_processor_count, each
+def function(build: Build) -> nvrtc.Function:
+    """The kernel, built so."""
+    return nvrtc.Function(Path(__file__).with_name("topk.cu"), "topk", build.options)
+
+
+def spread(multiprocessors: int, rows: int, width: int) -> tuple[Build, int]:
+    """How ``rows`` rows of at most ``width`` columns, which are all that the host knows, are spread: blocks a row too."""
+    for build in (SHORTEST, SHORT):
+        if width <= 4 * build.held * build.threads:
+            return build, 1
+    for blocks in (8, 4, 2):
+        if rows * blocks <= multiprocessors - (0 if blocks == 2 else 12):
+            return FEW, blocks
+    return (FEW if rows <= multiprocessors else MANY), 1
 
 
 @functools.lru_cache(4096)
-def shape(device: int, rows: int, width: int) -> Shape:
-    """The spread of ``rows`` rows of at most ``width`` columns, which are all that the host knows."""
-    multiprocessors, memory = _limits(device)
-    resident = (memory - _SHARED) // _LOAD
-    solo = 8192 if rows <= 32 else 16384 if rows < 128 else 40960
-    cluster = 8 if rows <= 16 else 4
-    if width <= solo:
-        return Shape(1, solo, min(rows, 2 * multiprocessors), 0 if width <= 8192 else resident)
-    launch = nvrtc.Launch(cluster, THREADS, cluster, _SHARED + resident * _LOAD)
-    most = TOPK.most_clusters(device, launch)
-    return Shape(cluster, solo, min(rows, most) * cluster, resident)
+def prepared(device: int, rows: int, width: int, aligned: bool) -> nvrtc.Prepared:
+    """The launch for rows of at most ``width`` columns."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    build, blocks = spread(multiprocessors, rows, width)
+    build = build._replace(aligned=aligned)
+    launch = nvrtc.Launch(rows * blocks, build.threads, blocks, build.shared_bytes)
+    return function(build).prepare(device, launch, _PARAMS)
 
 
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def pack_arguments(spread: Shape, call: SelectionCall) -> ctypes.Array[ctypes.c_char]:
+@functools.lru_cache(64)
+def page_division(page_size: int) -> tuple[int, int]:
+    """(factor, shift) so that ``column // page_size`` is ``2 * column * factor >> 32 + shift`` below 2^31."""
+    shift = (page_size - 1).bit_length()
+    return -(-(1 << 31 + shift) // page_size), shift
+
+
+def is_aligned(call: SelectionCall) -> bool:
+    """Whether every row's columns can be loaded four at a time."""
+    logits = call.logits
+    return call.row_starts is None and not (logits.shape[1] | logits.stride(0)) & 3 and not logits.data_ptr() & 15
+
+
+def fields(call: SelectionCall) -> tuple[int, ...]:
     """The kernel's struct of a call."""
     logits, lengths, k, method, starts, space, out, local = call
     rows, width = logits.shape
+    flags = _LENGTHS64 if lengths is not None and lengths.dtype is torch.int64 else 0
+    if starts is not None:
+        flags |= _STARTS64 if starts.dtype is torch.int64 else 0
     bases, requests, table = space.get("bases"), space.get("requests"), space.get("block_table")
-    address, stride = logits.data_ptr(), logits.stride(0)
-    flags = 0
-    for tensor, flag in ((lengths, _LENGTHS64), (starts, _STARTS64), (bases, _BASES64), (requests, _REQUESTS64)):
-        if tensor is not None and tensor.dtype is torch.int64:
-            flags |= flag
-    if starts is None and not (width | stride) % 4 and not address % 16:
-        flags |= _ALIGNED
-    page_size = space.get("page_size", 1)
-    num_requests, table_width = (0, 0) if table is None else table.shape
-    arguments = ctypes.create_string_buffer(_PARAMS.size)
-    _PARAMS.pack_into(
-        arguments, 0,
-        address, _address(lengths), _address(starts), _address(bases), _address(requests), _address(table),
+    if bases is not None and bases.dtype is torch.int64:
+        flags |= _BASES64
+    if requests is not None and requests.dtype is torch.int64:
+        flags |= _REQUESTS64
+    page_size, num_requests, table_width, table_stride = 1, 0, 0, 0
+    if table is not None:
+        page_size, (num_requests, table_width), table_stride = space["page_size"], table.shape, table.stride(0)
+    return (
+        logits.data_ptr(), _address(lengths), _address(starts), _address(bases), _address(requests), _address(table),
         out.data_ptr(), _address(local),
-        stride, 0 if table is None else table.stride(0), out.stride(0), 0 if local is None else local.stride(0),
-        rows, width, k, method.value, flags, spread.solo_columns, spread.resident,
-        space.get("next_n", 1), num_requests, table_width, page_size,
-        page_size.bit_length() - 1 if page_size & (page_size - 1) == 0 else -1, space.get("pages", 0),
+        logits.stride(0), table_stride, out.stride(0), 0 if local is None else local.stride(0),
+        rows, width, k, method.value, flags,
+        space.get("next_n", 1), num_requests, table_width, page_size, space.get("pages", 0), *page_division(page_size),
     )  # fmt: skip
-    return arguments
 
 
 def topk_transform(call: SelectionCall) -> None:
     """One launch."""
     device = call.logits.get_device()
-    spread = shape(device, *call.logits.shape)
-    arguments = pack_arguments(spread, call)
-    launch = nvrtc.Launch(spread.blocks, THREADS, spread.cluster, _SHARED + spread.resident * _LOAD)
-    TOPK(device, launch, torch.cuda.current_stream(device).cuda_stream, arguments)
+    launch = prepared(device, *call.logits.shape, is_aligned(call))
+    launch(torch._C._cuda_getCurrentRawStream(device), *fields(call))
 
 
 def _predicted_us(problem: SelectionProblem) -> float:

@@ -14,10 +14,11 @@ import functools
 import hashlib
 import importlib.util
 import os
+import struct
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -226,7 +227,6 @@ class Function:
         self.name = name
         self.options = ("--std=c++17", *options)
         self._functions: dict[int, ctypes.c_void_p] = {}
-        self._launch_of: dict[tuple[int, Launch], _Config] = {}
         self._shared_bytes: dict[int, int] = {}
         self._lock = threading.Lock()
 
@@ -240,7 +240,7 @@ class Function:
             driver = _driver()
             major, minor = torch.cuda.get_device_capability(device)
             cubin = cached_cubin(self.path.read_text(), self.path.name, self.options_for(f"sm_{major}{minor}"))
-            self._bind_context(device)
+            self.bind_context(device)
             module, function = ctypes.c_void_p(), ctypes.c_void_p()
             # A module may be loaded while a stream is captured; it is no part of the graph.
             mode = ctypes.c_int(_RELAXED)
@@ -256,7 +256,7 @@ class Function:
         return self._functions[device]
 
     @staticmethod
-    def _bind_context(device: int) -> None:
+    def bind_context(device: int) -> None:
         """Make the device's primary context current where this thread has none yet."""
         driver = _driver()
         context = ctypes.c_void_p()
@@ -275,46 +275,53 @@ class Function:
 
     def _config(self, device: int, launch: Launch) -> _Config:
         """The driver's form of ``launch``; with the lock held."""
-        key = device, launch
-        if key not in self._launch_of:
-            function = self._function(device)
-            driver = _driver()
-            # Of all launches of the function, not of one.
-            if launch.shared_bytes > self._shared_bytes.get(device, 0):
-                _check(driver.cuFuncSetAttribute(function, _SHARED_BYTES, launch.shared_bytes), "shared memory")
-                self._shared_bytes[device] = launch.shared_bytes
-            if launch.cluster > _LARGEST_PORTABLE:
-                _check(driver.cuFuncSetAttribute(function, _LARGE_CLUSTERS, 1), "large clusters")
-            attributes = (_Attribute * 2)()
-            attributes[0].id, attributes[0].value[0] = _EARLY, 1
-            attributes[1].id, attributes[1].value[:3] = _CLUSTER, (launch.cluster, 1, 1)
-            config = _Config(
-                (launch.blocks, 1, 1), (launch.threads, 1, 1), launch.shared_bytes, None, attributes,
-                2 if launch.cluster > 1 else 1,
-            )  # fmt: skip
-            self._launch_of[key] = config
-        return self._launch_of[key]
+        function = self._function(device)
+        driver = _driver()
+        # Of all launches of the function, not of one.
+        if launch.shared_bytes > self._shared_bytes.get(device, 0):
+            _check(driver.cuFuncSetAttribute(function, _SHARED_BYTES, launch.shared_bytes), "shared memory")
+            self._shared_bytes[device] = launch.shared_bytes
+        if launch.cluster > _LARGEST_PORTABLE:
+            _check(driver.cuFuncSetAttribute(function, _LARGE_CLUSTERS, 1), "large clusters")
+        attributes = (_Attribute * 2)()
+        attributes[0].id, attributes[0].value[0] = _EARLY, 1
+        attributes[1].id, attributes[1].value[:3] = _CLUSTER, (launch.cluster, 1, 1)
+        return _Config(
+            (launch.blocks, 1, 1), (launch.threads, 1, 1), launch.shared_bytes, None, attributes,
+            2 if launch.cluster > 1 else 1,
+        )  # fmt: skip
 
-    def most_clusters(self, device: int, launch: Launch) -> int:
-        """How many clusters of ``launch`` the current device holds at once."""
-        count = ctypes.c_int()
+    def prepare(self, device: int, launch: Launch, arguments: struct.Struct) -> Prepared:
+        """``launch`` on a device, which is the current one, of a struct that is packed by ``arguments``."""
         with self._lock:
-            config = self._config(device, launch)
-            function = self._function(device)
-            failed = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), function, ctypes.byref(config))
-        _check(failed, "cuOccupancyMaxActiveClusters")
-        return count.value
+            return Prepared(self.name, self._function(device), self._config(device, launch), arguments)
 
-    def __call__(self, device: int, launch: Launch, stream: int, arguments: Any) -> None:
-        """Launch on the current device; ``arguments`` is a ctypes buffer of the kernel's struct, read before return."""
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+
+class Prepared:
+    """A launch that is made many times: what does not change between them is made once.
+
+    It is called on its device, with the stream and the values of the kernel's struct.
+    """
+
+    def __init__(self, name: str, function: ctypes.c_void_p, config: _Config, arguments: struct.Struct):
+        self._name = name
+        self._function = function
+        self._config = config
+        self._pack = arguments.pack_into
+        self._arguments = ctypes.create_string_buffer(arguments.size)
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._arguments))
+        self._launch = _driver().cuLaunchKernelEx
+        self._config_pointer = ctypes.byref(config)
+        self._lock = threading.Lock()
+
+    def __call__(self, stream: int, *values: int) -> None:
+        """Launch. The values are read before this returns."""
         with self._lock:
-            config = self._config(device, launch)
-            config.stream = stream
-            function = self._functions[device]
-            run = _driver().cuLaunchKernelEx
-            failed = run(ctypes.byref(config), function, pointers, None)
+            self._pack(self._arguments, 0, *values)
+            self._config.stream = stream
+            failed = self._launch(self._config_pointer, self._function, self._pointers, None)
             if failed == _INVALID_CONTEXT:
-                self._bind_context(device)
-                failed = run(ctypes.byref(config), function, pointers, None)
-        _check(failed, f"launch of {self.name}")
+                Function.bind_context(torch.cuda.current_device())
+                failed = self._launch(self._config_pointer, self._function, self._pointers, None)
+        if failed:
+            _check(failed, f"launch of {self._name}")
