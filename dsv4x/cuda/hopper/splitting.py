@@ -1,4 +1,4 @@
-"""How the Hopper decode kernel splits rows, and what it takes: measured on an H100, in graphs, without Triton imported.
+"""How the Hopper decode kernels split rows, and what they take: measured on an H100 in graphs. Imports no Triton.
 
 From ``benchmarks/results/decode-choice-h100.json``: heads 8 to 128, 1 to 256 tokens, rows of 128 to 1152 entries.
 """
@@ -10,9 +10,14 @@ from ...common.kernels.decode_shapes import Batch, SplitCosts, expected_blocks, 
 
 BLOCK_HEADS, BLOCK_ENTRIES = 64, 64
 
+FEW_HEADS = 16
+"""Up to this many heads the kernel runs whose products have heads as columns; all of a row's are one program's."""
+_FEW_RESIDENT = 2
+
 # The reduction's launch overlaps the programs in a graph. Eagerly the host takes some 25 us for it and for the partial
 # outputs, in which a program is through as many blocks as this.
 COSTS = SplitCosts(program=2.5, reduce=0.75, reduce_eager=9.0, partial=3.0)
+FEW_COSTS = SplitCosts(program=2.0, reduce=1.0, reduce_eager=10.0, partial=1.5)
 
 # Microseconds: an item's start and end, a block, what each of the first twelve of an item takes more while caches are
 # cold, and what a further wave of programs takes to read q and write full heads' outputs.
@@ -21,8 +26,15 @@ _ITEM, _BLOCK, _COLD, _COLD_BLOCKS, _WAVE = 5.3, 3.03, 0.85, 12, 4.5
 _REDUCE, _REDUCE_MB = 2.3, 0.7
 
 
+def few(heads: int) -> bool:
+    """Whether the kernel for few heads runs."""
+    return heads <= FEW_HEADS
+
+
 def batch_of(tokens: int, heads: int, multiprocessors: int, captured: bool) -> Batch:
-    """What a launch has to do; a multiprocessor holds one program."""
+    """What a launch has to do; a multiprocessor holds one program, or two of few heads."""
+    if few(heads):
+        return Batch(tokens, _FEW_RESIDENT * multiprocessors, heads / FEW_HEADS, captured, FEW_COSTS)
     head_blocks = -(-heads // BLOCK_HEADS)
     filled = heads / (head_blocks * BLOCK_HEADS)
     return Batch(tokens * head_blocks, multiprocessors, filled, captured, COSTS)
