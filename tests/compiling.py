@@ -339,7 +339,7 @@ def hopper_decode_case(given: int, split: int, local: int, far: bool = False) ->
 
 def few_heads_case(given: int, split: int, local: int, heads: int, far: bool = False) -> Case:
     constants, types, label = hopper_decode_flags(given, split, local, far)
-    constants |= {"N": heads}
+    constants |= {"BLOCK_H": heads}
     return Case(few_heads.decode_few_heads_kernel, constants, {"num_warps": 4}, types, label=f"[H={heads},{label}]")
 
 

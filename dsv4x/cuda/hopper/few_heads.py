@@ -1,17 +1,21 @@
-"""Decode attention over DSv4 pages on Hopper for few heads: entries are the 64 rows of the products, heads the columns.
+"""Decode attention over DSv4 pages on Hopper for few heads: entries are the rows of the products, heads the columns.
 
-64 rows of heads would be mostly padding here, and memory is what bounds so few. A program of one warpgroup takes one
-(token, block of heads, split), and two programs share a multiprocessor: one waits while the other computes.
+64 rows of heads, as ``wgmma`` takes them, would be mostly padding here. A program of four warps takes one (token, block
+of heads, split), and two programs share a multiprocessor: one computes while the other waits.
 
 Codes go from memory to registers in the order in which a product takes its left operand: the contraction over an
 entry's values may run in any order, if q's columns run in the same. They are decoded there, multiplied with q straight
 from registers, and stored once for the second product, whose left operand is the stored block transposed. A tile's
-words of the next block are loaded as soon as those of this one are decoded, so a block is nearly always on its way.
+words of the next block are loaded as soon as those of this one are decoded, and those of the block after are on their
+way to L2: entries lie anywhere, and memory gives whole ones faster than tile by tile.
+
+The products are ``mma.sync``: they read shared memory as loads do, so nothing has to be fenced, and their accumulators
+leave more registers than those of ``wgmma``.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mma_v2
 
 from ...common.kernels.softmax import LN2, LOG2E
 from .items import BLOCK_K, Output, Query, Requests, Scope, Work, item_of, load_indices, of_request, to_slots
@@ -31,7 +35,7 @@ CODES = gl.constexpr(
         shape=[64, 16],
     )
 )
-# Words of two bf16: the same entries.
+# Words of two bf16, and lines of 128 bytes: the same entries.
 ROPE = gl.constexpr(
     gl.DistributedLinearLayout(
         reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0]],
@@ -41,12 +45,27 @@ ROPE = gl.constexpr(
         shape=[64, 32],
     )
 )
+LINES = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 4], [8, 0]],
+        lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]],
+        block_bases=[],
+        shape=[64, 8],
+    )
+)
 ROW = gl.constexpr(gl.SliceLayout(1, CODES))
+# A warp's 16 entries by 8 heads; of the second product 16 of a tile's values.
+PRODUCT = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
+HEADS = gl.constexpr(gl.SliceLayout(0, PRODUCT))
+# A lane holds all warps' maxima of its heads.
+MAXIMA = gl.constexpr(gl.BlockedLayout([4, 2], [8, 4], [4, 1], [1, 0]))
 
 # Triton 3.6 calls it otherwise.
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
-# A word of four e4m3 codes and their scale -> four bf16. By way of float16 and float32, both exact, which keeps NaN.
+# A word of four e4m3 codes and their scale, twice the same bf16 -> four bf16. By way of float16 and float32, all exact,
+# which keeps NaN.
 _DECODE = gl.constexpr("""{
 .reg .b16 a, b, c, d;
 .reg .b32 p, q;
@@ -60,16 +79,20 @@ cvt.f32.f16 w, a;
 cvt.f32.f16 x, b;
 cvt.f32.f16 y, c;
 cvt.f32.f16 z, d;
-mul.f32 w, w, $5;
-mul.f32 x, x, $5;
-mul.f32 y, y, $5;
-mul.f32 z, z, $5;
 cvt.rn.bf16x2.f32 p, x, w;
 cvt.rn.bf16x2.f32 q, z, y;
+mul.rn.bf16x2 p, p, $5;
+mul.rn.bf16x2 q, q, $5;
 mov.b32 {$0, $1}, p;
 mov.b32 {$2, $3}, q;
 }""")
 _HALVES = gl.constexpr("mov.b32 {$0, $1}, $2;")
+_PREFETCH = gl.constexpr("""{
+.reg .pred p;
+setp.ne.s32 p, $2, 0;
+@p prefetch.global.L2 [$1];
+mov.b32 $0, 0;
+}""")
 
 
 @gluon.jit
@@ -95,10 +118,10 @@ def _rope(words):
 
 @gluon.jit
 def _scale(scales, TILE: gl.constexpr):
-    """float32 of a tile's ue8m0 scale among an entry's 8 bytes."""
+    """A tile's ue8m0 scale, one of an entry's 8 bytes, as twice the same bf16 in a word."""
     code = (scales >> (8 * TILE)).to(gl.int32) & 0xFF
-    bits = gl.where(code == 0, 0x00400000, code << 23)
-    return gl.where(code == 255, 0x7FC00000, bits).to(gl.float32, bitcast=True)
+    bits = gl.where(code == 0, 0x00400040, code * 0x00800080)
+    return gl.where(code == 255, 0x7FC07FC0, bits)
 
 
 @gluon.jit
@@ -112,21 +135,14 @@ def _in_order(column):
 
 
 @gluon.jit
-def _multiply(tile, k_smem, q_smem, logits, TILE: gl.constexpr, PRODUCT: gl.constexpr):
-    """Store a tile for the second product, and multiply it with q's columns from registers; one product is under way.
-
-    The one before is waited for, whose registers a next tile will take.
-    """
-    A: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
+def _multiply(tile, k_smem, q_smem, logits, TILE: gl.constexpr):
+    """Store a tile for the second product, and multiply it with q's columns from registers."""
     k_smem.store(tile)
-    # The order of q's columns, with which this moves nothing between lanes.
+    # In the order of q's columns, so that nothing moves between lanes.
     operand = gl.permute(gl.reshape(tile, [BLOCK_K, 4, 4, 2, 2]), (0, 2, 3, 1, 4))
-    operand = gl.convert_layout(gl.reshape(operand, [BLOCK_K, 64]), A)
-    q = q_smem.slice(64 * TILE, 64, dim=1).permute((1, 0))
-    if TILE == 0:
-        return warpgroup_mma(operand, q, logits, use_acc=False, is_async=True)
-    logits = warpgroup_mma_wait(0, (logits,))
-    return warpgroup_mma(operand, q, logits, is_async=True)
+    operand = gl.convert_layout(gl.reshape(operand, [BLOCK_K, 64]), gl.DotOperandLayout(0, PRODUCT, 2))
+    q = q_smem.slice(64 * TILE, 64, dim=1).permute((1, 0)).load(gl.DotOperandLayout(1, PRODUCT, 2))
+    return mma_v2(operand, q, logits)
 
 
 @gluon.jit
@@ -142,7 +158,7 @@ def _load_block(block, item, swa, extra):
 
 @gluon.jit
 def _slots(index, block, item, extra, table, LOCAL: gl.constexpr):
-    """Slots of a block's indices."""
+    """Slots of a block's indices; -1 for what is no entry."""
     if LOCAL:
         in_swa = block < item.swa_blocks
         index = gl.where(in_swa, index, to_slots(gl.where(in_swa, -1, index), extra.page_size, table))
@@ -170,6 +186,16 @@ def _addresses(slots, block, item, swa, extra, BIG_PAGES: gl.constexpr):
 
 
 @gluon.jit
+def _prefetch(data, valid):
+    """Ask for entries to be brought to L2, 128 bytes a line. Their last byte stands for the lines past it."""
+    byte = gl.minimum(gl.arange(0, 8, gl.SliceLayout(0, LINES)) * 128, 575)[None, :]
+    address = gl.convert_layout(data, gl.SliceLayout(1, LINES)).to(gl.int64)[:, None] + byte
+    valid = gl.convert_layout(valid.to(gl.int32), gl.SliceLayout(1, LINES))
+    valid, _ = gl.broadcast(valid[:, None], address)
+    gl.inline_asm_elementwise(_PREFETCH, "=r,l,r", [address, valid], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _load_tile(data, valid, TILE: gl.constexpr):
     word = TILE * 16 + gl.arange(0, 16, gl.SliceLayout(0, CODES))[None, :]
     return gl.load(data.to(gl.pointer_type(gl.int32))[:, None] + word, mask=valid[:, None], other=0)
@@ -184,15 +210,15 @@ def _load_rope(data, valid):
 
 
 @gluon.jit
-def _load_scales(data, valid):
-    return gl.load(data.to(gl.pointer_type(gl.int64)), mask=valid, other=0)
+def _load_scales(scales_at, valid):
+    return gl.load(scales_at.to(gl.pointer_type(gl.int64)), mask=valid, other=0)
 
 
 @gluon.jit
-def _load_q(q_smem, q, item, heads, N: gl.constexpr, FAR_HEADS: gl.constexpr):
+def _load_q(q_smem, q, item, heads, BLOCK_H: gl.constexpr, FAR_HEADS: gl.constexpr):
     """Bring q to shared memory in the products' order, zeros for heads there are not."""
     ROWS: gl.constexpr = gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0])
-    head = item.head0 + gl.arange(0, N, gl.SliceLayout(1, ROWS))
+    head = item.head0 + gl.arange(0, BLOCK_H, gl.SliceLayout(1, ROWS))
     if FAR_HEADS:
         head = head.to(gl.int64)
     column = _in_order(gl.arange(0, VALUES, gl.SliceLayout(0, ROWS)))
@@ -201,10 +227,20 @@ def _load_q(q_smem, q, item, heads, N: gl.constexpr, FAR_HEADS: gl.constexpr):
 
 
 @gluon.jit
-def _store_partial(acc, weight, item, heads, out, N: gl.constexpr):
-    ACC: gl.constexpr = acc[0].type.layout
-    head = item.head0 + gl.arange(0, N, gl.SliceLayout(0, ACC))
-    column = gl.arange(0, 64, gl.SliceLayout(1, ACC))
+def _softmax(logits, m, m_smem, BLOCK_H: gl.constexpr):
+    """(weights, factor of what came before, maximum) with one block more; base 2."""
+    # Each warp's maxima, then all of them, at the cost of one barrier.
+    m_smem.store(gl.max(gl.reshape(logits, [4, 16, BLOCK_H]), axis=1))
+    m_new = gl.maximum(m, gl.convert_layout(gl.max(m_smem.load(MAXIMA), axis=0), HEADS))
+    # While every entry was invalid the maximum is -inf, and -inf - -inf would be NaN.
+    m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
+    return gl.exp2(logits - m_safe[None, :]), gl.exp2(m - m_safe), m_new
+
+
+@gluon.jit
+def _store_partial(acc, weight, item, heads, out, BLOCK_H: gl.constexpr):
+    head = item.head0 + gl.arange(0, BLOCK_H, HEADS)
+    column = gl.arange(0, 64, gl.SliceLayout(1, PRODUCT))
     row = (item.token * heads + head) * out.most_splits + item.split
     rows = out.partial_ptr + row[None, :] * VALUES + column[:, None]
     for tile in gl.static_range(CODED + 1):
@@ -212,95 +248,88 @@ def _store_partial(acc, weight, item, heads, out, N: gl.constexpr):
 
 
 @gluon.jit
-def _store_whole(acc, weight, k_smem, item, heads, out, N: gl.constexpr, FAR_HEADS: gl.constexpr):
+def _store_whole(acc, weight, k_smem, item, heads, out, BLOCK_H: gl.constexpr, FAR_HEADS: gl.constexpr):
     """The entries' shared memory, done with, turns them into whole rows."""
     ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     for tile in gl.static_range(CODED + 1):
         values = (acc[tile] * weight[None, :]).to(gl.bfloat16)
-        k_smem[tile].slice(0, N, dim=0).store(gl.permute(values, (1, 0)))
-    _barrier()
-    head = item.head0 + gl.arange(0, N, gl.SliceLayout(1, ROWS))
+        k_smem[tile].slice(0, BLOCK_H, dim=0).store(gl.permute(values, (1, 0)))
+    head = item.head0 + gl.arange(0, BLOCK_H, gl.SliceLayout(1, ROWS))
     if FAR_HEADS:
         head = head.to(gl.int64)
     column = gl.arange(0, 64, gl.SliceLayout(0, ROWS))
     rows = out.ptr + item.token * out.stride_t + head[:, None] * out.stride_h + column[None, :]
     for tile in gl.static_range(CODED + 1):
-        gl.store(rows + 64 * tile, k_smem[tile].slice(0, N, dim=0).load(ROWS), mask=(head < heads)[:, None])
+        gl.store(rows + 64 * tile, k_smem[tile].slice(0, BLOCK_H, dim=0).load(ROWS), mask=(head < heads)[:, None])
 
 
 @gluon.jit
 def _attend(
-    item, swa, extra, table, q, out, sink_ptr, heads, scale, q_smem, k_smem, p_smem,
+    item, swa, extra, table, q, out, sink_ptr, heads, scale, q_smem, k_smem, p_smem, m_smem,
     HAS_SINK: gl.constexpr, SPLIT: gl.constexpr, BIG_PAGES: gl.constexpr, FAR_HEADS: gl.constexpr,
-    LOCAL: gl.constexpr, N: gl.constexpr,
+    LOCAL: gl.constexpr, BLOCK_H: gl.constexpr,
 ):  # fmt: skip
-    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    HEADS: gl.constexpr = gl.SliceLayout(0, PRODUCT)
-    ENTRIES: gl.constexpr = gl.SliceLayout(1, PRODUCT)
+    first = item.first
     # Slots come first: they are several loads behind one another.
-    slots = _slots(_load_block(item.first, item, swa, extra), item.first, item, extra, table, LOCAL)
-    index = _load_block(item.first + 1, item, swa, extra)
-    _load_q(q_smem, q, item, heads, N, FAR_HEADS)
-    scales_at, data, valid = _addresses(slots, item.first, item, swa, extra, BIG_PAGES)
+    index, next_index = _load_block(first, item, swa, extra), _load_block(first + 1, item, swa, extra)
+    slots = _slots(index, first, item, extra, table, LOCAL)
+    next_slots = _slots(next_index, first + 1, item, extra, table, LOCAL)
+    index = _load_block(first + 2, item, swa, extra)
+    _load_q(q_smem, q, item, heads, BLOCK_H, FAR_HEADS)
+    scales_at, data, valid = _addresses(slots, first, item, swa, extra, BIG_PAGES)
     scales = _load_scales(scales_at, valid)
     words = ()
     for tile in gl.static_range(CODED):
         words += (_load_tile(data, valid, tile),)
-    slots = _slots(index, item.first + 1, item, extra, table, LOCAL)
-    m = gl.full([N], float("-inf"), gl.float32, HEADS)
+    next_scales_at, next_data, next_valid = _addresses(next_slots, first + 1, item, swa, extra, BIG_PAGES)
+    _prefetch(next_data, next_valid)
+    slots = _slots(index, first + 2, item, extra, table, LOCAL)
+    m = gl.full([BLOCK_H], float("-inf"), gl.float32, HEADS)
     # A lane's own share of the sums, added up at the end.
-    l = gl.zeros([BLOCK_K, N], gl.float32, PRODUCT)
-    zero = gl.zeros([64, N], gl.float32, PRODUCT)
+    l = gl.zeros([BLOCK_K, BLOCK_H], gl.float32, PRODUCT)
+    zero = gl.zeros([64, BLOCK_H], gl.float32, PRODUCT)
     acc = (zero, zero, zero, zero, zero, zero, zero, zero)
-    fence_async_shared()
+    # For q's sake. Triton puts one into the loop where there is none before.
     _barrier()
-    for block in range(item.first, item.last):
-        index = _load_block(block + 2, item, swa, extra)
+    for block in range(first, item.last):
+        index = _load_block(block + 3, item, swa, extra)
         rope = _load_rope(data, valid)
-        seen = gl.convert_layout(valid.to(gl.int32), ENTRIES) != 0
-        scales_at, data, valid = _addresses(slots, block + 1, item, swa, extra, BIG_PAGES)
-        s = zero
-        upcoming = ()
+        seen = gl.convert_layout(valid.to(gl.int32), gl.SliceLayout(1, PRODUCT)) != 0
+        next_scales = _load_scales(next_scales_at, next_valid)
+        data, valid = next_data, next_valid
+        next_scales_at, next_data, next_valid = _addresses(slots, block + 2, item, swa, extra, BIG_PAGES)
+        _prefetch(next_data, next_valid)
+        logits = zero
+        next_words = ()
         for tile in gl.static_range(CODED):
-            s = _multiply(_decode(words[tile], _scale(scales, tile)), k_smem[tile], q_smem, s, tile, PRODUCT)
-            upcoming += (_load_tile(data, valid, tile),)
-        words = upcoming
-        s = _multiply(_rope(rope), k_smem[CODED], q_smem, s, CODED, PRODUCT)
-        scales = _load_scales(scales_at, valid)
-        slots = _slots(index, block + 2, item, extra, table, LOCAL)
-        s = warpgroup_mma_wait(0, (s,))
-        s = gl.where(seen[:, None], s * scale, float("-inf"))
-        m_new = gl.maximum(m, gl.max(s, axis=0))
-        # While every entry was invalid the maximum is -inf, and -inf - -inf would be NaN.
-        m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
-        p = gl.exp2(s - m_safe[None, :])
-        alpha = gl.exp2(m - m_safe)
-        m = m_new
+            logits = _multiply(_decode(words[tile], _scale(scales, tile)), k_smem[tile], q_smem, logits, tile)
+            next_words += (_load_tile(data, valid, tile),)
+        words = next_words
+        scales = next_scales
+        logits = _multiply(_rope(rope), k_smem[CODED], q_smem, logits, CODED)
+        slots = _slots(index, block + 3, item, extra, table, LOCAL)
+        logits = gl.where(seen[:, None], logits * scale, float("-inf"))
+        p, alpha, m = _softmax(logits, m, m_smem, BLOCK_H)
         l = l * alpha[None, :] + p
         p_smem.store(gl.permute(p.to(gl.bfloat16), (1, 0)))
-        fence_async_shared()
-        _barrier()
-        weights = p_smem.permute((1, 0))
+        weights = p_smem.permute((1, 0)).load(gl.DotOperandLayout(1, PRODUCT, 2))
         products = ()
         for tile in gl.static_range(CODED + 1):
-            scaled = acc[tile] * alpha[None, :]
-            products += (warpgroup_mma(k_smem[tile].permute((1, 0)), weights, scaled, is_async=True),)
-        acc = warpgroup_mma_wait(0, products)
-        # The next block is stored where this one was read from.
-        _barrier()
+            values = k_smem[tile].permute((1, 0)).load(gl.DotOperandLayout(0, PRODUCT, 2))
+            products += (mma_v2(values, weights, acc[tile] * alpha[None, :]),)
+        acc = products
     total = gl.sum(l, axis=0)
     empty = total == 0.0
     lse = gl.where(empty, float("inf"), (m + gl.log2(gl.where(empty, 1.0, total))) * LN2)
     weight = 1.0 / gl.where(empty, 1.0, total)
-    head = item.head0 + gl.arange(0, N, HEADS)
+    head = item.head0 + gl.arange(0, BLOCK_H, HEADS)
     row = item.token * heads + head
     present = head < heads
     whole = present
     if SPLIT:
         whole = present & (item.split < 0)
-        gl.store(
-            out.partial_lse_ptr + row * out.most_splits + item.split, lse, mask=present & (item.split >= 0)
-        )  # fmt: skip
+        partial = out.partial_lse_ptr + row * out.most_splits + item.split
+        gl.store(partial, lse, mask=present & (item.split >= 0))
     gl.store(out.lse_ptr + row, lse, mask=whole)
     if HAS_SINK:
         # A partial result is given no sink: one of -inf takes nothing.
@@ -309,12 +338,12 @@ def _attend(
         weight *= gl.where(empty, 0.0, 1.0 / (1.0 + gl.exp2((sink - lse) * LOG2E)))
     if SPLIT:
         if item.split >= 0:
-            _store_partial(acc, weight, item, heads, out, N)
+            _store_partial(acc, weight, item, heads, out, BLOCK_H)
         else:
-            _store_whole(acc, weight, k_smem, item, heads, out, N, FAR_HEADS)
+            _store_whole(acc, weight, k_smem, item, heads, out, BLOCK_H, FAR_HEADS)
     else:
         # Triton 3.6 does not compile a branch that is never taken.
-        _store_whole(acc, weight, k_smem, item, heads, out, N, FAR_HEADS)
+        _store_whole(acc, weight, k_smem, item, heads, out, BLOCK_H, FAR_HEADS)
 
 
 # The parameters of the kernel for more heads, and the same of them specialized.
@@ -335,15 +364,17 @@ def decode_few_heads_kernel(
     extra_width, extra_indices_stride, extra_capacity, extra_page_size, extra_page_stride,
     requests, table_columns, table_stride, table_pages,
     HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr, HAS_SINK: gl.constexpr, SPLIT: gl.constexpr,
-    BIG_PAGES: gl.constexpr, FAR_HEADS: gl.constexpr, LOCAL: gl.constexpr, N: gl.constexpr,
+    BIG_PAGES: gl.constexpr, FAR_HEADS: gl.constexpr, LOCAL: gl.constexpr, BLOCK_H: gl.constexpr,
 ):  # fmt: skip
+    """``BLOCK_H``: 8 or 16."""
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    q_smem = gl.allocate_shared_memory(gl.bfloat16, [N, VALUES], TILE)
+    q_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, VALUES], TILE)
     # A tile each: Triton 3.6 puts a barrier between stores to slices of one.
     k_smem = ()
     for _ in gl.static_range(CODED + 1):
         k_smem += (gl.allocate_shared_memory(gl.bfloat16, [BLOCK_K, 64], TILE),)
-    p_smem = gl.allocate_shared_memory(gl.bfloat16, [N, BLOCK_K], TILE)
+    p_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, BLOCK_K], TILE)
+    m_smem = gl.allocate_shared_memory(gl.float32, [4, BLOCK_H], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     swa = Scope(
         swa_ptr, swa_indices_ptr, swa_lens_ptr, swa_width,
         swa_indices_stride, swa_capacity, swa_page_size, swa_page_stride,
@@ -356,19 +387,18 @@ def decode_few_heads_kernel(
     q = Query(q_ptr, q_stride_t, q_stride_h)
     out = Output(out_ptr, out_stride_t, out_stride_h, lse_ptr, partial_ptr, partial_lse_ptr, most_splits)
     work = Work(items, rows, head_blocks, most_splits, whole_blocks)
+    row = gl.program_id(0)
     if SPLIT:
         # Lets the reduction be launched beside these programs; it waits for what they write by itself.
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
         )
-    row = gl.program_id(0)
-    if SPLIT:
         row = row % rows
     # Before the item, whose spans are loaded too: neither waits for the other.
     extra, table = of_request(extra, local, (row // head_blocks).to(gl.int64), LOCAL)
-    item = item_of(gl.program_id(0), work, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS, SPLIT, N)
+    item = item_of(gl.program_id(0), work, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS, SPLIT, BLOCK_H)
     if item.there:
         _attend(
-            item, swa, extra, table, q, out, sink_ptr, heads, scale * LOG2E, q_smem, k_smem, p_smem,
-            HAS_SINK, SPLIT, BIG_PAGES, FAR_HEADS, LOCAL, N,
+            item, swa, extra, table, q, out, sink_ptr, heads, scale * LOG2E, q_smem, k_smem, p_smem, m_smem,
+            HAS_SINK, SPLIT, BIG_PAGES, FAR_HEADS, LOCAL, BLOCK_H,
         )  # fmt: skip
