@@ -1,10 +1,11 @@
-"""Decode attention of 8 and 16 heads: the kernel for few heads, the other kernels, FlashMLA bare, on one GPU in one run.
+"""Decode attention of 8 and 16 heads: the kernel for so few, the others, and FlashMLA bare, on one GPU in one run.
 
 The layers, caches and clock of ``decode_choice.py``, all in graphs. ``gluon`` is Gluon's decode as the package runs it,
 ``gluon_wide`` its kernel for more heads, with the splits it takes. ``flash_mla`` is called bare: q is padded to 64
-heads and its schedule is made before the clock. ``over`` is its time over ``gluon``'s, above 1 where dsv4x is ahead.
+heads and its schedule is made before the clock. ``over`` is its time over ``gluon``'s, above 1 where dsv4x is ahead;
+``splits`` those of ``gluon``'s rows, ``difference`` the largest between its output and FlashMLA's.
 
-Usage: python benchmarks/decode_few.py --out benchmarks/results/decode-few-<gpu>.json   (about 60 s)
+Usage: python benchmarks/decode_few.py --out benchmarks/results/decode-few-<gpu>.json   (about 30 s)
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from timing import captured, compare_us, write
 
 import dsv4x
 from dsv4x import PagedCache
+from dsv4x.common.core.platform import platform
+from dsv4x.common.kernels.decode_shapes import expected_blocks, num_splits
 from dsv4x.cuda.hopper import splitting
 
 HEADS = (16, 8)
@@ -74,9 +77,12 @@ def measure(pools: list[tuple[PagedCache, PagedCache]], kind: Kind, heads: int, 
     with wide():
         runs["gluon_wide"] = captured(functools.partial(layers, "gluon"))
     us = {name: value / LAYERS for name, value in compare_us(runs, rounds=2, warmup=1, rep=4).items()}
+    batch = splitting.batch_of(tokens, heads, platform.limits(q.device).multiprocessors, True)
+    blocks = expected_blocks(WINDOW + kind.entries, (WINDOW, kind.columns), splitting.BLOCK_ENTRIES)
     return {
         "kind": kind.name, "ratio": kind.ratio, "entries": kind.entries, "heads": heads, "tokens": tokens,
-        "difference": max(differences), "us": {name: round(value, 2) for name, value in us.items()},
+        "splits": num_splits(batch, blocks), "difference": max(differences),
+        "us": {name: round(value, 2) for name, value in us.items()},
         "over": round(us["flash_mla"] / us["gluon"], 2),
     }  # fmt: skip
 

@@ -10,6 +10,8 @@ shared memory:
 So the decoding of one block, the softmax of another and the matrix products of both overlap, and each role has the
 registers it needs. Programs stay for several items: the loader is at the next one while the halves still write.
 
+Up to 16 heads :mod:`.few_heads` runs instead, with the same parameters.
+
 How many splits a row has follows from its own length, which only the device knows. There are items for the most a row
 can have; every role finds out for itself, from the same lengths, which of them a row does not have, and passes them by.
 """
@@ -480,10 +482,10 @@ def prepare(call: DecodeCall) -> Callable[[DecodeCall], Result]:
     blocks = expected_blocks(call.entries, (spans.swa_width, extra_width), BLOCK_K.value)
     splits, whole = row_splits(batch, blocks, call.split_k)
     table, pages = (extra.indices, 0) if call.local is None else (call.local.block_table, call.local.pages)
+    launcher, programs = _launch, min(rows * splits, multiprocessors)
+    own: tuple[int, ...] = (RIGHT_REGISTERS, LOADER_REGISTERS)
     if splitting.few(heads):
         launcher, programs, own = _launch_few, rows * splits, (8 if heads <= 8 else 16,)
-    else:
-        launcher, programs, own = _launch, min(rows * splits, multiprocessors), (RIGHT_REGISTERS, LOADER_REGISTERS)
     launch = launcher.prepare(
         programs,
         (

@@ -47,11 +47,11 @@ ROPE = gl.constexpr(
 )
 LINES = gl.constexpr(
     gl.DistributedLinearLayout(
-        reg_bases=[[0, 4], [8, 0]],
+        reg_bases=[[0, 4], [0, 8], [8, 0]],
         lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
         warp_bases=[[16, 0], [32, 0]],
         block_bases=[],
-        shape=[64, 8],
+        shape=[64, 16],
     )
 )
 ROW = gl.constexpr(gl.SliceLayout(1, CODES))
@@ -93,6 +93,13 @@ setp.ne.s32 p, $2, 0;
 @p prefetch.global.L2 [$1];
 mov.b32 $0, 0;
 }""")
+
+
+@gluon.jit
+def _and(items, item):
+    """A tuple with one item more."""
+    items += (item,)
+    return items
 
 
 @gluon.jit
@@ -188,7 +195,7 @@ def _addresses(slots, block, item, swa, extra, BIG_PAGES: gl.constexpr):
 @gluon.jit
 def _prefetch(data, valid):
     """Ask for entries to be brought to L2, 128 bytes a line. Their last byte stands for the lines past it."""
-    byte = gl.minimum(gl.arange(0, 8, gl.SliceLayout(0, LINES)) * 128, 575)[None, :]
+    byte = gl.minimum(gl.arange(0, 16, gl.SliceLayout(0, LINES)) * 64, 575)[None, :]
     address = gl.convert_layout(data, gl.SliceLayout(1, LINES)).to(gl.int64)[:, None] + byte
     valid = gl.convert_layout(valid.to(gl.int32), gl.SliceLayout(1, LINES))
     valid, _ = gl.broadcast(valid[:, None], address)
@@ -280,7 +287,7 @@ def _attend(
     scales = _load_scales(scales_at, valid)
     words = ()
     for tile in gl.static_range(CODED):
-        words += (_load_tile(data, valid, tile),)
+        words = _and(words, _load_tile(data, valid, tile))
     next_scales_at, next_data, next_valid = _addresses(next_slots, first + 1, item, swa, extra, BIG_PAGES)
     _prefetch(next_data, next_valid)
     slots = _slots(index, first + 2, item, extra, table, LOCAL)
@@ -288,7 +295,9 @@ def _attend(
     # A lane's own share of the sums, added up at the end.
     l = gl.zeros([BLOCK_K, BLOCK_H], gl.float32, PRODUCT)
     zero = gl.zeros([64, BLOCK_H], gl.float32, PRODUCT)
-    acc = (zero, zero, zero, zero, zero, zero, zero, zero)
+    acc = ()
+    for _ in gl.static_range(CODED + 1):
+        acc = _and(acc, zero)
     # For q's sake. Triton puts one into the loop where there is none before.
     _barrier()
     for block in range(first, item.last):
@@ -303,7 +312,7 @@ def _attend(
         next_words = ()
         for tile in gl.static_range(CODED):
             logits = _multiply(_decode(words[tile], _scale(scales, tile)), k_smem[tile], q_smem, logits, tile)
-            next_words += (_load_tile(data, valid, tile),)
+            next_words = _and(next_words, _load_tile(data, valid, tile))
         words = next_words
         scales = next_scales
         logits = _multiply(_rope(rope), k_smem[CODED], q_smem, logits, CODED)
@@ -316,7 +325,7 @@ def _attend(
         products = ()
         for tile in gl.static_range(CODED + 1):
             values = k_smem[tile].permute((1, 0)).load(gl.DotOperandLayout(0, PRODUCT, 2))
-            products += (mma_v2(values, weights, acc[tile] * alpha[None, :]),)
+            products = _and(products, mma_v2(values, weights, acc[tile] * alpha[None, :]))
         acc = products
     total = gl.sum(l, axis=0)
     empty = total == 0.0
@@ -372,7 +381,7 @@ def decode_few_heads_kernel(
     # A tile each: Triton 3.6 puts a barrier between stores to slices of one.
     k_smem = ()
     for _ in gl.static_range(CODED + 1):
-        k_smem += (gl.allocate_shared_memory(gl.bfloat16, [BLOCK_K, 64], TILE),)
+        k_smem = _and(k_smem, gl.allocate_shared_memory(gl.bfloat16, [BLOCK_K, 64], TILE))
     p_smem = gl.allocate_shared_memory(gl.bfloat16, [BLOCK_H, BLOCK_K], TILE)
     m_smem = gl.allocate_shared_memory(gl.float32, [4, BLOCK_H], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     swa = Scope(
