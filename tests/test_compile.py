@@ -132,7 +132,7 @@ def test_decode_of_few_heads_spills_nothing_and_waits_seldom(tmp_path):
         assert len(re.findall(r"mma\.sync\.aligned\.m16n8k16\S*\.bf16", ptx)) == case.constants["BLOCK_H"] // 8 * 64
         # A tile's words of a lane are two loads of 16 bytes, before the loop and in it; RoPE's four are in it alone.
         assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= 2 * 7 * 2 + 4
-        assert ptx.count("prefetch.global.L2") == 2 * 4
+        assert ptx.count("prefetch.global.L2") == 2 * 8
         # Two programs share a multiprocessor, whose shared memory is 227 KiB and 1 KiB for each.
         assert compiled.metadata.shared <= 227 * 1024 // 2 - 1024
         loop = ptx[ptx.index("mma.sync") : ptx.rindex("mma.sync")]
