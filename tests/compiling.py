@@ -37,6 +37,7 @@ from dsv4x.common.kernels import prefill_shapes as prefill_config
 from dsv4x.common.kernels import requantize as convert
 from dsv4x.common.kernels.entries import entry_format
 from dsv4x.cuda.hopper import decode as decode_hopper
+from dsv4x.cuda.hopper import few_heads
 from dsv4x.cuda.hopper import prefill as prefill_hopper
 
 TARGETS = {
@@ -228,6 +229,8 @@ def cases(arch: str) -> list[Case]:
     if arch == "sm_90":
         found += [hopper_decode_case(1, 0, 0, far=True)]
         found += [hopper_decode_case(*flags) for flags in ((0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 0, 1), (1, 1, 1))]
+        few = ((1, 0, 0, 8), (0, 0, 0, 16), (1, 1, 1, 8), (1, 1, 0, 16), (0, 1, 0, 16), (1, 1, 1, 16))
+        found += [few_heads_case(*flags) for flags in few] + [few_heads_case(1, 0, 0, 16, far=True)]
         options = {"num_warps": prefill_hopper.NUM_WARPS}
         for index in ("*i32", "*i64"):
             for given in (False, True):
@@ -318,16 +321,26 @@ def logits_cases(arch: str) -> list[Case]:
     return found
 
 
-def hopper_decode_case(given: int, split: int, local: int, far: bool = False) -> Case:
-    """With all optional arguments or none, int32 and int64 rows side by side."""
+def hopper_decode_flags(given: int, split: int, local: int, far: bool) -> tuple[dict[str, object], dict[str, str], str]:
+    """(constants, types, label) with all optional arguments or none, int32 and int64 rows side by side."""
     constants = {
         "HAS_SWA_LENS": bool(given), "HAS_EXTRA_LENS": bool(given), "HAS_SINK": bool(given), "SPLIT": bool(split),
         "BIG_PAGES": not given, "FAR_HEADS": far, "LOCAL": bool(local),
-        "RIGHT": decode_hopper.RIGHT_REGISTERS, "LOADER": decode_hopper.LOADER_REGISTERS,
     }  # fmt: skip
     types = {**ATTENTION_OUT, "extra_lens_ptr": "*i64", "extra_indices_ptr": "*i32" if local else "*i64"}
-    label = f"[given={given},split={split},local={local}{',far' * far}]"
-    return Case(decode_hopper.decode_hopper_kernel, constants, {"num_warps": 4}, types, label=label)
+    return constants, types, f"given={given},split={split},local={local}{',far' * far}"
+
+
+def hopper_decode_case(given: int, split: int, local: int, far: bool = False) -> Case:
+    constants, types, label = hopper_decode_flags(given, split, local, far)
+    constants |= {"RIGHT": decode_hopper.RIGHT_REGISTERS, "LOADER": decode_hopper.LOADER_REGISTERS}
+    return Case(decode_hopper.decode_hopper_kernel, constants, {"num_warps": 4}, types, label=f"[{label}]")
+
+
+def few_heads_case(given: int, split: int, local: int, heads: int, far: bool = False) -> Case:
+    constants, types, label = hopper_decode_flags(given, split, local, far)
+    constants |= {"BLOCK_H": heads}
+    return Case(few_heads.decode_few_heads_kernel, constants, {"num_warps": 4}, types, label=f"[H={heads},{label}]")
 
 
 def step_cases() -> list[Case]:

@@ -221,7 +221,8 @@ def decode_launches() -> list[Launch]:
     dsv4x.quantize_and_insert_k_cache(torch.randn(CAPACITY, 512, device=DEVICE).bfloat16() / 4, filled, every)
     table = torch.randint(-1, PAGES + 1, (3, PAGES), device=DEVICE).int()
     found: list[Launch] = []
-    for tokens, heads in ((500, 1), (400, 64), (200, 65), (150, 128)):
+    # Up to 16 heads another kernel runs, without mbarriers.
+    for tokens, heads in ((500, 17), (400, 64), (200, 65), (150, 128)):
         q = torch.randn(tokens, heads, 512, device=DEVICE).bfloat16()
         request, visible = (torch.randint(-1, most, (tokens,), device=DEVICE).int() for most in (4, CAPACITY + 9))
         for extra_width, given, sunk, splits, mapped in (

@@ -14,6 +14,7 @@ from dsv4x import layouts
 from dsv4x.common.kernels import decode, decode_shapes
 from dsv4x.common.kernels.entries import entry_format
 from dsv4x.cuda.hopper import decode as decode_hopper
+from dsv4x.cuda.hopper import few_heads
 from dsv4x.cuda.hopper import prefill as prefill_hopper
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "gfx.md"
@@ -118,6 +119,26 @@ def test_hopper_decode_keeps_its_registers_and_the_tensor_cores(tmp_path):
         # Spills stand where an item begins and ends, and take no more than they do now.
         assert report["stack"] <= (384 if case.constants["FAR_HEADS"] else 256), case.name
         assert compiled.asm["ptx"].count("cvt.rn.f16x2.e4m3x2") > 0
+
+
+def test_decode_of_few_heads_spills_nothing_and_waits_seldom(tmp_path):
+    cases = [case for arch, case in CASES if case.kernel is few_heads.decode_few_heads_kernel]
+    assert {case.constants["BLOCK_H"] for case in cases} == {8, 16}
+    for case in cases:
+        compiled = compiling.compile_case(case, "sm_90")
+        ptx = compiled.asm["ptx"]
+        assert compiling.nvidia_report(compiled, tmp_path / "kernel.cubin") == {"stack": 0, "wgmma": 0}, case.name
+        # 64 entries of 16 rows a warp over 512 values, and 64 entries' weights times a warp's 128 values, 8 heads each.
+        assert len(re.findall(r"mma\.sync\.aligned\.m16n8k16\S*\.bf16", ptx)) == case.constants["BLOCK_H"] // 8 * 64
+        # A tile's words of a lane are two loads of 16 bytes, before the loop and in it; RoPE's four are in it alone.
+        assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) >= 2 * 7 * 2 + 4
+        assert ptx.count("prefetch.global.L2") == 2 * 8
+        # Two programs share a multiprocessor, whose shared memory is 227 KiB and 1 KiB for each.
+        assert compiled.metadata.shared <= 227 * 1024 // 2 - 1024
+        loop = ptx[ptx.index("mma.sync") : ptx.rindex("mma.sync")]
+        # Maxima, and weights; the third stands at the loop's end.
+        assert loop.count("bar.sync") == 2, case.name
+        assert ("griddepcontrol.launch_dependents" in ptx) == case.constants["SPLIT"]
 
 
 def test_the_reduction_waits_for_the_splits_wherever_it_is_launched_early():

@@ -233,19 +233,11 @@ def test_what_it_refuses(monkeypatch):
     assert refusals(monkeypatch, missing="no NVRTC") == ["no NVRTC"]
 
 
-@pytest.mark.parametrize(
-    ("rows", "width", "k", "ahead"),
-    [
-        (1, 2048, 512, True),
-        (16, 262_144, 1024, True),
-        (64, 8192, 512, True),
-        (64, 131_072, 512, False),
-        (300, 262_144, 512, False),
-    ],
-)
-def test_it_is_picked_where_it_was_measured_ahead(rows, width, k, ahead):
+@pytest.mark.parametrize("rows", [1, 16, 64, 300])
+@pytest.mark.parametrize(("width", "k"), [(2048, 512), (8192, 512), (131_072, 512), (262_144, 1024)])
+def test_it_is_picked_on_hopper(rows, width, k):
     problem = Problem("topk_transform", "cuda", "sm_90", tokens=rows, width=width, k=k)
-    assert (cuda_topk.record().call_us(problem) < registry.find("topk_transform", "triton").call_us(problem)) is ahead
+    assert cuda_topk.record().call_us(problem) < registry.find("topk_transform", "triton").call_us(problem)
 
 
 def test_it_is_not_picked_unasked_where_it_was_never_run():

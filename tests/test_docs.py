@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from measured import decode_rows
 from tolerances import check_decode, check_prefill
 
 import dsv4x
@@ -181,25 +182,37 @@ def test_the_tables_of_performance_are_their_files():
             times = [round(row[x]) for x in ("chosen", "peer_direct", "peer_gathered")]
             rows.add("| " + " | ".join(map(str, [row["tokens"], row["prefix"], row["heads"], *times])) + " |")
     rows |= step_rows(json.loads((ROOT / "benchmarks/results/step-h200.json").read_text()))
-    rows |= selection_rows()
-    assert len(shown) == 14 + 6 + 6 + 4 + 16
+    rows |= selection_rows() | few_heads_rows()
+    assert len(shown) == 14 + 6 + 6 + 4 + 16 + 6
     assert shown - rows == set()
+
+
+def few_heads_rows():
+    """The rows of decode's table of 8 and 16 heads, split as they are now; of two runs' the later one's."""
+    at = {(row["tokens"], row["heads"], row["kind"]): row for row in decode_rows() if row["heads"] <= 16}
+    rows = set()
+    for tokens in (1, 8, 32, 64, 128, 256):
+        cells = [str(tokens)]
+        for heads, kind in ((16, "k512"), (8, "k512"), (16, "k1024")):
+            row = at[tokens, heads, kind]
+            flash, gluon, wide = (row["us"][name] for name in ("flash_mla", "gluon", "gluon_wide"))
+            cells += [f"{flash:.1f}", f"{gluon:.1f} ({row['over']:.2f})", f"{wide:.1f}"]
+        rows.add(f"| {' | '.join(cells)} |")
+    return rows
 
 
 def selection_rows():
     """The rows of the selection's table, of k 1024."""
-    rows = set()
     at = {}
-    for file, ours in (("selection-h100", "cuda"), ("selection-triton-h100", "dsv4x")):
-        for row in measured(file):
-            if row["k"] == 1024:
-                wide = row["columns"] > row["entries"]
-                at[file, row["rows"], row["entries"], wide] = row[ours], row["sglang_v2"]
-    for (file, count, entries, wide), narrow in at.items():
-        if file == "selection-h100" and not wide:
-            times = [*narrow, *at[file, count, entries, True], at["selection-triton-h100", count, entries, False][0]]
-            rows.add(f"| {count} x {entries} | " + " | ".join(f"{us:.1f}" for us in times) + " |")
-    return rows
+    for row in measured("selection-h200"):
+        if row["k"] == 1024:
+            wide = row["columns"] > row["entries"]
+            at[row["rows"], row["entries"], wide] = row["cuda"], row["sglang_v2"]
+    return {
+        f"| {rows} x {entries} | " + " | ".join(f"{us:.1f}" for us in (*narrow, *at[rows, entries, True])) + " |"
+        for (rows, entries, wide), narrow in at.items()
+        if not wide
+    }
 
 
 def step_rows(measured):

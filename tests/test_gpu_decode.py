@@ -70,7 +70,7 @@ def case(tokens=61, heads=64, width=100, extra_width=300, dtype=torch.int32, ext
 
 
 @pytest.mark.parametrize("dtypes", [(torch.int32, torch.int32), (torch.int64, torch.int32)])
-@pytest.mark.parametrize("heads", [1, 8, 20, 64, 65, 128])
+@pytest.mark.parametrize("heads", [1, 8, 12, 16, 20, 64, 65, 128])
 @pytest.mark.parametrize(("width", "extra_width"), [(1, 0), (128, 0), (100, 300), (128, 1024)])
 def test_hostile_rows(width, extra_width, heads, dtypes, kernel):
     arguments = case(61, heads, width, extra_width, *dtypes)
@@ -84,22 +84,25 @@ def test_hostile_rows(width, extra_width, heads, dtypes, kernel):
     check_decode(*dsv4x.sparse_mla_decode(*arguments, kernel=kernel), *expected)
 
 
-def test_without_lengths_and_with_strides(kernel):
-    arguments = case(9, 20, 64, 192)
+@pytest.mark.parametrize("heads", [7, 16, 20])
+def test_without_lengths_and_with_strides(heads, kernel):
+    arguments = case(9, heads, 64, 192)
+    own = slice(2, 2 + heads)
     arguments[3] = arguments[6] = None
     for at in (2, 5):
         arguments[at] = torch.where(arguments[at] >= 4000, -1, arguments[at])
     wide = torch.zeros(9, 24, 576, dtype=torch.bfloat16, device="cuda")
-    wide[:, 2:22, 1:513] = arguments[0]
-    arguments[0] = wide[:, 2:22, 1:513]
+    wide[:, own, 1:513] = arguments[0]
+    arguments[0] = wide[:, own, 1:513]
     out = torch.full((9, 24, 520), torch.nan, dtype=torch.bfloat16, device="cuda")
     expected = reference.sparse_mla_decode(*arguments, dtype=torch.float64)
-    check_decode(*dsv4x.sparse_mla_decode(*arguments, out=out[:, 2:22, 3:515], kernel=kernel), *expected)
-    out[:, 2:22, 3:515] = torch.nan
+    check_decode(*dsv4x.sparse_mla_decode(*arguments, out=out[:, own, 3:515], kernel=kernel), *expected)
+    out[:, own, 3:515] = torch.nan
     assert out.isnan().all(), "written outside out"
 
 
-def test_pages_past_two_gib(kernel):
+@pytest.mark.parametrize("heads", [16, 64])
+def test_pages_past_two_gib(heads, kernel):
     """Offsets inside one page pass 2**31."""
     page_size = 2**31 // 584 + 100
     data = torch.zeros(1, layouts.DSV4.page_stride(page_size), dtype=torch.uint8, device="cuda")
@@ -107,7 +110,7 @@ def test_pages_past_two_gib(kernel):
     slots = torch.tensor([0, page_size - 1, page_size - 70, 5], device="cuda")
     k = (torch.randn(4, 512, device="cuda") / 10).bfloat16()
     dsv4x.quantize_and_insert_k_cache(k, cache, slots)
-    q = torch.randn(3, 64, 512, device="cuda").clamp(-1, 1).bfloat16()
+    q = torch.randn(3, heads, 512, device="cuda").clamp(-1, 1).bfloat16()
     indices = slots.int().expand(3, 4)
     expected = reference.sparse_mla_decode(q, cache, indices, None, dtype=torch.float64)
     check_decode(*dsv4x.sparse_mla_decode(q, cache, indices, None, kernel=kernel), *expected)
@@ -133,9 +136,10 @@ def test_rows_as_wide_as_the_longest_context(heads, tokens, kernel):
     check_decode(*dsv4x.sparse_mla_decode(*arguments, kernel=kernel, split_k=128), *expected)
 
 
-def test_a_graph_follows_the_lengths_it_is_replayed_with(kernel):
+@pytest.mark.parametrize("heads", [8, 16, 64])
+def test_a_graph_follows_the_lengths_it_is_replayed_with(heads, kernel):
     """Captured over rows of nothing; the splits, and what reduces them, are found anew at each replay."""
-    q, swa, swa_rows, _, extra, _, _, sink = case(5, 64, 128, 300)
+    q, swa, swa_rows, _, extra, _, _, sink = case(5, heads, 128, 300)
     fill(extra)
     swa_rows = torch.where((swa_rows >= 0) & (swa_rows < swa.capacity), swa_rows, -1)
     extra_rows = torch.randint(0, extra.capacity, (5, 8192), device="cuda", dtype=torch.int32)
@@ -154,9 +158,10 @@ def test_a_graph_follows_the_lengths_it_is_replayed_with(kernel):
         check_decode(out, lse, *reference.sparse_mla_decode(*arguments, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("heads", [8, 16, 64])
 @pytest.mark.parametrize("tokens", [1, 30, 300])
-def test_fifty_repeats_are_bitwise_equal(tokens, kernel):
-    q, swa, swa_rows, swa_lens, extra, extra_rows, extra_lens, sink = case(300, 64, 128, 512)
+def test_fifty_repeats_are_bitwise_equal(tokens, heads, kernel):
+    q, swa, swa_rows, swa_lens, extra, extra_rows, extra_lens, sink = case(300, heads, 128, 512)
     some = slice(0, tokens)
     arguments = [
         q[some], swa, swa_rows[some], swa_lens[some], extra, extra_rows[some], extra_lens[some], sink
@@ -166,9 +171,10 @@ def test_fifty_repeats_are_bitwise_equal(tokens, kernel):
         assert all(map(torch.equal, first, dsv4x.sparse_mla_decode(*arguments, kernel=kernel)))
 
 
+@pytest.mark.parametrize("heads", [8, 16, 64])
 @pytest.mark.parametrize("split_k", [1, 4])
-def test_with_splits_fixed_a_row_does_not_depend_on_its_batch(split_k, kernel):
-    q, swa, swa_rows, swa_lens, extra, extra_rows, extra_lens, sink = case(300, 64, 128, 512)
+def test_with_splits_fixed_a_row_does_not_depend_on_its_batch(split_k, heads, kernel):
+    q, swa, swa_rows, swa_lens, extra, extra_rows, extra_lens, sink = case(300, heads, 128, 512)
     together = dsv4x.sparse_mla_decode(
         q, swa, swa_rows, swa_lens, extra, extra_rows, extra_lens, sink, kernel=kernel, split_k=split_k
     )

@@ -18,13 +18,13 @@ from . import nvrtc
 ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 K_MAX = 2048
 
-# Of an H100 (benchmarks/results/selection-h100.json, k 1024, narrow buffers): rows -> us at costs.SELECTION_WIDTHS.
+# Of an H200 (benchmarks/results/selection-h200.json, k 1024, narrow buffers): rows -> us at costs.SELECTION_WIDTHS.
 _TOPK_US = {
-    1: (5.1, 8.7, 10.0, 17.2),
-    4: (5.2, 8.9, 10.1, 17.5),
-    16: (5.5, 9.1, 13.6, 25.0),
-    64: (5.7, 9.4, 44.6, 80.8),
-    256: (8.2, 14.6, 42.8, 256.1),
+    1: (3.1, 8.1, 10.8, 11.6),
+    4: (3.2, 8.4, 10.8, 11.6),
+    16: (3.5, 8.8, 11.1, 14.4),
+    64: (3.6, 9.1, 13.8, 21.0),
+    256: (5.4, 13.3, 23.5, 51.1),
 }
 
 _PARAMS = struct.Struct("<8q4q10iIi")
@@ -78,7 +78,7 @@ def function(build: Build) -> nvrtc.Function:
 
 
 def spread(multiprocessors: int, rows: int, width: int) -> tuple[Build, int]:
-    """How ``rows`` rows of at most ``width`` columns, which are all that the host knows, are spread: blocks a row too."""
+    """How rows of at most ``width`` columns, which is all that the host knows, are spread: over blocks a row too."""
     for build in (SHORTEST, SHORT):
         if width <= 4 * build.held * build.threads:
             return build, 1

@@ -60,9 +60,10 @@ def _decode_reasons(problem: AttentionProblem) -> list[str]:
 
 
 def _decode_scratch(problem: AttentionProblem) -> int:
-    programs = problem.tokens * -(-problem.heads // splitting.BLOCK_HEADS)
+    units = multiprocessors(problem.device, problem.arch)
+    batch = splitting.batch_of(problem.tokens, problem.heads, units, problem.capturing)
     blocks = sum(-(-width // splitting.BLOCK_ENTRIES) for width in (problem.width, problem.extra_width))
-    splits = problem.split_k or most_splits(programs, blocks, multiprocessors(problem.device, problem.arch))
+    splits = problem.split_k or most_splits(batch.programs, blocks, batch.at_once)
     return partial_bytes(problem.tokens, problem.heads, splits)
 
 

@@ -105,12 +105,18 @@ class SplitCosts(NamedTuple):
         reduce: launching the reduction in a captured graph.
         reduce_eager: the same in an eager call, which waits for the host to launch it.
         partial: partial outputs of one wave of programs that have all their heads.
+        second: share of its blocks' time that every second wave takes, where it runs beside the one before.
     """
 
     program: float
     reduce: float
     reduce_eager: float
     partial: float
+    second: float = 1.0
+
+    def in_turn(self, waves: int) -> float:
+        """Waves that one after another would take as long as these."""
+        return waves - waves // 2 * (1.0 - self.second)
 
 
 COSTS = SplitCosts(program=3.5, reduce=2.0, reduce_eager=2.0, partial=1.5)
@@ -141,7 +147,7 @@ class Batch(NamedTuple):
     def blocks_taken(self, blocks: int, splits: int) -> float:
         """What rows of ``blocks`` take in ``splits`` each, in the unit of the costs."""
         waves, costs = -(-self.programs * splits // self.at_once), self.costs
-        taken = waves * (-(-blocks // splits) + costs.program)
+        taken = costs.in_turn(waves) * -(-blocks // splits) + waves * costs.program
         if splits > 1:
             partial = costs.partial * self.filled * self.programs / self.at_once
             taken += (costs.reduce if self.captured else costs.reduce_eager) + splits * (_SPLIT_BLOCKS + partial)

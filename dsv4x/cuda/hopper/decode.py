@@ -10,12 +10,13 @@ shared memory:
 So the decoding of one block, the softmax of another and the matrix products of both overlap, and each role has the
 registers it needs. Programs stay for several items: the loader is at the next one while the halves still write.
 
+Up to 16 heads :mod:`.few_heads` runs instead, with the same parameters.
+
 How many splits a row has follows from its own length, which only the device knows. There are items for the most a row
 can have; every role finds out for itself, from the same lengths, which of them a row does not have, and passes them by.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from triton.experimental import gluon
@@ -29,15 +30,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ...common.core.calls import DecodeCall, Result, output
 from ...common.core.platform import capturing, platform
-from ...common.kernels.decode import Spans, clamped_span, prepare_reduction, row_shares
+from ...common.kernels.decode import Spans, prepare_reduction
 from ...common.kernels.decode_shapes import expected_blocks, row_splits
 from ...common.kernels.launch import Launcher
 from ...common.kernels.scratch import partials
 from ...common.kernels.softmax import LN2, LOG2E
-from .splitting import BLOCK_ENTRIES, BLOCK_HEADS, batch_of
+from . import splitting
+from .few_heads import decode_few_heads_kernel
+from .items import BLOCK_K, Output, Query, Requests, Scope, Work, item_of, load_indices, of_request, to_slots
 
-BLOCK_H = gl.constexpr(BLOCK_HEADS)
-BLOCK_K = gl.constexpr(BLOCK_ENTRIES)
+BLOCK_H = gl.constexpr(splitting.BLOCK_HEADS)
 STAGES = gl.constexpr(2)
 HALF = gl.constexpr(256)
 CODES = gl.constexpr(gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0]))
@@ -45,9 +47,6 @@ CODES = gl.constexpr(gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0]))
 RIGHT_REGISTERS = 168
 LOADER_REGISTERS = 120
 """A thread's; what they leave of the multiprocessor's is the left half's."""
-
-# The same rules as the reduction's, compiled for Gluon.
-_clamped_span, _row_shares = gluon.jit(clamped_span.fn), gluon.jit(row_shares.fn)
 
 # Four e4m3 codes and their scale -> four bf16. By way of float16 and float32, both exact, which keeps NaN; moving the
 # bits with integer instructions takes longer, since those run at half the rate.
@@ -73,118 +72,6 @@ cvt.rn.bf16x2.f32 $1, z, y;
 }""")
 
 
-class Scope(NamedTuple):
-    """One cache and the index rows into it, as the kernel's parameters name them."""
-
-    cache_ptr: gl.tensor
-    indices_ptr: gl.tensor
-    lens_ptr: gl.tensor
-    width: gl.tensor
-    indices_stride: gl.tensor
-    capacity: gl.tensor
-    page_size: gl.tensor
-    page_stride: gl.tensor
-
-
-class Requests(NamedTuple):
-    """What makes slots of local entries, for all tokens."""
-
-    request_ptr: gl.tensor
-    visible_ptr: gl.tensor
-    table_ptr: gl.tensor
-    requests: gl.tensor
-    columns: gl.tensor
-    table_stride: gl.tensor
-    pages: gl.tensor
-
-
-class Table(NamedTuple):
-    """A request's row of the block table, its columns, and the pages in the pool."""
-
-    row: gl.tensor
-    columns: gl.tensor
-    pages: gl.tensor
-
-
-class Query(NamedTuple):
-    ptr: gl.tensor
-    stride_t: gl.tensor
-    stride_h: gl.tensor
-
-
-class Output(NamedTuple):
-    """The output's rows, and where partial ones of a row of several splits go."""
-
-    ptr: gl.tensor
-    stride_t: gl.tensor
-    stride_h: gl.tensor
-    lse_ptr: gl.tensor
-    partial_ptr: gl.tensor
-    partial_lse_ptr: gl.tensor
-    most_splits: gl.tensor
-
-
-class Work(NamedTuple):
-    """The launch's items: ``rows`` (token, block of heads) for the first split, then as many for the second."""
-
-    items: gl.tensor
-    rows: gl.tensor
-    head_blocks: gl.tensor
-    most_splits: gl.tensor
-    whole_blocks: gl.tensor
-
-
-class Item(NamedTuple):
-    """One item: which token, heads and blocks, of how many entries.
-
-    ``there`` is false where the row has fewer splits; ``split`` is -1 where the item is the whole row.
-    """
-
-    there: gl.tensor
-    token: gl.tensor
-    head0: gl.tensor
-    split: gl.tensor
-    first: gl.tensor
-    last: gl.tensor
-    swa_blocks: gl.tensor
-    swa_span: gl.tensor
-    extra_span: gl.tensor
-
-
-@gluon.jit
-def _item(number, work, swa, extra, HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr, SPLIT: gl.constexpr):
-    """Item ``number`` of the launch.
-
-    At least one block, so that every role passes its barriers equally often; past the spans it holds no entries.
-    """
-    row = number
-    if SPLIT:
-        row = number % work.rows
-    token = (row // work.head_blocks).to(gl.int64)
-    head0 = (row % work.head_blocks) * BLOCK_H
-    swa_span = swa.width
-    if HAS_SWA_LENS:
-        swa_span = _clamped_span(gl.load(swa.lens_ptr + token), swa_span)
-    extra_span = extra.width
-    if HAS_EXTRA_LENS:
-        extra_span = _clamped_span(gl.load(extra.lens_ptr + token), extra_span)
-    swa_blocks = gl.cdiv(swa_span, BLOCK_K)
-    blocks = swa_blocks + gl.cdiv(extra_span, BLOCK_K)
-    there = gl.to_tensor(True)
-    split = gl.to_tensor(-1)
-    first = gl.to_tensor(0)
-    last = blocks
-    if SPLIT:
-        split = number // work.rows
-        splits, share = _row_shares(blocks, work.most_splits, work.whole_blocks)
-        first = split * share
-        last = gl.minimum(first + share, blocks)
-        there = split < splits
-        split = gl.where(splits > 1, split, -1)
-    last = gl.maximum(last, first + 1)
-    return Item(there, token, head0, split, first, last, swa_blocks, swa_span, extra_span)
-
-
 @gluon.jit
 def _load_slots(scope, table, token, span, block, LOCAL: gl.constexpr):
     """int32 slots of a block of a row; -1 for what is no entry.
@@ -192,17 +79,9 @@ def _load_slots(scope, table, token, span, block, LOCAL: gl.constexpr):
     ``LOCAL``: the row holds local entries, of which the request has the scope's capacity, and its block table makes
     them slots.
     """
-    page_size = scope.page_size
-    offset = block * BLOCK_K + gl.arange(0, BLOCK_K, gl.SliceLayout(1, CODES))
-    index = gl.load(scope.indices_ptr + token * scope.indices_stride + offset, mask=offset < span, other=-1)
-    index = gl.where((index >= 0) & (index < scope.capacity), index, -1).to(gl.int32)
+    index = load_indices(scope, token, span, block, gl.SliceLayout(1, CODES))
     if LOCAL:
-        column = index // page_size
-        held = (index >= 0) & (column < table.columns)
-        page = gl.load(table.row + column, mask=held, other=-1)
-        held = held & (page >= 0) & (page < table.pages)
-        # Slots are 32-bit: the record takes no larger pool.
-        index = gl.where(held, page * page_size + (index - column * page_size), -1)
+        index = to_slots(index, scope.page_size, table)
     return index
 
 
@@ -281,23 +160,6 @@ def _load_scope(
 
 
 @gluon.jit
-def _of_request(extra, local, token, LOCAL: gl.constexpr):
-    """The extra scope of a token, and its request's :class:`Table`."""
-    table = Table(local.table_ptr, local.columns, local.pages)
-    if LOCAL:
-        request = gl.load(local.request_ptr + token)
-        known = (request >= 0) & (request < local.requests)
-        visible = gl.where(known, gl.load(local.visible_ptr + token), 0)
-        row = local.table_ptr + gl.where(known, request, 0).to(gl.int64) * local.table_stride
-        extra = Scope(
-            extra.cache_ptr, extra.indices_ptr, extra.lens_ptr, extra.width, extra.indices_stride, visible,
-            extra.page_size, extra.page_stride,
-        )  # fmt: skip
-        table = Table(row, local.columns, local.pages)
-    return extra, table
-
-
-@gluon.jit
 def _loader(
     work, swa, extra, local, k_smem, bias_smem, k_full, k_empty,
     HAS_SWA_LENS: gl.constexpr, HAS_EXTRA_LENS: gl.constexpr, SPLIT: gl.constexpr, BIG_PAGES: gl.constexpr,
@@ -309,8 +171,8 @@ def _loader(
         if SPLIT:
             row = number % work.rows
         # Before the item, whose spans are loaded too: neither waits for the other.
-        scope, table = _of_request(extra, local, (row // work.head_blocks).to(gl.int64), LOCAL)
-        item = _item(number, work, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS, SPLIT)
+        scope, table = of_request(extra, local, (row // work.head_blocks).to(gl.int64), LOCAL)
+        item = item_of(number, work, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS, SPLIT, BLOCK_H)
         if item.there:
             first_extra = gl.maximum(item.first - item.swa_blocks, 0)
             # Both scopes' first slots are on their way at once: each is several loads behind one another.
@@ -417,7 +279,7 @@ def _left(
     message = gl.to_tensor(0)
     turn = gl.to_tensor(0)
     for number in range(gl.program_id(0), work.items, gl.num_programs(0)):
-        item = _item(number, work, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS, SPLIT)
+        item = item_of(number, work, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS, SPLIT, BLOCK_H)
         if item.there:
             _load_q(q_smem, q, item, heads, 0, FAR_HEADS)
             m = gl.full([BLOCK_H], float("-inf"), gl.float32, HEADS)
@@ -494,7 +356,7 @@ def _right(
     count = gl.to_tensor(0)
     message = gl.to_tensor(0)
     for number in range(gl.program_id(0), work.items, gl.num_programs(0)):
-        item = _item(number, work, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS, SPLIT)
+        item = item_of(number, work, swa, extra, HAS_SWA_LENS, HAS_EXTRA_LENS, SPLIT, BLOCK_H)
         if item.there:
             _load_q(q_smem, q, item, heads, HALF, FAR_HEADS)
             mbarrier.arrive(q_full, count=1)
@@ -596,6 +458,7 @@ def decode_hopper_kernel(
 
 
 _launch = Launcher(decode_hopper_kernel, floats=("scale",))
+_launch_few = Launcher(decode_few_heads_kernel, floats=("scale",))
 
 
 def sparse_mla_decode(call: DecodeCall) -> Result:
@@ -613,17 +476,20 @@ def prepare(call: DecodeCall) -> Callable[[DecodeCall], Result]:
     tokens, multiprocessors = q.shape[0], platform.limits(q.device).multiprocessors
     swa, extra = call.swa, call.extra or call.swa._replace(lens=None)
     extra_width = 0 if call.extra is None else extra.indices.shape[1]
-    head_blocks = -(-heads // BLOCK_H.value)
-    rows = tokens * head_blocks
+    batch = splitting.batch_of(tokens, heads, multiprocessors, capturing(q.device))
+    rows = batch.programs
     spans = Spans(swa.lens, swa.indices.shape[1], extra.lens, extra_width)
     blocks = expected_blocks(call.entries, (spans.swa_width, extra_width), BLOCK_K.value)
-    batch = batch_of(tokens, heads, multiprocessors, capturing(q.device))
     splits, whole = row_splits(batch, blocks, call.split_k)
     table, pages = (extra.indices, 0) if call.local is None else (call.local.block_table, call.local.pages)
-    launch = _launch.prepare(
-        min(rows * splits, multiprocessors),
+    launcher, programs = _launch, min(rows * splits, multiprocessors)
+    own: tuple[int, ...] = (RIGHT_REGISTERS, LOADER_REGISTERS)
+    if splitting.few(heads):
+        launcher, programs, own = _launch_few, rows * splits, (8 if heads <= 8 else 16,)
+    launch = launcher.prepare(
+        programs,
         (
-            rows * splits, rows, heads, head_blocks, splits, whole, call.softmax_scale,
+            rows * splits, rows, heads, rows // tokens, splits, whole, call.softmax_scale,
             q.stride(0), q.stride(1), out.stride(0), out.stride(1),
             swa.indices.shape[1], swa.indices.stride(0), swa.cache.capacity, swa.cache.page_size,
             swa.cache.page_stride, extra_width, extra.indices.stride(0), extra.cache.capacity, extra.cache.page_size,
@@ -633,8 +499,7 @@ def prepare(call: DecodeCall) -> Callable[[DecodeCall], Result]:
             swa.lens is not None, extra.lens is not None, call.attn_sink is not None, splits > 1,
             max(swa.cache.page_size, extra.cache.page_size) * 584 >= 2**31,
             # Heads stored before tokens: the registers of 64-bit offsets are spilled, so only these pay for them.
-            (heads - 1) * max(q.stride(1), out.stride(1)) >= 2**31, call.local is not None,
-            RIGHT_REGISTERS, LOADER_REGISTERS,
+            (heads - 1) * max(q.stride(1), out.stride(1)) >= 2**31, call.local is not None, *own,
         ),
         4,
     )  # fmt: skip
