@@ -1,0 +1,1 @@
+"""Gluon kernels of gfx942 and gfx950. Importing a module here imports triton."""
