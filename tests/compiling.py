@@ -41,6 +41,7 @@ from dsv4x.cuda.hopper import decode as decode_hopper
 from dsv4x.cuda.hopper import prefill as prefill_hopper
 from dsv4x.rocm.cdna import decode as decode_cdna
 from dsv4x.rocm.cdna import prefill as prefill_cdna
+from dsv4x.rocm.cdna import ragged
 from dsv4x.rocm.cdna.products import NUM_WARPS as CDNA_WARPS
 from dsv4x.rocm.cdna.shapes import shape_of
 
@@ -242,6 +243,10 @@ def cases(arch: str) -> list[Case]:
                 found.append(Case(prefill_hopper.prefill_hopper_kernel, constants, options, types, label=label))
     if arch.startswith("gfx"):
         found += cdna_cases(arch)
+        packing = {"HAS_LENS": True, "BLOCK": 512}, {"num_warps": 4}, {"counts_ptr": "*i64", "lens_ptr": "*i32"}
+        found.append(Case(ragged.pack_rows_kernel, *packing))
+        # Triton makes an integer argument of 1 a constant.
+        found.append(Case(ragged.pack_rows_kernel, packing[0] | {"width": 1}, *packing[1:], label="[1]"))
     return found + logits_cases(arch)
 
 
