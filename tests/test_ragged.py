@@ -1,5 +1,7 @@
 """AITER's flat lists in two launches: what ``dense_to_ragged`` gives, and nothing left unwritten."""
 
+import types
+
 import pytest
 import torch
 
@@ -34,3 +36,16 @@ def test_rows_without_any_entry(device):
     values, indptr = ragged_rows(torch.full((4, 70), -1, dtype=torch.int32, device=device), None, 10)
     assert not indptr.any()
     assert (values == -1).all()
+
+
+@pytest.mark.parametrize(("tokens", "width", "two"), [(1, 8, True), (2048, 1, True), (2049, 1, False), (3, 0, False)])
+def test_aiters_rows_are_made_so_on_a_gpu_up_to_so_many(tokens, width, two, monkeypatch):
+    from dsv4x.rocm import aiter
+    from dsv4x.rocm.cdna import ragged
+
+    monkeypatch.setattr(ragged, "ragged_rows", lambda *given: ("two launches", given))
+    monkeypatch.setattr(aiter.indices, "dense_to_ragged", lambda *given, **more: ("the op", more, None))
+    rows = types.SimpleNamespace(is_cuda=True, shape=(tokens, width), numel=lambda: tokens * width)
+    made, given = aiter.Source(torch.empty(77, 512), rows, None).ragged()
+    assert made == ("two launches" if two else "the op")
+    assert given == ((rows, None, 77) if two else {"capacity": max(1, tokens * width), "upper": 77})

@@ -1,8 +1,8 @@
 """Rows with holes as AITER's flat lists, in two launches where the op :func:`dsv4x.dense_to_ragged` takes eleven.
 
 Every layer has its own rows, and a captured graph may find others at each replay, so nothing is kept. AITER would also
-take rows of one width with -1 in them, which is what SGLang hands it. But on gfx950 it reads slot 0 in their stead, and
-0 times a NaN there is NaN.
+take rows of one width with -1 in them, which is what SGLang hands it. But on gfx950 builds up to e4048607a5 read slot 0
+in their stead, and 0 times a NaN there is NaN; and out-of-range indices would have to be made -1, a launch too.
 """
 
 import torch
