@@ -63,7 +63,7 @@ def rows(live, tokens, width, capacity, dtype=torch.int32):
     wrong = torch.tensor([-1, -2, -(2**31), 2**31 - 1, capacity])
     indices = live[torch.randint(len(live), (tokens, width))]
     indices = torch.where(torch.rand(tokens, width) < 0.2, wrong[torch.randint(5, (tokens, width))], indices)
-    lens = torch.tensor(([width, width + 9, 31, 33, 0, -4] * tokens)[:tokens], dtype=dtype)
+    lens = torch.tensor(([width, 0, width + 9, 33, -4, 31] * tokens)[:tokens], dtype=dtype)
     return indices.to(dtype), lens
 
 
@@ -95,7 +95,7 @@ def test_local_entries_padded_heads_and_strides(arch, make_cache):
     swa, live = make_cache(3, 64, 100)
     extra, _ = make_cache(6, 64, 384)
     indices = torch.randint(-3, 290, (4, 96), dtype=torch.int32)
-    table = torch.tensor([[3, 0, 5, 1], [2, -1, 9, 4]], dtype=torch.int32)
+    table = torch.tensor([[3, 6, 5, 1], [2, -1, 9, 4]], dtype=torch.int32)
     local = Local(torch.tensor([0, 1, 7, 1]), torch.tensor([260, 200, 90, 30], dtype=torch.int32), table, 6)
     local = local._replace(request=local.request.int())
     call = call_of(Scope(swa, *rows(live, 4, 64, swa.capacity)), Scope(extra, indices, None), 20, 4, local)
