@@ -3,8 +3,9 @@
 No AMD GPU was used for anything here, and nothing is a timing. A candidate must fit the arch's LDS, must not spill with
 Triton 3.9 and must use MFMA. Among those the one with the least estimated issue time is taken, one for all layouts of a
 kind, the slower of both kinds of pointers. Cycles are what a compute unit takes for 64 entries and 64 heads: 4 for an
-instruction of each of its waves, which take turns, and 16 or 32 of the matrix unit for a product. The larger of the two
-bounds a step from below. What a wave waits for is in neither. Logits are for 64 entries and 64 heads of one row.
+instruction of each of its waves, which take turns, 16 or 32 of the matrix unit for a product, and one of LDS for 128
+bytes. The largest of the three bounds a step from below. What a wave waits for is in none. Logits are for 64 entries
+and 64 heads of one row.
 
 Usage: python benchmarks/gfx_configs.py [--choose] --out docs/gfx.md
 """
@@ -47,11 +48,32 @@ LEGEND = """`tests/test_compile.py` compiles all of it again and holds every num
 
 - **kernel**: decode by heads, both layouts, splits and local rows; prefill by heads and head dim; logits by q's
   encoding, K's, rows of a program (None where K is flat) and whether pages are read whole, or columns are relative.
+  `cdna` kernels are the Gluon ones of `dsv4x/rocm/cdna/`, which run by name only (`kernel="gluon"`).
 - **2 GiB**: whether the caches, or the workspace, are below or above. Triton's HIP backend compiles for that: below, it
   takes 32-bit offsets. All other tensors are below.
 - **VGPR** counts accumulators in; **LDS** is in bytes; **waves** are those a SIMD holds.
 - The others are of an iteration of a loop as one wave executes it, the window's / the compressed entries'. **Narrow
   reads** are LDS reads of one or two bytes, **wide products** 32-bit integer ones, which take four times as long."""
+
+GLUON = """## Triton's kernels and Gluon's
+
+Microseconds of 4096 tokens by these cycles, on all compute units of an MI300X (304 at 2.1 GHz) and an MI355X (256 at
+2.4 GHz), caches below / above 2 GiB. They are bounds from below: neither memory nor any other wait is in them, and
+nobody has measured how far above them a GPU is.
+
+{table}
+
+`kernel="gluon"` never ran on an AMD GPU, so nothing picks it by itself. Its bodies ran on numpy against the oracle
+(`tests/test_cdna.py`), which does not see a barrier that is missing or an instruction that does something else. On an
+MI300X or MI355X one command tries it, and prints times beside Triton's:
+
+```bash
+python tests/require_device.py rocm && python -m pytest -s -m gpu -k "gluon or cdna"
+```
+
+A Gluon kernel takes all the registers its waves can have. With Triton 3.9 it spills none on gfx942. On gfx950 it spills
+up to 24, of which at most 3 are loaded again inside a loop; over fnuz pages, which gfx950 does not convert, up to 110.
+With Triton 3.6 kernels of 64 heads spill 110 to 220, and take 1.4 to 1.8 times the instructions."""
 
 
 def range_of(arch: str) -> range:
@@ -83,7 +105,7 @@ def cycles_of(arch: str, pair: tuple[CacheLayout, CacheLayout], heads: int, shap
         if static.spills or static.lds > compiling.SHARED_LIMIT[arch] or not all(static.matrix):
             return float("inf")
         blocks = -(-heads // shape.block_h) * shape.block_h / 64
-        worst = max(worst, sum(map(max, static.issue, static.matrix)) * blocks)
+        worst = max(worst, sum(static.bound) * blocks)
     return worst
 
 
@@ -105,15 +127,16 @@ def main() -> None:
                     print(f"  {cycles:.0f} {shape}", flush=True)
         table = ["| " + " | ".join(census.HEAD) + " |", "|" + "---|" * len(census.HEAD)]
         table += pool.map(numbered_row, *zip(*products))
+    predicted = ["| | gfx942 Triton | gfx942 Gluon | gfx950 Triton | gfx950 Gluon |", "|" + "---|" * 5]
+    gluon = GLUON.format(table="\n".join([*predicted, *census.predictions()]))
     if not arguments.out:
-        print("\n".join(table))
+        print("\n".join([*table, "", gluon]))
         return
     notes = (__doc__ or "").split("\n\n")[1]
     arguments.out.write_text(
         "# The kernels with matrix products on AMD GPUs, as compiled\n\n"
         f"Written by `benchmarks/gfx_configs.py` with Triton {triton.__version__}.\n\n{notes}\n\n{LEGEND}\n\n"
-        + "\n".join(table)
-        + "\n"
+        f"{gluon}\n\n## All of them\n\n" + "\n".join(table) + "\n"
     )
 
 

@@ -18,6 +18,8 @@ MFMA_CYCLES = {"16x16": 16, "32x32": 32}
 """Cycles a SIMD's matrix unit takes for a bf16 product of the largest K an arch has, by the ISA's manuals."""
 ISSUE_CYCLES = 4
 """Cycles between two instructions of one wave, which is all that a SIMD has where registers leave room for one."""
+LDS_BYTES_A_CYCLE = 128
+"""That a compute unit's LDS reads or writes."""
 _LDS_BYTES = {"u8": 1, "u16": 2, "b8": 1, "b16": 2, "b32": 4, "b64": 8, "b96": 12, "b128": 16}
 _LANES = 64
 
@@ -71,6 +73,11 @@ class Loop:
     @property
     def issue_cycles(self) -> int:
         return ISSUE_CYCLES * self.instructions
+
+    @property
+    def lds_cycles(self) -> int:
+        """Of a compute unit's LDS, for one of its four SIMDs' waves; what lanes share counts for each."""
+        return self.lds_bytes // LDS_BYTES_A_CYCLE * 4
 
     @property
     def matrix_cycles(self) -> int:
@@ -148,7 +155,8 @@ def _loop(blocks: list[_Block], way: Iterable[int]) -> Loop:
 
 
 PRODUCTS = (
-    "decode_kernel", "prefill_kernel", "paged_mqa_logits_kernel", "scheduled_mqa_logits_kernel", "mqa_logits_kernel",
+    "decode_kernel", "prefill_kernel", "decode_cdna_kernel", "prefill_cdna_kernel",
+    "paged_mqa_logits_kernel", "scheduled_mqa_logits_kernel", "mqa_logits_kernel",
 )  # fmt: skip
 """The kernels with matrix products."""
 
@@ -167,8 +175,9 @@ class Static:
         vgpr, lds, spills: vector registers of a lane, accumulators among them; bytes of LDS; registers spilled.
         waves: waves a SIMD holds, as registers and LDS allow.
         loops: its loops with matrix products.
-        issue, matrix: cycles a compute unit takes for 64 entries and 64 heads, loop by loop: to issue the instructions
-            of its waves, one wave after the other, and to multiply. Logits: for 64 entries and the case's heads.
+        issue, matrix, exchange: cycles a compute unit takes for 64 entries and 64 heads, loop by loop: to issue the
+            instructions of its waves, one wave after the other, to multiply, and to read and write LDS. Logits: for 64
+            entries and the case's heads.
     """
 
     vgpr: int
@@ -178,6 +187,12 @@ class Static:
     loops: list[Loop]
     issue: list[int]
     matrix: list[int]
+    exchange: list[int]
+
+    @property
+    def bound(self) -> list[int]:
+        """The largest of the three, loop by loop."""
+        return list(map(max, self.issue, self.matrix, self.exchange))
 
     @property
     def cells(self) -> list[str]:
@@ -189,6 +204,7 @@ class Static:
             [loop.wide_multiplies for loop in self.loops],
             self.issue,
             self.matrix,
+            self.exchange,
         )
         fixed = (self.vgpr, self.lds, self.spills, self.waves)
         return [*map(str, fixed), ", ".join(kinds), *(" / ".join(map(str, each)) for each in numbers)]
@@ -207,15 +223,17 @@ def measure(case: compiling.Case, arch: str, far: bool) -> Static:
         times = 64 / constants["BLOCK_K"] * 64 / constants["BLOCK_H"] * warps / 4
     else:
         times = 64 / constants["BLOCK"] * warps / 4
-    issue, matrix = ([round(times * each) for each in cycles] for cycles in (
-        [loop.issue_cycles for loop in found], [loop.matrix_cycles for loop in found]
+    issue, matrix, exchange = ([round(times * each) for each in cycles] for cycles in (
+        [loop.issue_cycles for loop in found],
+        [loop.matrix_cycles for loop in found],
+        [loop.lds_cycles for loop in found],
     ))  # fmt: skip
-    return Static(report["vgpr"], report["lds"], report["spills"], waves, found, issue, matrix)
+    return Static(report["vgpr"], report["lds"], report["spills"], waves, found, issue, matrix, exchange)
 
 
 HEAD = (
     "arch", "kernel", "2 GiB", "VGPR", "LDS", "spills", "waves", "MFMA", "instructions", "narrow reads",
-    "wide products", "issue", "multiply",
+    "wide products", "issue", "multiply", "LDS cycles",
 )  # fmt: skip
 
 
@@ -223,3 +241,42 @@ def row(arch: str, case: compiling.Case, far: bool) -> str:
     """A row of docs/gfx.md."""
     cells = (arch, case.name, "above" if far else "below", *measure(case, arch, far).cells)
     return "| " + " | ".join(cells) + " |"
+
+
+GPUS = {"gfx942": (304, 2100), "gfx950": (256, 2400)}
+"""Compute units of an MI300X and an MI355X, and their peak clock in MHz."""
+WORK = ((64, 128, 512), (128, 128, 1024))
+"""Heads, entries of the window and compressed entries of 4096 tokens."""
+_DECODE = "[H=64,DSv4+DSv4,split=False,local=True]"
+PREDICTED = (
+    ("decode", f"decode_kernel{_DECODE}", f"decode_cdna_kernel{_DECODE}"),
+    ("prefill", "prefill_kernel[H<=128,D=512]", "prefill_cdna_kernel[H=64,given=True]"),
+)
+"""An op's name and its kernels' cases, Triton's and Gluon's."""
+
+
+def predicted_us(arch: str, static: Static, heads: int, window: int, extra: int) -> float:
+    """A bound from below of 4096 tokens on a whole GPU: nothing is waited for."""
+    units, mhz = GPUS[arch]
+    bound = static.bound if len(static.bound) == 2 else static.bound * 2
+    return 4096 * heads / 64 * (window * bound[0] + extra * bound[1]) / 64 / units / mhz
+
+
+def predictions() -> list[str]:
+    """The rows of docs/gfx.md's first table: microseconds below / above 2 GiB, a column an arch and a kernel."""
+    measured = {
+        (arch, case.name, far): measure(case, arch, far)
+        for arch in GPUS
+        for case, far in product_cases(arch)
+        if any(case.name in names for _, *names in PREDICTED)
+    }
+    found = []
+    for op, *names in PREDICTED:
+        for work in WORK:
+            cells = [
+                " / ".join(f"{predicted_us(arch, measured[arch, name, far], *work):.0f}" for far in (False, True))
+                for arch in GPUS
+                for name in names
+            ]
+            found.append(f"| {op}, {work[0]} heads, {sum(work[1:])} entries | " + " | ".join(cells) + " |")
+    return found

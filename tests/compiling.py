@@ -17,6 +17,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 import dsv4x.common.kernels as kernels_package
 import dsv4x.cuda.hopper as hopper_package
+import dsv4x.rocm.cdna as cdna_package
 from dsv4x import layouts
 from dsv4x.common.kernels import (
     cache,
@@ -39,6 +40,11 @@ from dsv4x.common.kernels.entries import entry_format
 from dsv4x.cuda.hopper import decode as decode_hopper
 from dsv4x.cuda.hopper import few_heads
 from dsv4x.cuda.hopper import prefill as prefill_hopper
+from dsv4x.rocm.cdna import decode as decode_cdna
+from dsv4x.rocm.cdna import prefill as prefill_cdna
+from dsv4x.rocm.cdna import ragged
+from dsv4x.rocm.cdna.products import NUM_WARPS as CDNA_WARPS
+from dsv4x.rocm.cdna.shapes import shape_of
 
 TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
@@ -238,6 +244,12 @@ def cases(arch: str) -> list[Case]:
                 types = {**ATTENTION_OUT, "indices_ptr": index, "lens_ptr": index}
                 label = f"[{index},lens={given}]"
                 found.append(Case(prefill_hopper.prefill_hopper_kernel, constants, options, types, label=label))
+    if arch.startswith("gfx"):
+        found += cdna_cases(arch)
+        packing = {"HAS_LENS": True, "BLOCK": 512}, {"num_warps": 4}, {"counts_ptr": "*i64", "lens_ptr": "*i32"}
+        found.append(Case(ragged.pack_rows_kernel, *packing))
+        # Triton makes an integer argument of 1 a constant.
+        found.append(Case(ragged.pack_rows_kernel, packing[0] | {"width": 1}, *packing[1:], label="[1]"))
     return found + logits_cases(arch)
 
 
@@ -343,6 +355,46 @@ def few_heads_case(given: int, split: int, local: int, heads: int, far: bool = F
     return Case(few_heads.decode_few_heads_kernel, constants, {"num_warps": 4}, types, label=f"[H={heads},{label}]")
 
 
+def cdna_cases(arch: str) -> list[Case]:
+    """Gluon's decode and prefill, with all optional arguments and without; :func:`compile_case` says ``FAR``."""
+    fnuz = layouts.DSV4.with_flavour("e4m3fnuz")
+    found = []
+    for heads, swa, extra, split, local in (
+        (8, layouts.DSV4, layouts.DSV4, True, True),
+        (8, fnuz, fnuz, True, False),
+        (64, layouts.DSV4, layouts.DSV4, False, True),
+        (64, layouts.DSV4, layouts.DSV4, True, True),
+        (64, layouts.DSV4, layouts.DSV4, True, False),
+        (64, fnuz, layouts.DSV4, True, True),
+        (64, fnuz, fnuz, True, True),
+    ):
+        shape = shape_of(arch, heads)
+        constants = {
+            **dict.fromkeys(("HAS_SWA_LENS", "HAS_EXTRA", "HAS_EXTRA_LENS", "HAS_SINK"), True), "SPLIT": split,
+            "BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k, "LOCAL": local, "SWA_PAGE": 64, "EXTRA_PAGE": 64,
+            "SWA_FNUZ": swa is fnuz, "EXTRA_FNUZ": extra is fnuz, "FAR": False, "CDNA4": arch == "gfx950",
+            "DIES": order.dies(arch),
+        }  # fmt: skip
+        options = {"num_warps": CDNA_WARPS, **shape.options}
+        label = f"[H={heads},{swa.name}+{extra.name},split={split},local={local}]"
+        kernel = decode_cdna.decode_cdna_kernel
+        found.append(Case(kernel, constants, options, ATTENTION_OUT, label, (swa, extra)))
+    bare = {**constants, **dict.fromkeys(("HAS_SWA_LENS", "HAS_EXTRA", "HAS_EXTRA_LENS", "HAS_SINK", "SPLIT"), False)}
+    types = {**ATTENTION_OUT, "swa_indices_ptr": "*i64"}
+    found.append(Case(kernel, {**bare, "LOCAL": False}, options, types, "[H=64,DSv4 fnuz,bare]", (fnuz, fnuz)))
+    for heads, given in ((8, True), (64, True), (64, False)):
+        shape = shape_of(arch, heads)
+        constants = {
+            "HAS_LENS": given, "HAS_SINK": given, "BLOCK_H": shape.block_h, "BLOCK_K": shape.block_k,
+            "CDNA4": arch == "gfx950", "DIES": order.dies(arch),
+        }  # fmt: skip
+        options = {"num_warps": CDNA_WARPS, **shape.options}
+        types = {**ATTENTION_OUT, "indices_ptr": "*i32" if given else "*i64"}
+        label = f"[H={heads},given={given}]"
+        found.append(Case(prefill_cdna.prefill_cdna_kernel, constants, options, types, label))
+    return found
+
+
 def step_cases() -> list[Case]:
     """A step's metadata for the model's kinds, and for the further ones of a second launch; its gather plan."""
     integers = {"out_ptr": "*i32", "lens_ptr": "*i32"}
@@ -403,7 +455,7 @@ def decode_scopes(heads: int) -> list[tuple[layouts.CacheLayout, layouts.CacheLa
 def launchable_kernels() -> set[str]:
     """Names of the kernels launchers launch: the jit functions called ``*_kernel``."""
     names = set()
-    for package in (kernels_package, hopper_package):
+    for package in (kernels_package, hopper_package, cdna_package):
         for module in pkgutil.iter_modules(package.__path__):
             loaded = importlib.import_module(f"{package.__name__}.{module.name}")
             for name, value in vars(loaded).items():
@@ -416,13 +468,14 @@ def compile_case(case: Case, arch: str, far: bool = False) -> triton.compiler.Co
     """Compile with pointers and strides 16-byte aligned, as the ops' checks leave them, where Triton looks at that.
 
     On HIP it also looks whether a tensor's storage is below 2 GiB, and takes 32-bit offsets then. All tensors are small
-    here; with ``far`` those in ``FAR`` are not.
+    here; with ``far`` those in ``FAR`` are not, and a kernel with a constant of that name is compiled for it.
     """
     hip = TARGETS[arch].backend == "hip"
+    constants = {**case.constants, **({"FAR": far} if "FAR" in case.constants else {})}
     signature = {}
     attributes = {}
     for position, name in enumerate(case.kernel.arg_names):
-        if name in case.constants:
+        if name in constants:
             signature[name] = "constexpr"
             continue
         default = "*i32" if name.endswith("_ptr") else "i32"
@@ -437,7 +490,7 @@ def compile_case(case: Case, arch: str, far: bool = False) -> triton.compiler.Co
         if found:
             attributes[(position,)] = found
     make = GluonASTSource if case.kernel.is_gluon() else ASTSource
-    source = make(case.kernel, signature, dict(case.constants), attributes)
+    source = make(case.kernel, signature, constants, attributes)
     return triton.compile(source, target=TARGETS[arch], options=dict(case.options))
 
 

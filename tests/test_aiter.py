@@ -1015,13 +1015,31 @@ def test_a_library_that_cannot_be_used_is_the_only_reason(reasons):
     assert broken.reason not in given
 
 
-def test_prediction_picks_it_on_gfx950_where_no_lse_is_asked_for(reasons):
-    for base in (DECODE, problem(PREFILL, lse=False)):
-        assert reasons(base, RELEASED) == []
-        assert registry.select(base).name == "aiter"
-        assert reasons(problem(base, lse=True), RELEASED) == []
-        assert registry.select(problem(base, lse=True)).name == "triton"
-        assert registry.select(problem(base, lse=True), "aiter").name == "aiter"
+@pytest.mark.parametrize(("heads", "released", "later"), [(8, 1, 1), (16, 1, 1), (32, 1, 1), (64, 0, 1), (128, 0, 1)])
+def test_prediction_picks_it_on_gfx950_where_its_code_is_ahead(heads, released, later, reasons):
+    """Released builds decode the entries again for each 16 heads."""
+    for build, ahead in ((RELEASED, released), (LATER, later)):
+        base = problem(heads=heads)
+        assert reasons(base, build) == []
+        assert registry.select(base).name == ("aiter" if ahead else "triton")
+        assert registry.select(base, "aiter").name == "aiter"
+
+
+@pytest.mark.parametrize(("triton_us", "picked"), [(50.0, "triton"), (400.0, "aiter")])
+def test_prediction_counts_the_launches_around_it(triton_us, picked, reasons, replaced):
+    """Fifteen of them make an lse of its partial outputs."""
+    few = problem(heads=8, lse=True)
+    replaced(dataclasses.replace(registry.find("sparse_mla_decode", "triton"), predicted_us=lambda problem: triton_us))
+    assert reasons(few, RELEASED) == []
+    assert registry.select(few).name == picked
+
+
+def test_prediction_picks_it_for_prefill_on_gfx950_where_no_lse_is_asked_for(reasons):
+    base = problem(PREFILL, lse=False)
+    assert reasons(base, RELEASED) == []
+    assert registry.select(base).name == "aiter"
+    assert reasons(problem(base, lse=True), RELEASED) == []
+    assert registry.select(problem(base, lse=True)).name == "triton"
     on_gfx942 = problem(arch="gfx942", caches=(ROWS,))
     assert reasons(on_gfx942, LATER) == []
     assert registry.select(on_gfx942).name == "triton"
@@ -1037,7 +1055,7 @@ def test_registering_imports_nothing(own_registry, replaced, monkeypatch):
     replaced(empty=True)
     rocm.register_kernels()
     for op in ("sparse_mla_decode", "sparse_mla_prefill"):
-        assert [record.name for record in registry.kernels(op)] == ["aiter"]
+        assert [record.name for record in registry.kernels(op)] == ["aiter", "gluon"]
     record = registry.find("sparse_mla_decode", "aiter")
     assert record.not_supported_reasons(problem(arch="gfx942"))
     assert "need gfx942 or gfx950" in record.not_supported_reasons(problem(arch="gfx90a"))[0]

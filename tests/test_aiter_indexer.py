@@ -1,5 +1,6 @@
 """AITER's and FlashInfer's parts of the indexer, on doubles that take what their sources take and promise no more."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import dsv4x
-from dsv4x import PagedCache, TopkMethod, layouts, reference
+from dsv4x import PagedCache, TopkMethod, layouts, platform, reference
 from dsv4x.common.core.logits_calls import FlatLogitsCall, PagedLogitsCall, SelectionCall
 from dsv4x.cuda import flashinfer_topk
 from dsv4x.rocm import aiter_indexer
@@ -182,6 +183,57 @@ def test_selection_keeps_the_contract(select, rng, method, starts):
     select(SelectionCall(logits, lens, 30, method, first, space, got))
     reference.topk_transform(logits, lens, 30, method, first, space, want)
     assert torch.equal(got, want)
+
+
+def flydsl_fp8_mqa_logits(
+    Q, KV, kv_scales, weights, cu_starts, cu_ends, clean_logits=True, stream=None, variant=None
+):  # fmt: skip
+    """aiter/ops/flydsl/kernels/mqa_logits/fp8_mqa_logits.py at e4048607a5."""
+    assert stream is variant is None
+    assert Q.dtype == KV.dtype == torch.float8_e4m3fnuz, "an OCP NaN would be read as 480"
+    return fp8_mqa_logits(Q, KV, kv_scales, weights, cu_starts, cu_ends, clean_logits)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+@pytest.mark.parametrize("installed", [True, False])
+def test_flat_logits_of_gfx942_are_flydsls_where_it_is_installed(aiter, rng, arch, installed, monkeypatch):
+    called = []
+
+    def counted(*args, **kwargs):
+        called.append(arch)
+        return flydsl_fp8_mqa_logits(*args, **kwargs)
+
+    limits = dataclasses.replace(platform.limits("cpu"), arch=arch)
+    monkeypatch.setattr(type(platform), "limits", lambda self, device=None: limits)
+    monkeypatch.setattr(aiter_indexer, "flydsl_logits", lambda: counted if installed else None)
+    q = torch.randn(3, 64, 128, generator=rng).to(torch.float8_e4m3fnuz)
+    k, k_scale = torch.randn(70, 128, generator=rng).to(torch.float8_e4m3fnuz), torch.rand(70, generator=rng)
+    weights, ks = torch.randn(3, 64, generator=rng), torch.tensor([0, -4, 30], dtype=torch.int32)
+    ke = torch.tensor([70, 2**31 - 1, 10], dtype=torch.int32)
+    got = aiter_indexer.mqa_logits(FlatLogitsCall(q, None, k, k_scale, weights, ks, ke, None, None, True))
+    assert_same(got, reference.mqa_logits(q, None, k, k_scale, weights, ks, ke))
+    assert called == (["gfx942"] if installed and arch == "gfx942" else [])
+
+
+@pytest.mark.parametrize(
+    ("module", "there"),
+    [
+        (SimpleNamespace(flydsl_fp8_mqa_logits=flydsl_fp8_mqa_logits), True),
+        (SimpleNamespace(), False),
+        (SimpleNamespace(flydsl_fp8_mqa_logits=lambda Q, KV: None), False),
+        (None, False),
+    ],
+)
+def test_flydsl_is_taken_by_its_signature(module, there, monkeypatch):
+    def imported(name):
+        assert name == "aiter.ops.flydsl"
+        if module is None:
+            raise ImportError("Unsupported `flydsl` version: expected >=`0.2.4`, got `0.1.0`.")
+        return module
+
+    monkeypatch.setattr(aiter_indexer.importlib, "import_module", imported)
+    assert (aiter_indexer.flydsl_logits.__wrapped__() is not None) == there
 
 
 def problem(op, arch="gfx942", **fields):

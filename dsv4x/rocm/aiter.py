@@ -112,6 +112,11 @@ class Source(NamedTuple):
 
     def ragged(self) -> tuple[torch.Tensor, torch.Tensor]:
         """int32 entries, all within the pool, and int32 ``[T + 1]`` where each row begins."""
+        if self.indices.is_cuda and self.indices.numel():
+            from .cdna.ragged import MOST_ROWS, ragged_rows
+
+            if self.indices.shape[0] <= MOST_ROWS:
+                return ragged_rows(self.indices, self.lens, self.capacity)
         capacity = max(1, self.indices.numel())
         values, indptr, _ = indices.dense_to_ragged(self.indices, self.lens, capacity=capacity, upper=self.capacity)
         return values, indptr
@@ -580,15 +585,36 @@ def prefill(call: PrefillCall) -> Result:
 
 
 # A ranking, for want of any measurement: AITER's own kernels for gfx950 before Triton's, and behind it what takes a
-# pass more (an lse) or is Triton too (gfx942).
+# pass more (an lse of several heads) or is Triton too (gfx942).
 _BEFORE, _BEHIND = 0.8, 1.2
+# Thousands of cycles to issue the instructions of 64 entries, counted as in docs/gfx.md: pa_decode_sparse's programs of
+# 16 heads on gfx950 (at e4048607a5), and Triton's of 16 and of 64.
+_AITER_HEADS, _AITER_CYCLES = 16, 2.9
+_TRITON_CYCLES = {16: 6.9, 64: 8.5}
+# Microseconds of small launches: what makes rows ragged and bounds the sink, a call and a cache, and merges partials.
+_ROWS_US, _CACHE_US, _MERGE_US = 2.5, 5.0, 45.0
+
+
+def _decode_sparse_share(heads: int) -> float:
+    """Of Triton's time on gfx950: each 16 heads decode the entries again, where Triton's 64 do so once."""
+    program = 16 if heads <= 16 else 64
+    programs = -(-heads // program)
+    return _AITER_CYCLES * -(-heads // _AITER_HEADS) / (_TRITON_CYCLES[program] * programs)
 
 
 def _predicted_us(problem: AttentionProblem) -> float:
     triton = find(problem.op, "triton")
     assert triton is not None, "registered first, wherever ROCm is the backend"
-    own = problem.arch == "gfx950" and not problem.lse
-    return triton.predicted_us(problem) * (_BEFORE if own else _BEHIND)
+    us = triton.predicted_us(problem)
+    if problem.op == "sparse_mla_prefill" or problem.arch != "gfx950":
+        return us * (_BEFORE if problem.arch == "gfx950" and not problem.lse else _BEHIND)
+    share = _decode_sparse_share(problem.heads)
+    if _chosen(problem) is MLA_FWD:
+        # Newer, with up to 64 heads a program, which nobody has counted.
+        share = min(share, _BEFORE)
+    elif problem.lse:
+        us += _MERGE_US / share
+    return us * share + _ROWS_US + _CACHE_US * len(problem.caches)
 
 
 # pa_decode_sparse splits rows until about 2 * 16384 of them are in flight (heads of a workgroup times its workgroups),

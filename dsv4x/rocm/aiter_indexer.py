@@ -3,7 +3,8 @@
 Read at ROCm/aiter e4048607a5; **no AMD GPU was used**: calls are checked against its signatures and on doubles.
 ``deepgemm_fp8_paged_mqa_logits`` reads pages of one entry, or pages whose values are shuffled, which is another layout;
 it takes one length a request, from which it counts its rows' own down by single entries, and 32-bit offsets.
-``fp8_mqa_logits`` gives a column an entry. ``top_k_per_row_prefill(stable=True)`` is in index order and takes the
+``fp8_mqa_logits`` gives a column an entry; on gfx942 FlyDSL's of the same arguments, where ``flydsl`` is installed, is
+written for its fp8 MFMA and takes its place. ``top_k_per_row_prefill(stable=True)`` is in index order and takes the
 smallest index of equal values, but keeps the order of float32, in which a NaN is the largest and -0 is below 0.
 """
 
@@ -19,6 +20,7 @@ import torch
 
 from ..common.core import layouts
 from ..common.core.logits_calls import FlatLogitsCall, PagedLogitsCall, SelectionCall
+from ..common.core.platform import platform
 from ..common.core.vendor import TRITON, VendorLibrary
 from ..common.dispatch.costs import TRITON_LOGITS_RATES, logits_us
 from ..common.dispatch.problem import LogitsProblem, SelectionProblem
@@ -47,6 +49,9 @@ ENTRY_POINTS = {
     ),
 }
 
+_FLYDSL = ("aiter.ops.flydsl", "flydsl_fp8_mqa_logits")
+"""Of gfx942, called as ``fp8_mqa_logits`` is."""
+
 # A guess: AITER's kernels were tuned on these GPUs, dsv4x's were not.
 _SHARE_OF_TRITON = 0.9
 _TOPK_US = 25.0
@@ -57,6 +62,18 @@ def entry_point(op: str) -> Callable[..., Any]:
     """AITER's function for ``op``; importing its module may compile."""
     module, name, _ = ENTRY_POINTS[op]
     return getattr(importlib.import_module(module), name)
+
+
+@functools.cache
+def flydsl_logits() -> Callable[..., Any] | None:
+    """FlyDSL's flat logits, where the installed build has them and they take what ``fp8_mqa_logits`` does."""
+    module, name = _FLYDSL
+    try:
+        function = getattr(importlib.import_module(module), name)
+        taken = inspect.signature(function).parameters
+    except Exception:  # it is optional, and a version of flydsl that AITER does not know fails when imported
+        return None
+    return function if set(ENTRY_POINTS["mqa_logits"][2]) <= set(taken) else None
 
 
 def _release_reasons(library: VendorLibrary, op: str) -> list[str]:
@@ -145,12 +162,13 @@ def paged_mqa_logits(call: PagedLogitsCall) -> torch.Tensor:
 
 
 def mqa_logits(call: FlatLogitsCall) -> torch.Tensor:
-    """``fp8_mqa_logits``, ranges put within bounds first."""
+    """``fp8_mqa_logits`` or FlyDSL's, ranges put within bounds first."""
     from ..common.kernels import mqa_logits as kernels
 
     k, out = call.k, call.out
+    function = flydsl_logits() if platform.limits(k.device).arch == "gfx942" else None
     starts, ends = kernels.limit_ranges(call.ks, call.ke, k.shape[0], k.shape[0])
-    logits = entry_point("mqa_logits")(
+    logits = (function or entry_point("mqa_logits"))(
         Q=call.q.contiguous(),
         KV=k.contiguous(),
         kv_scales=call.k_scale.contiguous(),
