@@ -67,7 +67,7 @@ def serve(rank: int, folder: str) -> None:
     q = (3 * torch.randn(REQUESTS, HEADS, DIM, generator=rng)).bfloat16().to(device)
     raw = torch.randn(REQUESTS * WINDOW, DIM, generator=rng).bfloat16().to(device)
     compressed = torch.randn(REQUESTS * COLUMNS * PAGE, DIM, generator=rng).bfloat16().to(device)
-    sink = torch.randn(HEADS, generator=rng).to(device)
+    sink = (8 + torch.randn(HEADS, generator=rng)).to(device)  # as large as an lse, so that it counts
 
     # A page for every second column of the table: page numbers are the rank's own.
     column = torch.arange(COLUMNS, dtype=torch.int32)
