@@ -19,6 +19,7 @@ from __future__ import annotations
 import sys
 
 import torch
+from torch import Tensor
 
 import dsv4x
 from dsv4x import CacheLayout, ExtraPages, PagedCache, StepMetadata, layouts, reference
@@ -30,19 +31,18 @@ MIXED_ROWS, DECODE_ROWS = 192, 8  # query tokens a step at most, padding include
 RATIOS = (1, 4, 128)  # one layer each
 VOCABULARY, HIDDEN, HEADS, DIM, WINDOW = 512, 64, 8, 512, 128
 INDEX_HEADS, INDEX_DIM, TOPK = 32, 128, 64
-# gfx942 has an FP8 of its own.
-FLAVOUR = "e4m3fnuz" if dsv4x.platform.limits(DEVICE).fp8 == "e4m3fnuz" else "e4m3fn"
+FLAVOUR = "e4m3fnuz" if dsv4x.platform.limits(DEVICE).fp8 == "e4m3fnuz" else "e4m3fn"  # gfx942 has its own
 INDEX_LAYOUT = layouts.INDEXER_FP8.with_flavour(FLAVOUR)
 MAX_ERROR = {"out": 4e-3, "lse": 1e-4, "selection": 1e-2}  # relative; rounding to bf16 costs out about 2e-3
 # Of one layer in a step, for the oracle: q, k, parts, index_q, index_weights, topk, out, lse; a row a query token.
-Seen = tuple[torch.Tensor | None, ...]
+Seen = tuple[Tensor | None, ...]
 
 
 class Layer:
     """The model's weights of one layer."""
 
     def __init__(self, ratio: int, rng: torch.Generator):
-        def weight(rows: int, columns: int) -> torch.Tensor:
+        def weight(rows: int, columns: int) -> Tensor:
             return (torch.randn(rows, columns, generator=rng) * rows**-0.5).to(DEVICE)
 
         self.ratio = ratio
@@ -96,7 +96,7 @@ class Pages:
                 if not self.users[page]:
                     self.free.append(page)
 
-    def slots(self, step: StepMetadata) -> torch.Tensor:
+    def slots(self, step: StepMetadata) -> Tensor:
         """int32 ``[rows]``: where each token of a step writes, -1 for padding and where it completes no entry."""
         position, ratio = step.position, self.ratio
         entry = torch.where((position + 1) % ratio == 0, position // ratio, -1)
@@ -143,7 +143,7 @@ class Server:
             window_size=WINDOW, num_tokens=rows, max_seq_len=BOUND,
         )  # fmt: skip
 
-    def refill(self, step: StepMetadata, **host: torch.Tensor) -> None:
+    def refill(self, step: StepMetadata, **host: Tensor) -> None:
         raw, c4, c128 = (pages.table for pages in self.pages.values())
         step.update(self.starts, self.lens, raw, {4: c4, 128: c128}, **host)
 
@@ -176,7 +176,7 @@ class Server:
         each = answers[: len(tokens)].cpu().split(counts)
         return {seat: each[seat].tolist() for seat in batch}, seen
 
-    def forward(self, step: StepMetadata, path: str | None) -> tuple[torch.Tensor, list[Seen]]:
+    def forward(self, step: StepMetadata, path: str | None) -> tuple[Tensor, list[Seen]]:
         """The model over one step's rows: nothing here asks the device for a value."""
         slots = {ratio: pages.slots(step) for ratio, pages in self.pages.items()}
         x, seen = self.embedding[self.tokens[: step.num_tokens]], []
@@ -200,7 +200,7 @@ class Server:
             seen.append((q, k, parts, index_q, weights, topk, out, lse))
         return (x @ self.embedding.T).argmax(-1), seen
 
-    def pool(self, ratio: int, parts: torch.Tensor, step: StepMetadata) -> torch.Tensor:
+    def pool(self, ratio: int, parts: Tensor, step: StepMetadata) -> Tensor:
         """The mean of each token's last ``ratio`` parts: an entry where the token completes a group."""
         sums, request, after = self.sums[ratio], step.request, step.position + 1
         first = step.query_start_loc[request]
@@ -268,7 +268,7 @@ class Oracle:
         self.note("out", (out - true_out).norm() / true_out.norm())
         self.note("lse", (lse - true_lse).norm() / true_lse.norm())
 
-    def check_selection(self, topk, index_q, weights, keys, visible) -> torch.Tensor:
+    def check_selection(self, topk: Tensor, index_q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor) -> Tensor:
         """bool ``[rows, entries]``: the entries selected, whose scores have to be the best there are."""
         chosen = torch.zeros(len(visible), len(keys) + 1, dtype=torch.bool, device=DEVICE)
         chosen.scatter_(1, topk.long() % (len(keys) + 1), True)  # -1 is the column that is cut off
@@ -281,13 +281,13 @@ class Oracle:
         self.note("selection", off.amax() / scores[scores.isfinite()].abs().amax())
         return chosen
 
-    def note(self, name: str, error: torch.Tensor) -> None:
+    def note(self, name: str, error: Tensor) -> None:
         if not error <= MAX_ERROR[name]:  # NaN too
             sys.exit(f"server: step {self.steps}: error of {name} {error:.2e}, need <= {MAX_ERROR[name]:.0e}")
         self.worst[name] = max(self.worst[name], float(error))
 
 
-def filled(entries: torch.Tensor, layout: CacheLayout) -> tuple[PagedCache, torch.Tensor]:
+def filled(entries: Tensor, layout: CacheLayout) -> tuple[PagedCache, Tensor]:
     """bf16 entries in a cache of one page, and their slots there."""
     cache = PagedCache.zeros(1, layout, max(1, len(entries)), DEVICE)
     slots = torch.arange(len(entries), device=DEVICE)
@@ -295,7 +295,7 @@ def filled(entries: torch.Tensor, layout: CacheLayout) -> tuple[PagedCache, torc
     return cache, slots
 
 
-def stored(entries: torch.Tensor) -> torch.Tensor:
+def stored(entries: Tensor) -> Tensor:
     """float64: bf16 entries as the caches give them back."""
     return reference.dequantize_slots(*filled(entries, layouts.DSV4)).double()
 
