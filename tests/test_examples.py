@@ -79,7 +79,7 @@ def test_two_ranks_give_what_one_pass_gives(device):
 def test_a_layout_of_ones_own_is_attended_to_and_drawn(device, tmp_path):
     picture = tmp_path / "page.svg"
     line = line_of("new_layout", EXAMPLES / "new_layout.py", picture, device=device, TRITON_INTERPRET="0")
-    assert f"by {'reference' if device == 'cpu' else 'reference and triton'}, " in line
+    assert f"by {'reference' if device == 'cpu' else 'reference, triton'}, the pick, " in line
     assert 0 < errors_of(line)[0] <= 4e-3
     assert picture.read_text().startswith("<svg")
     assert "DSv4 by 32: a page of 16 entries, 9472 B" in picture.read_text()
@@ -87,7 +87,7 @@ def test_a_layout_of_ones_own_is_attended_to_and_drawn(device, tmp_path):
 
 @pytest.mark.interpreter
 def test_a_layout_of_ones_own_is_attended_to_by_triton():
-    assert "by reference and triton, " in line_of("new_layout", EXAMPLES / "new_layout.py")
+    assert "by reference, triton, the pick, " in line_of("new_layout", EXAMPLES / "new_layout.py")
 
 
 @pytest.fixture

@@ -282,3 +282,16 @@ def test_prefill_on_amds_gpus_is_exact(head_dim, heads, on_gfx, rng):
     out, lse = dsv4x.sparse_mla_prefill(q, kv, indices, lens, softmax_scale=V32_SCALE, kernel="triton")
     want = reference.sparse_mla_prefill(q.double(), kv.double(), indices, lens, softmax_scale=V32_SCALE)
     check_prefill(out, lse, *want)
+
+
+def test_a_layout_of_ones_own_is_weighed_like_any_other():
+    mine = dataclasses.replace(DSV4, name="mine", scale_tile=32, scale_pad=2, arrangement="aos")
+    cache = PagedCache.zeros(3, mine, 16)
+    problem = Problem(
+        "sparse_mla_decode", "cuda", "sm_120", tokens=4, heads=8, width=64, caches=(cache.spec,), interpreter=False
+    )
+    explained = dsv4x.explain(problem)
+    assert explained.predicted_us["triton"] > 0
+    assert dsv4x.scratch_bytes(problem) >= 0
+    with pytest.raises(ValueError, match="layout: got 'nobody made it'"):
+        layouts.described("nobody made it")

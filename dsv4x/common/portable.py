@@ -76,7 +76,7 @@ def _triton_decode_us(problem: AttentionProblem) -> float:
     """The slower of products and gathers."""
     call, rate = _TRITON_DECODE_RATES
     started, gather_rate = _TRITON_DECODE_GATHER
-    entry = max((layouts.by_name(cache.layout).entry_bytes for cache in problem.caches), default=0)
+    entry = max((layouts.described(cache.layout).entry_bytes for cache in problem.caches), default=0)
     gathered = problem.tokens * problem.entries_read * entry
     if problem.heads <= _FEW_HEADS:
         call = _TRITON_FEW_HEADS_CALL + _TRITON_FEW_HEADS_ENTRY * problem.entries_read
@@ -132,7 +132,7 @@ def _triton_scratch(problem: AttentionProblem) -> int:
     """Partial outputs, of as many splits as a row may get."""
     if problem.op != "sparse_mla_decode":
         return 0
-    config = decode_config(problem.arch, problem.heads, tuple(layouts.by_name(c.layout) for c in problem.caches))
+    config = decode_config(problem.arch, problem.heads, tuple(layouts.described(c.layout) for c in problem.caches))
     blocks = sum(-(-width // config.block_k) for width in (problem.width, problem.extra_width))
     at_once = config.resident * multiprocessors(problem.device, problem.arch)
     programs = problem.tokens * -(-problem.heads // config.block_h)

@@ -261,6 +261,24 @@ def by_name(name: str) -> CacheLayout:
     raise ValueError(f"layout: got {name!r}, need one of {', '.join(m.value.name for m in MLAKVCacheLayout)}")
 
 
+_NAMES = frozenset(
+    name
+    for member in MLAKVCacheLayout
+    for name in (member.value.name, *([member.value.name + _FNUZ] if member.value.value_encoding == "e4m3fn" else []))
+)
+_of_caches: dict[str, CacheLayout] = {}
+
+
+def described(name: str) -> CacheLayout:
+    """The layout of a record's name: dsv4x's own, or else the latest of that name that a cache was made with.
+
+    For what costs and shapes follow from. Bytes are read by a cache's own layout.
+
+    Raises ValueError where no cache of that name was made either.
+    """
+    return _of_caches[name] if name in _of_caches else by_name(name)
+
+
 class CacheSpec(NamedTuple):
     """A paged cache without its bytes, as far as choosing a kernel goes.
 
@@ -314,6 +332,8 @@ class PagedCache:
 
     def __post_init__(self) -> None:
         _check_pages(self.layout, self.page_size)
+        if self.layout.name not in _NAMES:
+            _of_caches[self.layout.name] = self.layout
         data = self.data
         if not isinstance(data, torch.Tensor) or data.dtype != torch.uint8:
             seen = data.dtype if isinstance(data, torch.Tensor) else type(data).__name__
