@@ -38,6 +38,10 @@ def arguments(device, make_cache, index_rows, rng, on_device):
     return {
         "quantize_and_insert_k_cache": (k, swa.data.clone(), "DSv4", 64, torch.arange(5, device=device)),
         "dequantize_k_cache_paged": (swa.data, "DSv4", 64, slots.to(device)),
+        "copy_entries": (
+            swa.data, "DSv4", 64, torch.arange(5, device=device), extra.data.clone(), 2,
+            torch.tensor([3, -1, 0, 99, 7], dtype=torch.int32, device=device),
+        ),
         "sparse_mla_decode": (
             q, swa.data, "DSv4", 64, indices, lens, extra.data, "DSv4", 2, extra_indices, lens, sink, None,
             torch.zeros_like(q),
@@ -59,6 +63,10 @@ def eager(name, args):
     if name == "dequantize_k_cache_paged":
         data, _, page_size, slots = args
         return [dsv4x.dequantize_k_cache_paged(PagedCache(data, DSV4, page_size), slots)]
+    if name == "copy_entries":
+        src, _, src_page, src_slots, dst, dst_page, dst_slots = args
+        dsv4x.copy_entries(PagedCache(src, DSV4, src_page), src_slots, PagedCache(dst, DSV4, dst_page), dst_slots)
+        return [dst]
     if name == "sparse_mla_decode":
         q, swa, _, swa_page, indices, lens, extra, _, extra_page, extra_indices, extra_lens, sink, scale, out = args
         extra = None if extra is None else PagedCache(extra, DSV4, extra_page)
@@ -70,9 +78,10 @@ def eager(name, args):
 def called(name, args):
     """The same through the op: its return value and the argument it writes."""
     result = getattr(ops, name)(*args)
-    if name == "quantize_and_insert_k_cache":
+    written = {"quantize_and_insert_k_cache": 1, "copy_entries": 4}.get(name)
+    if written is not None:
         assert result is None
-        return [args[1]]
+        return [args[written]]
     return [result] if name == "dequantize_k_cache_paged" else [args[-1], result]
 
 
@@ -89,8 +98,8 @@ def copied(args):
 
 
 NAMES = [
-    "quantize_and_insert_k_cache", "dequantize_k_cache_paged", "sparse_mla_decode", "sparse_mla_prefill",
-    "merge_attention_states",
+    "quantize_and_insert_k_cache", "dequantize_k_cache_paged", "copy_entries", "sparse_mla_decode",
+    "sparse_mla_prefill", "merge_attention_states",
 ]  # fmt: skip
 
 
@@ -182,6 +191,61 @@ def test_each_cache_has_its_own_layout_and_scale(device, rng):
     torch.library.opcheck(ops.sparse_mla_decode.default, args, test_utils=CHECKS)
     want = dsv4x.sparse_mla_decode(q, swa, rows, None, extra, rows, None, extra_k_scale=0.02)
     assert torch.equal(ops.sparse_mla_decode(*args), want[1])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_move_within_one_pool_is_seen_and_takes_other_sizes(backend, device, rng):
+    """One pool is both arguments, and the read behind the move finds what it wrote; one graph for all N."""
+
+    def move(data, src_slots, dst_slots):
+        ops.copy_entries(data, "DSv4", 64, src_slots, data, 64, dst_slots)
+        return ops.dequantize_k_cache_paged(data, "DSv4", 64, dst_slots)
+
+    made = []
+
+    def counted(graph, example):
+        made.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, example)
+
+    compiled = torch.compile(move, fullgraph=True, dynamic=True, backend=counted)
+    k = torch.randn(20, 512, generator=rng).bfloat16().to(device)
+    for count in (3, 5, 9):
+        cache = PagedCache.zeros(2, DSV4, 64, device)
+        dsv4x.quantize_and_insert_k_cache(k, cache, torch.arange(20, device=device))
+        src_slots, dst_slots = torch.arange(count, device=device), torch.arange(count, device=device) + 100
+        want = dsv4x.dequantize_k_cache_paged(cache, src_slots)
+        assert torch.equal(compiled(cache.data, src_slots, dst_slots), want)
+        assert torch.equal(dsv4x.dequantize_k_cache_paged(cache, dst_slots), want)
+    assert len(made) == 1
+
+
+def test_the_fake_of_a_move_checks_what_the_op_checks(arguments):
+    args = list(arguments["copy_entries"])
+    shapes = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+    for at, value, says in (
+        (6, torch.zeros(4, dtype=torch.int64), r"dst_slots: shape is \(4,\), need \(5\)"),
+        (3, torch.zeros(5), "src_slots: dtype is float32"),
+        (1, "DSv9", "layout: got 'DSv9'"),
+        (5, 4096, "data: rows of"),
+    ):
+        value = value.to(args[0].device) if isinstance(value, torch.Tensor) else value
+        wrong = [*args[:at], value, *args[at + 1 :]]
+        with pytest.raises((TypeError, ValueError), match=says):
+            ops.copy_entries(*wrong)
+        with pytest.raises((TypeError, ValueError), match=says):
+            under(shapes, wrong)
+
+
+def under(mode, args):
+    """The op's fake, asked with fake tensors."""
+    fake = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in args]
+    with mode:
+        return ops.copy_entries(*fake)
+
+
+def test_an_op_takes_a_kernels_name(arguments):
+    with pytest.raises(ValueError, match="kernel: got 'none', need one of"):
+        ops.copy_entries(*arguments["copy_entries"], kernel="none")
 
 
 def test_an_unknown_layout_is_named(arguments):

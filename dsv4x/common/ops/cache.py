@@ -121,20 +121,26 @@ def copy_entries(
             row.
         KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
     """
-    device = checks.tensor("src_slots", src_slots, (None,), checks.INDEX_DTYPES).device
-    src, dst = checks.cache("src", src, device), checks.cache("dst", dst, device)
-    if dst.layout != src.layout:
-        raise ValueError(f"dst: layout is {dst.layout.name}, need {src.layout.name} as of src")
-    checks.tensor("dst_slots", dst_slots, (src_slots.shape[0],), checks.INDEX_DTYPES, device)
+    check_copy(src, src_slots, dst, dst_slots)
     if checks.check_values_enabled():
         checks.index_values("src_slots", src_slots, None, src.capacity, "slot")
         checks.index_values("dst_slots", dst_slots, None, dst.capacity, "slot")
         _check_copies(src, src_slots, dst, dst_slots)
-    rows = src_slots.shape[0]
+    rows, device = src_slots.shape[0], src_slots.device
     record = select(CacheProblem.on("copy_entries", device, tokens=rows, caches=(src.spec, dst.spec)), kernel)
     if rows:
         record.launch(device, src, src_slots, dst, dst_slots)
     return dst
+
+
+def check_copy(src: PagedCache, src_slots: torch.Tensor, dst: PagedCache, dst_slots: torch.Tensor) -> None:
+    """Check what :func:`copy_entries` is given, but for values on the device."""
+    device = checks.tensor("src_slots", src_slots, (None,), checks.INDEX_DTYPES).device
+    checks.cache("src", src, device)
+    checks.cache("dst", dst, device)
+    if dst.layout != src.layout:
+        raise ValueError(f"dst: layout is {dst.layout.name}, need {src.layout.name} as of src")
+    checks.tensor("dst_slots", dst_slots, (src_slots.shape[0],), checks.INDEX_DTYPES, device)
 
 
 def _check_copies(src: PagedCache, src_slots: torch.Tensor, dst: PagedCache, dst_slots: torch.Tensor) -> None:

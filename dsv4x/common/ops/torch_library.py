@@ -38,6 +38,19 @@ def _dequantize_fake(data, layout, page_size, slots, k_scale=1.0):  # type: igno
     return data.new_empty(slots.shape[0], layouts.by_name(layout).head_dim, dtype=torch.bfloat16)
 
 
+def _copy(  # type: ignore[no-untyped-def]
+    src, layout, src_page_size, src_slots, dst, dst_page_size, dst_slots, kernel=None
+):
+    src, dst = _paged(src, layout, src_page_size), _paged(dst, layout, dst_page_size)
+    cache.copy_entries(src, src_slots, dst, dst_slots, kernel=kernel)
+
+
+def _copy_fake(  # type: ignore[no-untyped-def]
+    src, layout, src_page_size, src_slots, dst, dst_page_size, dst_slots, kernel=None
+):
+    cache.check_copy(_paged(src, layout, src_page_size), src_slots, _paged(dst, layout, dst_page_size), dst_slots)
+
+
 def _decode(  # type: ignore[no-untyped-def]
     q, swa, swa_layout, swa_page_size, swa_indices, swa_lens,
     extra, extra_layout, extra_page_size, extra_indices, extra_lens,
@@ -76,6 +89,12 @@ _define(
     "dequantize_k_cache_paged(Tensor cache, str layout, int page_size, Tensor slots, float k_scale=1.0) -> Tensor",
     _dequantize,
     _dequantize_fake,
+)
+_define(
+    "copy_entries(Tensor src, str layout, int src_page_size, Tensor src_slots, Tensor(a!) dst, int dst_page_size, "
+    "Tensor dst_slots, *, str? kernel=None) -> ()",
+    _copy,
+    _copy_fake,
 )
 _define(
     "sparse_mla_decode(Tensor q, Tensor swa_cache, str swa_layout, int swa_page_size, Tensor swa_indices, "
