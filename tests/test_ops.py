@@ -243,9 +243,21 @@ def under(mode, args):
         return ops.copy_entries(*fake)
 
 
-def test_an_op_takes_a_kernels_name(arguments):
+@pytest.mark.parametrize("name", NAMES)
+def test_an_op_takes_a_kernels_name(name, arguments):
+    args = arguments[name]
     with pytest.raises(ValueError, match="kernel: got 'none', need one of"):
-        ops.copy_entries(*arguments["copy_entries"], kernel="none")
+        getattr(ops, name)(*copied(args), kernel="none")
+    torch.library.opcheck(getattr(ops, name).default, args, {"kernel": "reference"}, test_utils=CHECKS)
+
+
+def test_decode_takes_fixed_splits(arguments):
+    args = arguments["sparse_mla_decode"]
+    with pytest.raises(ValueError, match="split_k: got 0, need 1 to 128"):
+        ops.sparse_mla_decode(*args, split_k=0)
+    more = {"split_k": 2, "kernel": "reference"}
+    with pytest.raises(dsv4x.KernelNotSupported, match="split"):
+        ops.sparse_mla_decode(*args, **more)
 
 
 def test_an_unknown_layout_is_named(arguments):
