@@ -42,6 +42,11 @@ def arguments(device, make_cache, index_rows, rng, on_device):
             swa.data, "DSv4", 64, torch.arange(5, device=device), extra.data.clone(), 2,
             torch.tensor([3, -1, 0, 99, 7], dtype=torch.int32, device=device),
         ),
+        "local_to_slots": (
+            torch.randint(-1, 30, (3, 8), dtype=torch.int32, generator=rng).to(device),
+            torch.tensor([0, 1, -1], device=device), torch.tensor([9, 30, 9], device=device),
+            torch.tensor([[0, 2], [1, 3]], dtype=torch.int32, device=device), 16, 4,
+        ),
         "sparse_mla_decode": (
             q, swa.data, "DSv4", 64, indices, lens, extra.data, "DSv4", 2, extra_indices, lens, sink, None,
             torch.zeros_like(q),
@@ -72,7 +77,8 @@ def eager(name, args):
         extra = None if extra is None else PagedCache(extra, DSV4, extra_page)
         swa = PagedCache(swa, DSV4, swa_page)
         return list(dsv4x.sparse_mla_decode(q, swa, indices, lens, extra, extra_indices, extra_lens, sink, scale, out))
-    return list(getattr(dsv4x, name)(*args))
+    result = getattr(dsv4x, name)(*args)
+    return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
 def called(name, args):
@@ -82,7 +88,7 @@ def called(name, args):
     if written is not None:
         assert result is None
         return [args[written]]
-    return [result] if name == "dequantize_k_cache_paged" else [args[-1], result]
+    return [result] if name in ("dequantize_k_cache_paged", "local_to_slots") else [args[-1], result]
 
 
 def copied(args):
@@ -98,8 +104,8 @@ def copied(args):
 
 
 NAMES = [
-    "quantize_and_insert_k_cache", "dequantize_k_cache_paged", "copy_entries", "sparse_mla_decode",
-    "sparse_mla_prefill", "merge_attention_states",
+    "quantize_and_insert_k_cache", "dequantize_k_cache_paged", "copy_entries", "local_to_slots",
+    "sparse_mla_decode", "sparse_mla_prefill", "merge_attention_states",
 ]  # fmt: skip
 
 
@@ -236,11 +242,26 @@ def test_the_fake_of_a_move_checks_what_the_op_checks(arguments):
             under(shapes, wrong)
 
 
-def under(mode, args):
+def under(mode, args, op=ops.copy_entries):
     """The op's fake, asked with fake tensors."""
     fake = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in args]
     with mode:
-        return ops.copy_entries(*fake)
+        return op(*fake)
+
+
+def test_the_fake_of_a_remap_checks_what_the_op_checks(arguments):
+    args = list(arguments["local_to_slots"])
+    mode = torch._subclasses.FakeTensorMode()
+    for at, value, says in (
+        (1, args[1][:2], r"request: shape is \(2,\), need \(3\)"),
+        (3, args[3].long(), "block_table: dtype is int64, need int32"),
+        (4, 0, "page_size: got 0"),
+    ):
+        wrong = [*args[:at], value, *args[at + 1 :]]
+        with pytest.raises((TypeError, ValueError), match=says):
+            ops.local_to_slots(*wrong)
+        with pytest.raises((TypeError, ValueError), match=says):
+            under(mode, wrong, ops.local_to_slots)
 
 
 @pytest.mark.parametrize("name", NAMES)

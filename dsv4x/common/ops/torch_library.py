@@ -11,7 +11,7 @@ import torch
 
 from ..core import layouts
 from ..core.layouts import PagedCache
-from . import cache, merge, sparse_mla
+from . import cache, indices, merge, sparse_mla
 
 _library = torch.library.Library("dsv4x", "DEF")
 
@@ -50,6 +50,13 @@ def _copy_fake(  # type: ignore[no-untyped-def]
     src, layout, src_page_size, src_slots, dst, dst_page_size, dst_slots, kernel=None
 ):
     cache.check_copy(_paged(src, layout, src_page_size), src_slots, _paged(dst, layout, dst_page_size), dst_slots)
+
+
+def _local_to_slots_fake(  # type: ignore[no-untyped-def]
+    local, request, limits, block_table, page_size, pages, kernel=None
+):
+    indices.check_local_to_slots(local, request, limits, block_table, page_size, pages)
+    return local.new_empty(local.shape, dtype=torch.int32)
 
 
 def _decode(  # type: ignore[no-untyped-def]
@@ -97,6 +104,12 @@ _define(
     "Tensor dst_slots, *, str? kernel=None) -> ()",
     _copy,
     _copy_fake,
+)
+_define(
+    "local_to_slots(Tensor local, Tensor request, Tensor limits, Tensor block_table, int page_size, int pages, *, "
+    "str? kernel=None) -> Tensor",
+    indices.local_to_slots,
+    _local_to_slots_fake,
 )
 _define(
     "sparse_mla_decode(Tensor q, Tensor swa_cache, str swa_layout, int swa_page_size, Tensor swa_indices, "
