@@ -9,11 +9,11 @@ The step, once a step and once a layer::
     step = dsv4x.StepMetadata.build(query_start_loc, seq_lens, swa_block_table, {4: c4_pages, 128: c128_pages}, ...)
     out, lse = dsv4x.sparse_mla_attention(q, swa_cache, extra_cache, step[4], topk_indices, attn_sink)
 
-Under it, the ops: ``quantize_and_insert_k_cache``, ``dequantize_k_cache_paged``, ``combine_topk_swa_indices``,
-``sparse_mla_decode``, ``sparse_mla_prefill``; ``merge_attention_states`` joins what parts of a row's entries gave.
-``gather_referenced_cache_blocks`` and ``gather_referenced_rows`` compact what a step refers to.
-``explain(problem)`` tells which kernel runs and why the others do not, ``explain_step`` which
-path a step takes and what was predicted for each. ``warmup`` compiles what a server's steps will launch.
+Under it, the ops: ``quantize_and_insert_k_cache``, ``dequantize_k_cache_paged``, ``copy_entries``,
+``combine_topk_swa_indices``, ``sparse_mla_decode``, ``sparse_mla_prefill``; ``merge_attention_states`` joins what
+parts of a row's entries gave. ``gather_referenced_cache_blocks`` and ``gather_referenced_rows`` compact what a step
+refers to. ``explain(problem)`` tells which kernel runs and why the others do not, ``explain_step`` which path a step
+takes and what was predicted for each. ``warmup`` compiles what a server's steps will launch.
 ``plan_cache(prefill, decode)`` tells what to store and where to convert for two kernels that read different layouts.
 The indexer of C4 layers: ``sparse_attn_indexer`` selects for a step's batch, whatever that mixes. Under it
 ``paged_indexer_topk`` and ``indexer_topk`` go from index queries to the entries that attention reads, over
@@ -41,6 +41,7 @@ from .common.dispatch.problem import Problem
 from .common.dispatch.registry import explain, refuse
 from .common.ops.cache import (
     convert_cache,
+    copy_entries,
     dequantize_k_cache_paged,
     quantize_and_insert_k_cache,
     requantize_fp8_to_block_scale,
@@ -123,6 +124,7 @@ __all__ = [
     "combined_topk_width",
     "compaction_scratch_bytes",
     "convert_cache",
+    "copy_entries",
     "dense_to_ragged",
     "dequantize_k_cache_paged",
     "explain",

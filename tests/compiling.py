@@ -75,7 +75,7 @@ POINTERS = {
     "partial_ptr": "*fp32",
     "partial_lse_ptr": "*fp32",
 }
-FAR = ("cache_ptr", "swa_ptr", "extra_ptr", "kv_ptr", "k_ptr")
+FAR = ("cache_ptr", "swa_ptr", "extra_ptr", "kv_ptr", "k_ptr", "src_ptr", "dst_ptr")
 """Pointers to caches and workspaces, whose tensors may take 2 GiB or more."""
 SCALARS = {"scale": "fp32", "k_scale": "fp32", "swa_k_scale": "fp32", "extra_k_scale": "fp32"}
 ATTENTION_OUT = {"out_ptr": "*bf16"}
@@ -126,6 +126,7 @@ def cases(arch: str) -> list[Case]:
         ):
             constants = {**shared, **more, "BLOCK_N": shape[0]}
             found.append(Case(kernel, constants, {"num_warps": shape[1]}, ATTENTION_OUT, label=label))
+    found += copy_cases(arch)
     found.append(
         Case(
             convert.requantize_kernel,
@@ -251,6 +252,25 @@ def cases(arch: str) -> list[Case]:
         # Triton makes an integer argument of 1 a constant.
         found.append(Case(ragged.pack_rows_kernel, packing[0] | {"width": 1}, *packing[1:], label="[1]"))
     return found + logits_cases(arch)
+
+
+def copy_cases(arch: str) -> list[Case]:
+    """Entries moved: each layout between pages of 64 and of 16; of some pages of one entry, and past 2**31 slots."""
+    types = {"src_ptr": "*u8", "dst_ptr": "*u8", "src_slots_ptr": "*i64", "dst_slots_ptr": "*i32"}
+    wider = {**types, "src_capacity": "i64", "dst_capacity": "i64"}
+    found = []
+    for layout in cache_layouts():
+        further = ((True, False), (False, True)) if layout in (layouts.DSV4, layouts.DSV32, layouts.INDEXER_FP8) else ()
+        for one, wide in ((False, False), *further):
+            sizes = (1, 1) if one else (64, 16)
+            places = [(size, layout.page_stride(size)) for size in sizes]
+            constants = cache.copy_constexprs(layout, *places, wide, arch)
+            if one:
+                constants = {**constants, "src_page_size": 1, "dst_page_size": 1}
+            options = {"num_warps": cache.COPY_WARPS}
+            label = f"[{layout.name},{one},{wide}]"
+            found.append(Case(cache.copy_entries_kernel, constants, options, wider if wide else types, label))
+    return found
 
 
 LOGITS_TYPES = {

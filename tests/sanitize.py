@@ -199,6 +199,12 @@ def sweep_cache_ops() -> int:
         slots = hostile(1, 99, live)[0]
         got = dsv4x.dequantize_k_cache_paged(cache, slots, kernel="triton")
         compare(layout.name, [got], [dsv4x.dequantize_k_cache_paged(cache, slots, kernel="reference")])
+        moved = []
+        for name in ("triton", "reference"):
+            target = PagedCache.zeros(PAGES, layout, 7, DEVICE)
+            once = torch.arange(-4, 95, device=DEVICE)
+            moved.append(dsv4x.copy_entries(cache, slots, target, once, kernel=name).data)
+        compare(f"{layout.name} moved", moved[:1], moved[1:])
         indices = hostile(9, 40, live)
         for gather, capacity in (
             (dsv4x.gather_referenced_rows, 7), (dsv4x.gather_referenced_rows, 60),

@@ -172,6 +172,10 @@ def converted(src, layout, **options):
     return dsv4x.convert_cache(src, PagedCache.zeros(PAGES, layout, SIZE, src.device), **options)
 
 
+def moved(src, src_slots, dst_slots, **options):
+    return dsv4x.copy_entries(src, src_slots, PagedCache.zeros(PAGES, src.layout, 20, src.device), dst_slots, **options)
+
+
 # name -> (function, arguments); a function that takes `given` builds metadata in the mode too.
 OPS = {
     "sparse_mla_decode": (dsv4x.sparse_mla_decode, decode),
@@ -191,6 +195,9 @@ OPS = {
     },
     "dequantize_k_cache_paged": (
         dsv4x.dequantize_k_cache_paged, lambda given: {"cache": given.cache(), "slots": given.ints([5, -1, 40])}),
+    "copy_entries": (
+        moved, lambda given: {"src": given.cache(), "src_slots": given.ints([5, -1, 40]),
+                              "dst_slots": given.ints([7, 8, 64])}),
     "requantize_fp8_to_block_scale": (
         dsv4x.requantize_fp8_to_block_scale,
         lambda given: {"cache": given.cache(layouts.TRTLLM_NATIVE), "k_scale": 0.7, "pages": given.ints([0, 3, -1])}),

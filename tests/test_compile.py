@@ -11,7 +11,7 @@ import torch
 import triton
 
 from dsv4x import layouts
-from dsv4x.common.kernels import decode, decode_shapes
+from dsv4x.common.kernels import cache, decode, decode_shapes
 from dsv4x.common.kernels.entries import entry_format
 from dsv4x.cuda.hopper import decode as decode_hopper
 from dsv4x.cuda.hopper import few_heads
@@ -224,6 +224,16 @@ def test_the_splits_let_the_reduction_be_launched_before_they_end():
             early = case.constants["SPLIT"] and arch == "sm_90"
             assert ("griddepcontrol.launch_dependents" in ptx) == early
             assert "ld.global" not in ptx.split("griddepcontrol.launch_dependents")[0] or not early
+
+
+@pytest.mark.parametrize("arch", [arch for arch in compiling.TARGETS if arch.startswith("sm_")])
+def test_entries_are_moved_in_whole_vectors_without_spills(arch, tmp_path):
+    for at, case in CASES:
+        if at == arch and case.kernel is cache.copy_entries_kernel:
+            compiled = compiling.compile_case(case, arch)
+            assert compiling.nvidia_report(compiled, tmp_path / "kernel.cubin")["stack"] == 0, case.name
+            aligned = case.constants["WORD"] is compiling.tl.int64
+            assert ("st.global.v2.b64" in compiled.asm["ptx"]) == aligned, case.name
 
 
 def test_selection_spills_only_where_it_holds_most_candidates(tmp_path):

@@ -38,6 +38,15 @@ def arguments(device, make_cache, index_rows, rng, on_device):
     return {
         "quantize_and_insert_k_cache": (k, swa.data.clone(), "DSv4", 64, torch.arange(5, device=device)),
         "dequantize_k_cache_paged": (swa.data, "DSv4", 64, slots.to(device)),
+        "copy_entries": (
+            swa.data, "DSv4", 64, torch.arange(5, device=device), extra.data.clone(), 2,
+            torch.tensor([3, -1, 0, 99, 7], dtype=torch.int32, device=device),
+        ),
+        "local_to_slots": (
+            torch.randint(-1, 30, (3, 8), dtype=torch.int32, generator=rng).to(device),
+            torch.tensor([0, 1, -1], device=device), torch.tensor([9, 30, 9], device=device),
+            torch.tensor([[0, 2], [1, 3]], dtype=torch.int32, device=device), 16, 4,
+        ),
         "sparse_mla_decode": (
             q, swa.data, "DSv4", 64, indices, lens, extra.data, "DSv4", 2, extra_indices, lens, sink, None,
             torch.zeros_like(q),
@@ -59,21 +68,27 @@ def eager(name, args):
     if name == "dequantize_k_cache_paged":
         data, _, page_size, slots = args
         return [dsv4x.dequantize_k_cache_paged(PagedCache(data, DSV4, page_size), slots)]
+    if name == "copy_entries":
+        src, _, src_page, src_slots, dst, dst_page, dst_slots = args
+        dsv4x.copy_entries(PagedCache(src, DSV4, src_page), src_slots, PagedCache(dst, DSV4, dst_page), dst_slots)
+        return [dst]
     if name == "sparse_mla_decode":
         q, swa, _, swa_page, indices, lens, extra, _, extra_page, extra_indices, extra_lens, sink, scale, out = args
         extra = None if extra is None else PagedCache(extra, DSV4, extra_page)
         swa = PagedCache(swa, DSV4, swa_page)
         return list(dsv4x.sparse_mla_decode(q, swa, indices, lens, extra, extra_indices, extra_lens, sink, scale, out))
-    return list(getattr(dsv4x, name)(*args))
+    result = getattr(dsv4x, name)(*args)
+    return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
 def called(name, args):
     """The same through the op: its return value and the argument it writes."""
     result = getattr(ops, name)(*args)
-    if name == "quantize_and_insert_k_cache":
+    written = {"quantize_and_insert_k_cache": 1, "copy_entries": 4}.get(name)
+    if written is not None:
         assert result is None
-        return [args[1]]
-    return [result] if name == "dequantize_k_cache_paged" else [args[-1], result]
+        return [args[written]]
+    return [result] if name in ("dequantize_k_cache_paged", "local_to_slots") else [args[-1], result]
 
 
 def copied(args):
@@ -89,8 +104,8 @@ def copied(args):
 
 
 NAMES = [
-    "quantize_and_insert_k_cache", "dequantize_k_cache_paged", "sparse_mla_decode", "sparse_mla_prefill",
-    "merge_attention_states",
+    "quantize_and_insert_k_cache", "dequantize_k_cache_paged", "copy_entries", "local_to_slots",
+    "sparse_mla_decode", "sparse_mla_prefill", "merge_attention_states",
 ]  # fmt: skip
 
 
@@ -182,6 +197,88 @@ def test_each_cache_has_its_own_layout_and_scale(device, rng):
     torch.library.opcheck(ops.sparse_mla_decode.default, args, test_utils=CHECKS)
     want = dsv4x.sparse_mla_decode(q, swa, rows, None, extra, rows, None, extra_k_scale=0.02)
     assert torch.equal(ops.sparse_mla_decode(*args), want[1])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_move_within_one_pool_is_seen_and_takes_other_sizes(backend, device, rng):
+    """One pool is both arguments, and the read behind the move finds what it wrote; one graph for all N."""
+
+    def move(data, src_slots, dst_slots):
+        ops.copy_entries(data, "DSv4", 64, src_slots, data, 64, dst_slots)
+        return ops.dequantize_k_cache_paged(data, "DSv4", 64, dst_slots)
+
+    made = []
+
+    def counted(graph, example):
+        made.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, example)
+
+    compiled = torch.compile(move, fullgraph=True, dynamic=True, backend=counted)
+    k = torch.randn(20, 512, generator=rng).bfloat16().to(device)
+    for count in (3, 5, 9):
+        cache = PagedCache.zeros(2, DSV4, 64, device)
+        dsv4x.quantize_and_insert_k_cache(k, cache, torch.arange(20, device=device))
+        src_slots, dst_slots = torch.arange(count, device=device), torch.arange(count, device=device) + 100
+        want = dsv4x.dequantize_k_cache_paged(cache, src_slots)
+        assert torch.equal(compiled(cache.data, src_slots, dst_slots), want)
+        assert torch.equal(dsv4x.dequantize_k_cache_paged(cache, dst_slots), want)
+    assert len(made) == 1
+
+
+def test_the_fake_of_a_move_checks_what_the_op_checks(arguments):
+    args = list(arguments["copy_entries"])
+    shapes = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+    for at, value, says in (
+        (6, torch.zeros(4, dtype=torch.int64), r"dst_slots: shape is \(4,\), need \(5\)"),
+        (3, torch.zeros(5), "src_slots: dtype is float32"),
+        (1, "DSv9", "layout: got 'DSv9'"),
+        (5, 4096, "data: rows of"),
+    ):
+        value = value.to(args[0].device) if isinstance(value, torch.Tensor) else value
+        wrong = [*args[:at], value, *args[at + 1 :]]
+        with pytest.raises((TypeError, ValueError), match=says):
+            ops.copy_entries(*wrong)
+        with pytest.raises((TypeError, ValueError), match=says):
+            under(shapes, wrong)
+
+
+def under(mode, args, op=ops.copy_entries):
+    """The op's fake, asked with fake tensors."""
+    fake = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in args]
+    with mode:
+        return op(*fake)
+
+
+def test_the_fake_of_a_remap_checks_what_the_op_checks(arguments):
+    args = list(arguments["local_to_slots"])
+    mode = torch._subclasses.FakeTensorMode()
+    for at, value, says in (
+        (1, args[1][:2], r"request: shape is \(2,\), need \(3\)"),
+        (3, args[3].long(), "block_table: dtype is int64, need int32"),
+        (4, 0, "page_size: got 0"),
+    ):
+        wrong = [*args[:at], value, *args[at + 1 :]]
+        with pytest.raises((TypeError, ValueError), match=says):
+            ops.local_to_slots(*wrong)
+        with pytest.raises((TypeError, ValueError), match=says):
+            under(mode, wrong, ops.local_to_slots)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_op_takes_a_kernels_name(name, arguments):
+    args = arguments[name]
+    with pytest.raises(ValueError, match="kernel: got 'none', need one of"):
+        getattr(ops, name)(*copied(args), kernel="none")
+    torch.library.opcheck(getattr(ops, name).default, args, {"kernel": "reference"}, test_utils=CHECKS)
+
+
+def test_decode_takes_fixed_splits(arguments):
+    args = arguments["sparse_mla_decode"]
+    with pytest.raises(ValueError, match="split_k: got 0, need 1 to 128"):
+        ops.sparse_mla_decode(*args, split_k=0)
+    more = {"split_k": 2, "kernel": "reference"}
+    with pytest.raises(dsv4x.KernelNotSupported, match="split"):
+        ops.sparse_mla_decode(*args, **more)
 
 
 def test_an_unknown_layout_is_named(arguments):

@@ -215,6 +215,7 @@ def register_portable() -> None:
     """Register the Triton and reference kernels of every op; Triton's are left out under DSV4X_BACKEND=reference."""
     _pair("quantize_and_insert_k_cache", "cache")
     _pair("dequantize_k_cache_paged", "cache")
+    _pair("copy_entries", "cache")
     _pair("gather_workspace", "cache")
     _pair("gather_and_combine", "gather_combine")
     _pair("requantize_fp8_to_block_scale", "requantize")

@@ -150,6 +150,18 @@ def _quantize(x: torch.Tensor, layout: CacheLayout, k_scale: float) -> tuple[tor
     return _ENCODE[layout.value_encoding](values.flatten(1)), scale_codes
 
 
+def copy_entries(src: PagedCache, src_slots: torch.Tensor, dst: PagedCache, dst_slots: torch.Tensor) -> None:
+    """Rows of which either slot is invalid are skipped."""
+    valid = (src_slots >= 0) & (src_slots < src.capacity) & (dst_slots >= 0) & (dst_slots < dst.capacity)
+    reads, writes = src_slots[valid].long(), dst_slots[valid].long()
+    runs = src.layout.entry_runs(src.page_size), dst.layout.entry_runs(dst.page_size)
+    for (read, size), (write, _) in zip(*runs):
+        taken = _entry_bytes(src, reads, read + reads % src.page_size * size, size)
+        columns = write + writes % dst.page_size * size
+        columns = columns[:, None] + torch.arange(size, dtype=torch.int64, device=writes.device)
+        dst.page_bytes[(writes // dst.page_size)[:, None], columns] = taken
+
+
 def requantize_fp8_to_block_scale(src: PagedCache, dst: PagedCache, pages: torch.Tensor | None, k_scale: float) -> None:
     """Codes copied, ``k_scale`` in every block scale, RoPE decoded; pages outside the pool are skipped."""
     which = torch.arange(src.pages, dtype=torch.int64, device=src.device) if pages is None else pages.long()

@@ -124,6 +124,13 @@ class CacheLayout:
             return page_size * self.data_bytes
         return self.nope_bytes if self.rope_after_scales else self.data_bytes
 
+    def entry_runs(self, page_size: int) -> tuple[tuple[int, int], ...]:
+        """(offset of entry 0's, bytes) of each run that an entry is; entry i's is i times as many bytes further."""
+        if self.arrangement == "aos":
+            return ((0, self.entry_bytes),)
+        runs = (0, self.data_bytes), (self.scale_base(page_size), self.scale_bytes)
+        return tuple(run for run in runs if run[1])
+
     @functools.cached_property
     def rope_base(self) -> int:
         """Offset of the RoPE values from the entry's own start."""

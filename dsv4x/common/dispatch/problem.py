@@ -212,6 +212,7 @@ _FAMILIES: dict[str, type[Problem]] = {
         (
             "quantize_and_insert_k_cache",
             "dequantize_k_cache_paged",
+            "copy_entries",
             "gather_workspace",
             "gather_and_combine",
             "requantize_fp8_to_block_scale",

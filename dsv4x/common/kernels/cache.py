@@ -1,10 +1,12 @@
-"""Storing and reading K entries: one kernel each way, its layout the record's constants.
+"""Storing, reading and moving K entries: one kernel each, its layout the record's constants.
 
-A program takes a few rows, as tiles of values that share a scale. Addresses are int64, invalid slots are never touched.
+A program takes a few rows, as tiles of values that share a scale, or as words where only bytes matter. Addresses are
+int64, invalid slots are never touched.
 Launchers count programs in plain Python: triton.cdiv costs the host microseconds.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +33,11 @@ from .portability import to_bf16
 _DEQUANTIZE_SHAPE = (4, 2)
 _QUANTIZE_SHAPE = (4, 1)
 _QUANTIZE_SHAPES = {"DSv4": (16, 2), "DSv4.1 fp4": (8, 4)}
+
+# Words a program copies, eight a thread; no sweep was run.
+_COPY_BLOCK, COPY_WARPS = 512, 2
+# Whole 8-byte words cover every named layout but the indexer's: its scales, and its pages of few entries.
+COPY_WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 
 
 def dequantize_shape(layout: CacheLayout) -> tuple[int, int]:
@@ -216,6 +223,38 @@ def quantize_insert_kernel(
         tl.store(rope[:, None] + column[None, :], values, mask=mask)
 
 
+@triton.jit
+def _copy_run(src, dst, valid, SIZE: tl.constexpr, BLOCK: tl.constexpr, WORD: tl.constexpr):
+    """``SIZE`` bytes from each pointer of ``src`` to its one of ``dst``, as words."""
+    word = tl.arange(0, BLOCK)
+    mask = valid[:, None] & (word < SIZE // (WORD.primitive_bitwidth // 8))[None, :]
+    source = src.to(tl.pointer_type(WORD))[:, None] + word[None, :]
+    tl.store(dst.to(tl.pointer_type(WORD))[:, None] + word[None, :], tl.load(source, mask=mask), mask=mask)
+
+
+@triton.jit(do_not_specialize=("rows", "src_capacity", "dst_capacity"))
+def copy_entries_kernel(
+    src_ptr, src_slots_ptr, dst_ptr, dst_slots_ptr, rows,
+    src_capacity, src_page_size, src_page_stride, dst_capacity, dst_page_size, dst_page_stride,
+    BLOCK_N: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr, SCALE_WORD: tl.constexpr, SCALE_BLOCK: tl.constexpr,
+    WIDE: tl.constexpr, FORMAT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    readable, src, src_scale = _locate_rows(
+        src_ptr, src_slots_ptr, row, rows, src_capacity, src_page_size, src_page_stride, WIDE, FORMAT
+    )
+    writable, dst, dst_scale = _locate_rows(
+        dst_ptr, dst_slots_ptr, row, rows, dst_capacity, dst_page_size, dst_page_stride, WIDE, FORMAT
+    )
+    valid = readable & writable
+    if FORMAT.soa:
+        _copy_run(src, dst, valid, FORMAT.data_bytes, BLOCK, WORD)
+        if FORMAT.scale_bytes > 0:
+            _copy_run(src_scale, dst_scale, valid, FORMAT.scale_bytes, SCALE_BLOCK, SCALE_WORD)
+    else:
+        _copy_run(src, dst, valid, FORMAT.data_bytes + FORMAT.scale_bytes, BLOCK, WORD)
+
+
 @functools.lru_cache(maxsize=256)
 def cache_constexprs(layout: CacheLayout, arch: str) -> dict[str, object]:
     """What both kernels take from the record."""
@@ -236,6 +275,7 @@ def quantize_constexprs(layout: CacheLayout) -> dict[str, object]:
 _launch_dequantize = Launcher(dequantize_kernel, floats=("k_scale",))
 _launch_gather = Launcher(gather_kernel, floats=("extra_k_scale", "swa_k_scale"))
 _launch_quantize = Launcher(quantize_insert_kernel, floats=("k_scale",))
+_launch_copy = Launcher(copy_entries_kernel)
 
 
 class _Shape(NamedTuple):
@@ -339,4 +379,36 @@ def quantize_and_insert_k_cache(k: torch.Tensor, cache: PagedCache, slots: torch
         (k_scale, rows, cache.capacity, cache.page_size, cache.page_stride, k.stride(0)),
         write.constexprs,
         write.warps,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def copy_constexprs(
+    layout: CacheLayout, src: tuple[int, int], dst: tuple[int, int], wide: bool, arch: str
+) -> dict[str, Any]:
+    """What moving entries takes from the record and from both caches' (page size, page stride)."""
+    words = []
+    for at, (_, size) in enumerate(layout.entry_runs(1)):
+        bases = (layout.entry_runs(page_size)[at][0] for page_size, _ in (src, dst))
+        word = math.gcd(8, size, src[1], dst[1], *bases)
+        words.append((COPY_WORDS[word], triton.next_power_of_2(size // word)))
+    (word, block), (scale_word, scale_block) = words[0], words[-1]
+    return {
+        "BLOCK_N": max(1, _COPY_BLOCK // block), "WORD": word, "BLOCK": block, "SCALE_WORD": scale_word,
+        "SCALE_BLOCK": scale_block, "WIDE": wide, "FORMAT": entry_format(layout, arch),
+    }  # fmt: skip
+
+
+def copy_entries(src: PagedCache, src_slots: torch.Tensor, dst: PagedCache, dst_slots: torch.Tensor) -> None:
+    """Launch over rows of slots; a row with an invalid one is skipped."""
+    rows = src_slots.shape[0]
+    places = (src.page_size, src.page_stride), (dst.page_size, dst.page_stride)
+    arch = platform.limits(src.device).arch
+    constexprs = copy_constexprs(src.layout, *places, _wide(src) or _wide(dst), arch)
+    _launch_copy(
+        -(-rows // constexprs["BLOCK_N"]),
+        (src.data, src_slots, dst.data, dst_slots),
+        (rows, src.capacity, *places[0], dst.capacity, *places[1]),
+        tuple(constexprs.values()),
+        COPY_WARPS,
     )

@@ -10,14 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .cache import COPY_WORDS
 from .launch import Launcher
 from .limits import PASS_UNITS, WORD_BITS
 
 _BLOCK = 512
 _WORDS = 64
 _COPY_BYTES = 16384
-# Whole 8-byte words cover every page of every named layout but the indexer's odd ones.
-_COPY_WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 
 
 @triton.jit
@@ -161,6 +160,6 @@ def copy_pages(cache, pages, out):
         (pages.shape[0], triton.cdiv(page_words, block), 1),
         (cache.data, pages, out.data),
         (page_words, cache.page_stride, out.page_stride),
-        (_COPY_WORDS[word_bytes], block),
+        (COPY_WORDS[word_bytes], block),
         4,
     )

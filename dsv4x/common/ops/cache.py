@@ -1,4 +1,4 @@
-"""Store (quantize and insert) and dequantize K entries of a paged cache."""
+"""Store (quantize and insert), dequantize and move K entries of paged caches."""
 
 from __future__ import annotations
 
@@ -93,6 +93,93 @@ def dequantize_k_cache_paged(
     if slots.shape[0]:
         record.launch(device, cache, slots, out, k_scale)
     return out
+
+
+def copy_entries(
+    src: PagedCache, src_slots: torch.Tensor, dst: PagedCache, dst_slots: torch.Tensor, *, kernel: str | None = None
+) -> PagedCache:
+    """Copy entries from slot to slot, bytes as they are: values, scales and an entry's own padding, nothing else.
+
+    For accepted speculative tokens, defragmentation and transfer. All rows are copied at once, in no order. So no two
+    rows may write one slot, and no row may write bytes that another reads: what such slots hold afterwards is not
+    defined, and may be parts of several entries. A row that copies a slot onto itself changes nothing. Moves that
+    follow one another, such as 3 to 2 and 2 to 1, go through another pool in two calls.
+
+    Args:
+        src, dst: caches of the same layout on one device, any page sizes; one pool may be both.
+        src_slots: int32 or int64 ``[N]``, index space *slot* of ``src``.
+        dst_slots: int32 or int64 ``[N]``, index space *slot* of ``dst``. A row of which either slot is -1, or outside
+            its cache, is no entry and is skipped.
+        kernel: ``"triton"`` or ``"reference"``; None picks.
+
+    Returns:
+        ``dst``.
+
+    Raises:
+        TypeError, ValueError: an argument's type, dtype, shape, device or layout; under ``DSV4X_CHECK=1`` also a slot
+            outside its cache, a slot that two rows write, or one that is read while another row writes it, with the
+            row.
+        KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
+    """
+    check_copy(src, src_slots, dst, dst_slots)
+    if checks.check_values_enabled():
+        checks.index_values("src_slots", src_slots, None, src.capacity, "slot")
+        checks.index_values("dst_slots", dst_slots, None, dst.capacity, "slot")
+        _check_copies(src, src_slots, dst, dst_slots)
+    rows, device = src_slots.shape[0], src_slots.device
+    record = select(CacheProblem.on("copy_entries", device, tokens=rows, caches=(src.spec, dst.spec)), kernel)
+    if rows:
+        record.launch(device, src, src_slots, dst, dst_slots)
+    return dst
+
+
+def check_copy(src: PagedCache, src_slots: torch.Tensor, dst: PagedCache, dst_slots: torch.Tensor) -> None:
+    """Check what :func:`copy_entries` is given, but for values on the device."""
+    device = checks.tensor("src_slots", src_slots, (None,), checks.INDEX_DTYPES).device
+    checks.cache("src", src, device)
+    checks.cache("dst", dst, device)
+    if dst.layout != src.layout:
+        raise ValueError(f"dst: layout is {dst.layout.name}, need {src.layout.name} as of src")
+    checks.tensor("dst_slots", dst_slots, (src_slots.shape[0],), checks.INDEX_DTYPES, device)
+
+
+def _check_copies(src: PagedCache, src_slots: torch.Tensor, dst: PagedCache, dst_slots: torch.Tensor) -> None:
+    """Report the first slot that two rows write, else the first row that reads bytes which another one writes.
+
+    Slots are -1 or within their caches. Bytes are told by their addresses: two caches may be views of one pool.
+    """
+    rows = ((src_slots >= 0) & (dst_slots >= 0)).nonzero()[:, 0]
+    reads, writes = src_slots[rows].long(), dst_slots[rows].long()
+    ordered, order = writes.sort(stable=True)
+    again = (ordered.diff() == 0).nonzero()
+    if again.numel():
+        at = int(again[0])
+        pair = " and ".join(str(int(row)) for row in rows[order[at : at + 2]])
+        raise ValueError(f"dst_slots: slot {int(ordered[at])} in rows {pair}, need it once")
+    read_from, read_to = _extents(src, reads)
+    write_from, write_to = _extents(dst, writes)
+    moved = (read_from != write_from).any(1)
+    if not moved.any():
+        return
+    # Slots that differ share no bytes, so what is written is in one order by where it begins and by where it ends.
+    begins, ends = (extent[moved].flatten().sort().values for extent in (write_from, write_to))
+    before = torch.searchsorted(begins, read_to.contiguous()) - 1
+    bad = ((before >= 0) & (ends[before.clamp_min(0)] > read_from)).any(1)
+    if bad.any():
+        at = int(bad.nonzero()[0])
+        raise ValueError(
+            f"src_slots: slot {int(reads[at])} in row {int(rows[at])} is written too, "
+            "need slots that are read apart from those written"
+        )
+
+
+def _extents(cache: PagedCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 ``[N, runs]``: the addresses at which each run of a slot's entry begins and ends."""
+    page, entry = slots // cache.page_size, slots % cache.page_size
+    runs = torch.tensor(cache.layout.entry_runs(cache.page_size), dtype=torch.int64, device=slots.device)
+    base, size = runs.unbind(1)
+    begins = cache.data.data_ptr() + (page * cache.page_stride)[:, None] + base + entry[:, None] * size
+    return begins, begins + size
 
 
 def requantize_fp8_to_block_scale(

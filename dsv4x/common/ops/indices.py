@@ -323,14 +323,27 @@ def local_to_slots(
         TypeError, ValueError: an argument's type, dtype, shape, stride, device or range.
         KernelNotSupported, BackendUnavailable: no kernel, or not the one asked for, can run it.
     """
-    tokens, device = _check_locals(local, request, limits)
-    checks.tensor("block_table", block_table, (None, None), torch.int32, device)
-    check_pool(page_size, pages)
+    tokens, device = check_local_to_slots(local, request, limits, block_table, page_size, pages)
     out = torch.empty(local.shape, dtype=torch.int32, device=device)
     record = select(IndexProblem.on("local_to_slots", device, tokens=tokens, width=local.shape[1]), kernel)
     if out.numel():
         record.launch(device, local, request, limits, block_table, page_size, pages, out)
     return out
+
+
+def check_local_to_slots(
+    local: torch.Tensor,
+    request: torch.Tensor,
+    limits: torch.Tensor,
+    block_table: torch.Tensor,
+    page_size: int,
+    pages: int,
+) -> tuple[int, torch.device]:
+    """Check what :func:`local_to_slots` is given; returns its tokens and their device."""
+    tokens, device = _check_locals(local, request, limits)
+    checks.tensor("block_table", block_table, (None, None), torch.int32, device)
+    check_pool(page_size, pages)
+    return tokens, device
 
 
 def _check_locals(local: torch.Tensor, request: torch.Tensor, limits: torch.Tensor) -> tuple[int, torch.device]:
