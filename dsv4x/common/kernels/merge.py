@@ -41,15 +41,18 @@ def merge_kernel(
     top = tl.where(top == float("-inf"), 0.0, top)
 
     place = token * outs_stride_t + head * outs_stride_h + column
-    total = tl.zeros((1,), tl.float32)
-    acc = tl.zeros((1, BLOCK_V), tl.float32)
-    for start in range(0, states, BLOCK_S):
+    # The last state outside the loop: Triton 3.6 cannot compile a choice between two pointers for AMD.
+    last_score = _scores(lses_ptr, states - 1 + tl.arange(0, 1), states, lses_stride)
+    total = tl.exp2((last_score - top) * LOG2E)
+    # A state without entries is not read: its values may be anything.
+    last_used = (last_score != float("-inf"))[:, None] & (column < WIDTH)[None, :]
+    acc = tl.load(last_ptr + place[None, :], mask=last_used, other=0.0).to(tl.float32) * total[:, None]
+    for start in range(0, states - 1, BLOCK_S):
         state = start + tl.arange(0, BLOCK_S)
-        score = _scores(lses_ptr, state, states, lses_stride)
+        score = _scores(lses_ptr, state, states - 1, lses_stride)
         weight = tl.exp2((score - top) * LOG2E)
-        # A state without entries is not read: its values may be anything.
         used = (score != float("-inf"))[:, None] & (column < WIDTH)[None, :]
-        base = tl.where(state == states - 1, last_ptr, outs_ptr + state.to(tl.int64) * outs_stride)
+        base = outs_ptr + state.to(tl.int64) * outs_stride
         values = tl.load(base[:, None] + place[None, :], mask=used, other=0.0).to(tl.float32)
         acc += tl.sum(values * weight[:, None], axis=0)[None, :]
         total += tl.sum(weight, axis=0)
