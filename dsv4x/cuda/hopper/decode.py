@@ -34,10 +34,10 @@ from ...common.kernels.decode import Spans, prepare_reduction
 from ...common.kernels.decode_shapes import expected_blocks, row_splits
 from ...common.kernels.launch import Launcher
 from ...common.kernels.scratch import partials
-from ...common.kernels.softmax import LN2, LOG2E
+from ...common.kernels.softmax import LOG2E
 from . import splitting
 from .few_heads import decode_few_heads_kernel
-from .items import BLOCK_K, Output, Query, Requests, Scope, Work, item_of, load_indices, of_request, to_slots
+from .items import BLOCK_K, Output, Query, Requests, Scope, Work, finish, item_of, load_indices, of_request, to_slots
 
 BLOCK_H = gl.constexpr(splitting.BLOCK_HEADS)
 STAGES = gl.constexpr(2)
@@ -316,23 +316,7 @@ def _left(
             acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
             v = k_smem.index(stage).slice(0, HALF, dim=1)
             acc = warpgroup_mma(p_smem.index(message % STAGES), v, acc, is_async=True)
-            empty = l == 0.0
-            lse = gl.where(empty, float("inf"), (m + gl.log2(gl.where(empty, 1.0, l))) * LN2)
-            weight = 1.0 / gl.where(empty, 1.0, l)
-            head = item.head0 + gl.arange(0, BLOCK_H, HEADS)
-            row = item.token * heads + head
-            present = head < heads
-            whole = present
-            if SPLIT:
-                whole = present & (item.split < 0)
-                partial = out.partial_lse_ptr + row * out.most_splits + item.split
-                gl.store(partial, lse, mask=present & (item.split >= 0))
-            gl.store(out.lse_ptr + row, lse, mask=whole)
-            if HAS_SINK:
-                # A partial result is given no sink: one of -inf takes nothing.
-                sink = gl.load(sink_ptr + head, mask=whole, other=float("-inf"))
-                # An empty row's lse of +inf meets a sink of +inf as NaN; its output is zero whatever the sink.
-                weight *= gl.where(empty, 0.0, 1.0 / (1.0 + gl.exp2((sink - lse) * LOG2E)))
+            weight = finish(m, l, item, heads, sink_ptr, out, BLOCK_H, HAS_SINK, SPLIT)
             acc = warpgroup_mma_wait(0, (acc,))
             mbarrier.arrive(k_empty.index(stage), count=1)
             # The weights of the last message are those of the output.

@@ -17,8 +17,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mma_v2
 
-from ...common.kernels.softmax import LN2, LOG2E
-from .items import BLOCK_K, Output, Query, Requests, Scope, Work, item_of, load_indices, of_request, to_slots
+from ...common.kernels.softmax import LOG2E
+from .items import BLOCK_K, Output, Query, Requests, Scope, Work, finish, item_of, load_indices, of_request, to_slots
 
 VALUES = gl.constexpr(512)
 CODED = gl.constexpr(7)
@@ -327,24 +327,7 @@ def _attend(
             values = k_smem[tile].permute((1, 0)).load(gl.DotOperandLayout(0, PRODUCT, 2))
             products = _and(products, mma_v2(values, weights, acc[tile] * alpha[None, :]))
         acc = products
-    total = gl.sum(l, axis=0)
-    empty = total == 0.0
-    lse = gl.where(empty, float("inf"), (m + gl.log2(gl.where(empty, 1.0, total))) * LN2)
-    weight = 1.0 / gl.where(empty, 1.0, total)
-    head = item.head0 + gl.arange(0, BLOCK_H, HEADS)
-    row = item.token * heads + head
-    present = head < heads
-    whole = present
-    if SPLIT:
-        whole = present & (item.split < 0)
-        partial = out.partial_lse_ptr + row * out.most_splits + item.split
-        gl.store(partial, lse, mask=present & (item.split >= 0))
-    gl.store(out.lse_ptr + row, lse, mask=whole)
-    if HAS_SINK:
-        # A partial result is given no sink: one of -inf takes nothing.
-        sink = gl.load(sink_ptr + head, mask=whole, other=float("-inf"))
-        # An empty row's lse of +inf meets a sink of +inf as NaN; its output is zero whatever the sink.
-        weight *= gl.where(empty, 0.0, 1.0 / (1.0 + gl.exp2((sink - lse) * LOG2E)))
+    weight = finish(m, gl.sum(l, axis=0), item, heads, sink_ptr, out, BLOCK_H, HAS_SINK, SPLIT)
     if SPLIT:
         if item.split >= 0:
             _store_partial(acc, weight, item, heads, out, BLOCK_H)

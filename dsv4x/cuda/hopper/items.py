@@ -1,4 +1,4 @@
-"""What the decode kernels of Hopper share: their parameters as records, a launch's items, and a row's slots."""
+"""What the decode kernels of Hopper share: their parameters as records, a launch's items, a row's slots and its end."""
 
 from typing import NamedTuple
 
@@ -6,6 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ...common.kernels.decode import clamped_span, row_shares
+from ...common.kernels.softmax import LN2, LOG2E
 from .splitting import BLOCK_ENTRIES
 
 BLOCK_K = gl.constexpr(BLOCK_ENTRIES)
@@ -163,3 +164,26 @@ def of_request(extra, local, token, LOCAL: gl.constexpr):
         )  # fmt: skip
         table = Table(row, local.columns, local.pages)
     return extra, table
+
+
+@gluon.jit
+def finish(m, l, item, heads, sink_ptr, out, BLOCK_H: gl.constexpr, HAS_SINK: gl.constexpr, SPLIT: gl.constexpr):
+    """Store an item's lse; returns what each head's values are multiplied with. ``m`` is of base 2."""
+    empty = l == 0.0
+    lse = gl.where(empty, float("inf"), (m + gl.log2(gl.where(empty, 1.0, l))) * LN2)
+    weight = 1.0 / gl.where(empty, 1.0, l)
+    head = item.head0 + gl.arange(0, BLOCK_H, l.type.layout)
+    row = item.token * heads + head
+    present = head < heads
+    whole = present
+    if SPLIT:
+        whole = present & (item.split < 0)
+        partial = out.partial_lse_ptr + row * out.most_splits + item.split
+        gl.store(partial, lse, mask=present & (item.split >= 0))
+    gl.store(out.lse_ptr + row, lse, mask=whole)
+    if HAS_SINK:
+        # A partial result is given no sink: one of -inf takes nothing.
+        sink = gl.load(sink_ptr + head, mask=whole, other=float("-inf"))
+        # An empty row's lse of +inf meets a sink of +inf as NaN; its output is zero whatever the sink.
+        weight *= gl.where(empty, 0.0, 1.0 / (1.0 + gl.exp2((sink - lse) * LOG2E)))
+    return weight
