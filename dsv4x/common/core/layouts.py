@@ -258,21 +258,17 @@ def by_name(name: str) -> CacheLayout:
     """
     if not isinstance(name, str):
         raise TypeError(f"name: got {type(name).__name__}, need a layout's name")
-    if name in MLAKVCacheLayout.__members__:
-        return MLAKVCacheLayout[name].value
-    for member in MLAKVCacheLayout:
-        if name == member.value.name:
-            return member.value
-        if name == member.value.name + _FNUZ and member.value.value_encoding == "e4m3fn":
-            return member.value.with_flavour("e4m3fnuz")
-    raise ValueError(f"layout: got {name!r}, need one of {', '.join(m.value.name for m in MLAKVCacheLayout)}")
+    if name not in _OWN:
+        raise ValueError(f"layout: got {name!r}, need one of {', '.join(m.value.name for m in MLAKVCacheLayout)}")
+    return _OWN[name]
 
 
-_NAMES = frozenset(
-    name
-    for member in MLAKVCacheLayout
-    for name in (member.value.name, *([member.value.name + _FNUZ] if member.value.value_encoding == "e4m3fn" else []))
-)
+# Under all their names.
+_OWN = {name: member.value for name, member in MLAKVCacheLayout.__members__.items()}
+for _layout in list(_OWN.values()):
+    _OWN[_layout.name] = _layout
+    if _layout.value_encoding == "e4m3fn":
+        _OWN[_layout.name + _FNUZ] = _layout.with_flavour("e4m3fnuz")
 _of_caches: dict[str, CacheLayout] = {}
 
 
@@ -339,7 +335,7 @@ class PagedCache:
 
     def __post_init__(self) -> None:
         _check_pages(self.layout, self.page_size)
-        if self.layout.name not in _NAMES:
+        if self.layout.name not in _OWN:
             _of_caches[self.layout.name] = self.layout
         data = self.data
         if not isinstance(data, torch.Tensor) or data.dtype != torch.uint8:
